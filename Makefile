@@ -1,0 +1,61 @@
+# Every target makes .venv by itself (a few minutes, once). `make` lists the targets.
+PYTHON ?= python3.11
+
+# Options of the targets. Set them behind make: `make sweep DATASET=mtd K=5 TRIALS=20`.
+DATASET :=
+ROOT :=
+K :=
+TRIALS :=
+RESUME :=
+MODEL :=
+ARGS :=
+
+BIN := .venv/bin
+LOCAL := $(BIN)/python -m cluster.local
+SWEEP := $(if $(DATASET),--dataset '$(DATASET)') $(if $(ROOT),--root '$(ROOT)') $(if $(K),--k-shot '$(K)') \
+         $(if $(TRIALS),--trials '$(TRIALS)') $(if $(filter-out 0,$(RESUME)),--resume) $(ARGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup sweep dashboard serve stop test lint bench clean
+.NOTPARALLEL:
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+setup: .venv/.installed ## make .venv with the exact versions of constraints.txt
+
+.venv/.installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found: install Python 3.11, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = "%d.%d" % sys.version_info[:2]; sys.exit(None if v == "3.11" else "$(PYTHON) is Python " + v + ", hypdefect needs 3.11: make PYTHON=/path/to/python3.11")'
+	@echo "installing into .venv: a few minutes, once, and again when constraints.txt changes" >&2
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,dashboard]'
+	@touch $@
+
+sweep: .venv/.installed ## search hyperparameters as a Ray job on a local head or on RAY_ADDRESS (DATASET ROOT K TRIALS RESUME ARGS)
+	@$(LOCAL) submit -- python jobs/sweep.py $(SWEEP)
+
+dashboard: .venv/.installed ## the sweep's pages: optuna-dashboard and TensorBoard, in the background
+	@$(LOCAL) dashboard $(ARGS)
+
+serve: .venv/.installed ## deploy a registered model (MODEL=name@alias) and wait until it answers
+	@$(LOCAL) serve $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+stop: .venv/.installed ## stop the head and the dashboards this checkout started, and nothing else
+	@$(LOCAL) stop
+
+test: .venv/.installed ## all tests, the slow ones last (ARGS go to pytest)
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: .venv/.installed ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/.installed ## time the hot paths (ARGS go to jobs/benchmark.py)
+	$(BIN)/python jobs/benchmark.py $(ARGS)
+
+clean: ## stop what runs, then remove .venv, .ray and caches (never data or results)
+	@test ! -e .venv/.installed || $(LOCAL) stop
+	rm -rf .venv .ray build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

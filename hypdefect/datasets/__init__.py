@@ -1,0 +1,522 @@
+"""Image sets as manifests: one Parquet row per image, its mask checked, its group known; and how a manifest is split.
+
+A data set is one file here (`scan(root) -> rows` and a `CARD`) and one line in `_MODULES`.
+"""
+
+import difflib
+import hashlib
+import importlib
+import json
+import logging
+import os
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.images import EmptyMaskError, read_bytes, read_image, read_mask, region_box
+from hypdefect.types import SplitKind
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),  # sha256 of the file's bytes
+        ("mask_id", pa.string()),  # sha256 of the mask file's bytes, "" without a mask
+        ("uri", pa.string()),  # absolute path
+        ("dataset", pa.string()),
+        ("product", pa.string()),
+        ("defect", pa.string()),  # the class; normal images have one too ("free", "good")
+        ("is_defect", pa.bool_()),
+        ("mask_uri", pa.string()),  # "" without a mask
+        ("bbox", pa.list_(pa.int32(), 4)),  # x0 y0 x1 y1 of the marked region; the whole image without a mask
+        ("height", pa.int32()),
+        ("width", pa.int32()),
+        ("split", pa.string()),  # official split, "" where there is none
+        ("group_id", pa.string()),  # images that must not be parted (one tile), "" where unknown
+        ("note", pa.string()),
+    ]
+)
+QUARANTINE_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
+SPLITS = ("", "train", "val", "test")
+_DIGEST_COLUMNS = ("image_id", "mask_id", "defect", "product", "is_defect", "split", "group_id")
+_FORMAT = "hypdefect manifest 1"
+EMPTY_MASK_NOTE = "mask is all zero, whole image used"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ManifestRow:
+    """One image as a scanner finds it, before anything is read."""
+
+    path: Path
+    product: str
+    defect: str
+    is_defect: bool
+    mask_path: Path | None = None
+    split: str = ""
+    group: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DatasetCard:
+    """What is known of a data set, and how to read it."""
+
+    name: str
+    title: str
+    licence: str
+    source: str
+    layout: str
+    expected: dict[str, int]
+    """Images of each class in the published set; empty where there is no such thing."""
+    good_is_class: bool
+    """Whether normal images form few-shot classes of their own."""
+    scan: Callable[[Path], Iterable[ManifestRow]]
+    default_root: Callable[[], Path | None]
+    group: Callable[[pa.Table], list[str]] | None = None
+    """Group id of each row, where it must be computed from the images read."""
+    keep_empty_masks: bool = False
+    """Keep a defect image whose mask is all zero, with the whole image as its region, instead of quarantining it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCount:
+    images: int
+    masks: int
+    groups: int
+    quarantined: int
+
+
+@dataclass(frozen=True, slots=True)
+class IngestResult:
+    manifest: pa.Table
+    quarantine: pa.Table
+    counts: dict[str, ClassCount]
+
+
+# --- ingestion -------------------------------------------------------------------------------------------------------
+
+
+def ingest(
+    name: str,
+    root: Path | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    threads: int = 2,
+) -> IngestResult:
+    """Read every image of a data set once and describe it as a manifest.
+
+    An image that cannot be used (damaged, bad mask, a copy of another one) goes to the quarantine with the reason.
+
+    Args:
+        name: a key of `DATASETS`.
+        root: folder of the data set; None takes the default place of its card.
+        progress: called with (images done, images in all) after each image.
+        threads: decoding threads.
+
+    Raises:
+        ConfigError: unknown data set, or no root given where there is no default.
+        DataError: the root is missing or laid out differently, or a class has no usable image.
+    """
+    card = get_dataset(name)
+    root = dataset_root(card, root)
+    rows = sorted(card.scan(root), key=lambda row: str(row.path))
+    if not rows:
+        raise DataError(f"dataset {name}: no images under {root}; expected {card.layout}")
+
+    records: list[dict[str, object]] = []
+    rejected: list[tuple[ManifestRow, str]] = []
+    kept: dict[str, ManifestRow] = {}
+    with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+        for done, (row, outcome) in enumerate(
+            zip(rows, pool.map(lambda r: _read(card, r), rows), strict=True), start=1
+        ):
+            if isinstance(outcome, str):
+                rejected.append((row, outcome))
+            elif (twin := kept.get(str(outcome["image_id"]))) is not None:
+                labels = "" if twin.defect == row.defect else f" (class {row.defect} here, {twin.defect} there)"
+                rejected.append((row, f"{row.path}: the same bytes as {twin.path}{labels}; delete one of them"))
+            else:
+                kept[str(outcome["image_id"])] = row
+                records.append(outcome)
+            if progress is not None:
+                progress(done, len(rows))
+
+    usable = {row.defect for row in kept.values()}
+    for defect in sorted({row.defect for row in rows} - usable):
+        reasons = [reason for row, reason in rejected if row.defect == defect]
+        raise DataError(
+            f"dataset {name}: no usable image of class {defect!r} ({len(reasons)} refused; first: {reasons[0]})"
+        )
+
+    manifest = pa.Table.from_pylist(records, schema=MANIFEST_SCHEMA)
+    if card.group is not None:
+        column = manifest.schema.get_field_index("group_id")
+        manifest = manifest.set_column(
+            column, MANIFEST_SCHEMA.field("group_id"), pa.array(card.group(manifest), pa.string())
+        )
+    validate_manifest(manifest)
+    quarantine = pa.Table.from_pylist(
+        [{"uri": str(row.path), "reason": reason} for row, reason in rejected], schema=QUARANTINE_SCHEMA
+    )
+    logger.info("dataset %s: %d images, %d quarantined, root %s", name, manifest.num_rows, quarantine.num_rows, root)
+    return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)))
+
+
+def dataset_root(card: DatasetCard, root: Path | None) -> Path:
+    looked = "given with --root"
+    if root is None:
+        looked = f"its default place; HYPDEFECT_DATA is {os.environ.get('HYPDEFECT_DATA') or 'not set'}"
+        root = card.default_root()
+    if root is None:
+        raise ConfigError(f"dataset {card.name} has no default place on this machine ({card.source}); pass --root DIR")
+    root = root.expanduser().absolute()
+    if not root.is_dir():
+        state = "is not a folder" if root.exists() else "does not exist"
+        raise DataError(
+            f"dataset {card.name}: {root} {state} ({looked}); pass --root DIR, or set HYPDEFECT_DATA to the folder "
+            f"that holds the image sets"
+        )
+    return root
+
+
+def _read(card: DatasetCard, row: ManifestRow) -> dict[str, object] | str:
+    """The manifest record of one image, or the reason why it cannot be used."""
+    try:
+        data = read_bytes(row.path)
+        height, width = read_image(data, name=str(row.path)).shape[:2]
+        mask_id, mask_uri, note, bbox = "", "", "", (0, 0, width, height)
+        if row.mask_path is not None:
+            mask_data = read_bytes(row.mask_path)
+            try:
+                mask, note = read_mask(mask_data, (height, width), name=str(row.mask_path))
+            except EmptyMaskError:
+                if not card.keep_empty_masks:
+                    raise
+                note = EMPTY_MASK_NOTE
+            else:
+                mask_id, mask_uri, bbox = _sha256(mask_data), str(row.mask_path), region_box(mask)
+    except DataError as error:
+        return str(error)
+    return {
+        "image_id": _sha256(data),
+        "mask_id": mask_id,
+        "uri": str(row.path),
+        "dataset": card.name,
+        "product": row.product,
+        "defect": row.defect,
+        "is_defect": row.is_defect,
+        "mask_uri": mask_uri,
+        "bbox": list(bbox),
+        "height": height,
+        "width": width,
+        "split": row.split,
+        "group_id": row.group or "",
+        "note": note,
+    }
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _counts(manifest: pa.Table, quarantined: Counter[str]) -> dict[str, ClassCount]:
+    images: Counter[str] = Counter()
+    masks: Counter[str] = Counter()
+    groups: dict[str, set[str]] = defaultdict(set)
+    for row in manifest.select(["defect", "mask_id", "group_id"]).to_pylist():
+        images[row["defect"]] += 1
+        masks[row["defect"]] += row["mask_id"] != ""
+        groups[row["defect"]] |= {row["group_id"]} - {""}
+    return {c: ClassCount(images[c], masks[c], len(groups[c]), quarantined[c]) for c in sorted(images)}
+
+
+# --- the manifest as a file ------------------------------------------------------------------------------------------
+
+
+def validate_manifest(table: pa.Table) -> None:
+    """Check what every reader of a manifest relies on.
+
+    Raises:
+        DataError: other columns than `MANIFEST_SCHEMA`, a missing value, an id twice, an image or group in two
+            official splits, mask columns that contradict each other, a box outside its image.
+    """
+    if not table.schema.equals(MANIFEST_SCHEMA, check_metadata=False):
+        expected, found = set(MANIFEST_SCHEMA.names), set(table.schema.names)
+        wrong = [f"column {n!r} is unknown" for n in sorted(found - expected)]
+        wrong += [f"column {n!r} is missing" for n in sorted(expected - found)]
+        wrong += [
+            f"column {f.name!r} is {table.schema.field(f.name).type}, not {f.type}"
+            for f in MANIFEST_SCHEMA
+            if table.schema.names.count(f.name) == 1 and table.schema.field(f.name).type != f.type
+        ]
+        raise DataError(f"manifest: {'; '.join(wrong) or 'columns in another order than MANIFEST_SCHEMA, or twice'}")
+    for field in MANIFEST_SCHEMA:
+        if table[field.name].null_count:
+            raise DataError(f"manifest: column {field.name!r} has {table[field.name].null_count} missing values")
+
+    split_of: dict[str, str] = {}
+    split_of_group: dict[str, str] = {}
+    kind_of: dict[tuple[str, str], bool] = {}
+    for row in table.to_pylist():
+        uri, image_id, split = row["uri"], row["image_id"], row["split"]
+        if split not in SPLITS:
+            raise DataError(f"manifest: split {split!r} of {uri} is not one of {list(SPLITS)}")
+        if image_id in split_of:
+            twice = f"in splits {split_of[image_id]!r} and {split!r}" if split_of[image_id] != split else "twice"
+            raise DataError(f"manifest: image {image_id[:12]} ({uri}) stands {twice}")
+        split_of[image_id] = split
+        group = row["group_id"]
+        if group and split_of_group.setdefault(group, split) != split:
+            raise DataError(
+                f"manifest: group {group!r} stands in splits {split_of_group[group]!r} and {split!r} ({uri})"
+            )
+        if kind_of.setdefault((row["product"], row["defect"]), row["is_defect"]) != row["is_defect"]:
+            raise DataError(f"manifest: class {row['defect']!r} is a defect in one row and normal in another ({uri})")
+        if (row["mask_id"] == "") != (row["mask_uri"] == ""):
+            raise DataError(f"manifest: {uri} has only one of mask_id and mask_uri")
+        x0, y0, x1, y1 = row["bbox"]
+        if not (0 <= x0 < x1 <= row["width"] and 0 <= y0 < y1 <= row["height"]):
+            raise DataError(
+                f"manifest: box {row['bbox']} of {uri} is not inside its {row['width']} x {row['height']} image"
+            )
+        if row["mask_id"] == "" and (x0, y0, x1, y1) != (0, 0, row["width"], row["height"]):
+            raise DataError(f"manifest: {uri} has no mask, yet its box is {row['bbox']} and not the whole image")
+    if len(set(split_of.values())) > 1 and "" in split_of.values():
+        raise DataError("manifest: some rows have an official split and some have none")
+
+
+def write_manifest(table: pa.Table, path: Path) -> None:
+    """Write a valid manifest atomically, its format and digest in the file's metadata."""
+    validate_manifest(table)
+    write_table(table, path, {"hypdefect.format": _FORMAT, "hypdefect.digest": manifest_digest(table)})
+
+
+def write_table(table: pa.Table, path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write Parquet so that a reader sees the old file or the new one, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            pq.write_table(table.replace_schema_metadata(metadata), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_manifest(path: Path) -> pa.Table:
+    """Read back what `write_manifest` wrote.
+
+    Raises:
+        ArtifactError: no such file, not Parquet, cut short, or not an unchanged manifest of this format.
+    """
+    again = f"make it again: python jobs/ingest.py --dataset NAME --out {path}"
+    if not path.is_file():
+        raise ArtifactError(f"no manifest {path}; {again}")
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"manifest {path} is damaged or not Parquet ({' '.join(str(error).split())}); {again}"
+        ) from error
+    metadata = table.schema.metadata or {}
+    found = metadata.get(b"hypdefect.format", b"").decode()
+    if found != _FORMAT:
+        raise ArtifactError(
+            f"{path} is not a manifest of this version (format {found or 'unknown'!r}, not {_FORMAT!r}); {again}"
+        )
+    table = table.replace_schema_metadata(None)
+    try:
+        validate_manifest(table)
+    except DataError as error:
+        raise ArtifactError(f"{path}: {error}; {again}") from error
+    if metadata.get(b"hypdefect.digest", b"").decode() != manifest_digest(table):
+        raise ArtifactError(f"manifest {path} was changed after it was written (digest differs); {again}")
+    return table
+
+
+def manifest_digest(table: pa.Table) -> str:
+    """Hex sha256 of what the images are and mean; where they lie and the order of rows do not count."""
+    rows = sorted(zip(*(table[name].to_pylist() for name in _DIGEST_COLUMNS), strict=True))
+    return _sha256(json.dumps(rows, separators=(",", ":")).encode())
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Partition:
+    """Image ids that supports (pool) and queries are drawn from, each sorted."""
+
+    kind: SplitKind | Literal["official"]
+    seed: int
+    pool: tuple[str, ...]
+    query: tuple[str, ...]
+
+
+def task_classes(manifest: pa.Table, include_good: bool) -> tuple[str, ...]:
+    """The classes of the few-shot task, sorted: the defects, and the normal classes where asked."""
+    pairs = zip(manifest["defect"].to_pylist(), manifest["is_defect"].to_pylist(), strict=True)
+    return tuple(sorted({defect for defect, is_defect in pairs if is_defect or include_good}))
+
+
+def make_partition(
+    manifest: pa.Table, kind: SplitKind, seed: int, classes: Sequence[str], pool_fraction: float = 0.5
+) -> Partition:
+    """Split the images of the task's classes into a pool for supports and queries; the same for any row order.
+
+    An official split wins over `kind`: train is the pool, test the queries, val neither. Otherwise "random" takes
+    `pool_fraction` of each class by a seeded hash of the image id; "grouped" moves whole groups and gets as near to
+    that fraction of each class as the groups allow. An image without a group id is then a group of its own.
+
+    Raises:
+        ConfigError: fraction not between 0 and 1.
+        DataError: unknown class; a class too small to stand on both sides (one image, or one group); "grouped" where
+            no image has a group id.
+    """
+    if not 0 < pool_fraction < 1:
+        raise ConfigError(f"pool_fraction must lie between 0 and 1, got {pool_fraction}")
+    known = sorted(set(manifest["defect"].to_pylist()))
+    if unknown := sorted(set(classes) - set(known)):
+        raise DataError(f"the manifest has no class {', '.join(map(repr, unknown))}; it has {', '.join(known)}")
+    if not classes:
+        raise DataError(f"no classes to split; the manifest has {', '.join(known)}")
+
+    columns = ("image_id", "defect", "split", "group_id")
+    rows = manifest.select(columns).filter(pc.is_in(manifest["defect"], pa.array(sorted(set(classes))))).to_pylist()
+    rows.sort(key=lambda row: row["image_id"])
+    if any(row["split"] for row in rows):
+        sides = {s: tuple(row["image_id"] for row in rows if row["split"] == s) for s in ("train", "test")}
+        return Partition(kind="official", seed=seed, pool=sides["train"], query=sides["test"])
+
+    if kind == "random":
+        in_pool = _random_pool(rows, seed, pool_fraction)
+    else:
+        in_pool = _grouped_pool(rows, seed, pool_fraction)
+    return Partition(
+        kind=kind,
+        seed=seed,
+        pool=tuple(row["image_id"] for row in rows if row["image_id"] in in_pool),
+        query=tuple(row["image_id"] for row in rows if row["image_id"] not in in_pool),
+    )
+
+
+def check_task(manifest: pa.Table, partition: Partition, k_shot: int) -> None:
+    """Check that `k_shot` supports and one query can be drawn of every class of a partition.
+
+    Raises:
+        DataError: names the class, what it has and what it needs.
+    """
+    defect_of = dict(zip(manifest["image_id"].to_pylist(), manifest["defect"].to_pylist(), strict=True))
+    pool = Counter(defect_of[i] for i in partition.pool)
+    query = Counter(defect_of[i] for i in partition.query)
+    for defect in sorted(pool.keys() | query.keys()):
+        if pool[defect] < k_shot or query[defect] < 1:
+            raise DataError(
+                f"class {defect} has {pool[defect]} pool and {query[defect]} query images in the {partition.kind} "
+                f"split of seed {partition.seed}; K = {k_shot} needs {k_shot} in the pool and at least 1 query: "
+                f"lower K, leave the class out or add images"
+            )
+
+
+def _random_pool(rows: list[dict[str, str]], seed: int, fraction: float) -> set[str]:
+    ids_of: dict[str, list[str]] = defaultdict(list)
+    for row in rows:
+        ids_of[row["defect"]].append(row["image_id"])
+    pool: set[str] = set()
+    for defect, ids in sorted(ids_of.items()):
+        if len(ids) < 2:
+            raise DataError(f"class {defect} has 1 image; a split needs at least one on each side: leave the class out")
+        ids.sort(key=lambda i: _sha256(f"{seed}:{i}".encode()))
+        pool.update(ids[: min(max(round(fraction * len(ids)), 1), len(ids) - 1)])
+    return pool
+
+
+def _grouped_pool(rows: list[dict[str, str]], seed: int, fraction: float) -> set[str]:
+    """Whole groups on one side: greedy in a seeded order, then single moves while they help.
+
+    The cost is the squared distance of each class's share in the pool from `fraction`, and a fine for a class that
+    stands on one side only. A few orders are tried where groups spanning several classes make that hard.
+    """
+    if not any(row["group_id"] for row in rows):
+        raise DataError("no image has a group id, so a grouped split would be a random one: use split random")
+    groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[("group", row["group_id"]) if row["group_id"] else ("image", row["image_id"])].append(row)
+    classes = sorted({row["defect"] for row in rows})
+    for defect in classes:
+        holders = [key for key, members in groups.items() if any(m["defect"] == defect for m in members)]
+        if len(holders) < 2:
+            raise DataError(
+                f"class {defect} has one group ({holders[0][1]!r}); a grouped split needs at least one on each side: "
+                f"leave the class out or use split random"
+            )
+
+    for attempt in range(32):
+        order = sorted(groups, key=lambda key: _sha256(f"{seed}:{attempt}:{key[0]}:{key[1]}".encode()))
+        count_GC = np.array([[sum(m["defect"] == c for m in groups[key]) for c in classes] for key in order])
+        chosen_G = _halve(count_GC, fraction)
+        in_pool = chosen_G @ count_GC
+        if ((in_pool > 0) & (in_pool < count_GC.sum(axis=0))).all():
+            return {m["image_id"] for key, chosen in zip(order, chosen_G, strict=True) if chosen for m in groups[key]}
+    raise DataError(
+        f"no grouped split of seed {seed} puts every class on both sides, because groups span several of the classes "
+        f"{', '.join(classes)}: leave a class out or use split random"
+    )
+
+
+def _halve(count_GC: np.ndarray, fraction: float) -> np.ndarray:
+    """Which groups (G) go to the pool, given the images of each class (C) in each."""
+    share_GC = count_GC / count_GC.sum(axis=0)
+
+    def cost(pool_XC: np.ndarray) -> np.ndarray:  # X candidate pools
+        one_sided = (pool_XC < 1e-9) | (pool_XC > 1 - 1e-9)
+        return ((pool_XC - fraction) ** 2 + 10.0 * one_sided).sum(axis=-1)
+
+    chosen_G = np.zeros(len(share_GC), dtype=bool)
+    pool_C, query_C = np.zeros(share_GC.shape[1]), np.zeros(share_GC.shape[1])
+    for g, share_C in enumerate(share_GC):
+        wanted = float(share_C @ ((fraction - pool_C) / fraction - (1 - fraction - query_C) / (1 - fraction)))
+        chosen_G[g] = wanted > 1e-12 or (abs(wanted) <= 1e-12 and g % 2 == 0)
+        side = pool_C if chosen_G[g] else query_C
+        side += share_C
+    for _ in range(4 * len(share_GC)):
+        moved = cost(pool_C + np.where(chosen_G, -1, 1)[:, None] * share_GC)
+        best = int(moved.argmin())
+        if moved[best] >= cost(pool_C[None])[0] - 1e-12:
+            break
+        chosen_G[best] = ~chosen_G[best]
+        pool_C = chosen_G @ share_GC
+    return chosen_G
+
+
+# --- the data sets ---------------------------------------------------------------------------------------------------
+
+_MODULES = (
+    "elpv",
+    "mtd",
+    "folder",
+)
+DATASETS: dict[str, DatasetCard] = {name: importlib.import_module(f"{__name__}.{name}").CARD for name in _MODULES}
+
+
+def get_dataset(name: str) -> DatasetCard:
+    """The card of a data set.
+
+    Raises:
+        ConfigError: unknown name, with the nearest known one.
+    """
+    if name in DATASETS:
+        return DATASETS[name]
+    near = difflib.get_close_matches(name, DATASETS, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown dataset {name!r}; {hint}known: {', '.join(DATASETS)}")

@@ -1,0 +1,230 @@
+"""MTD: surface defects of magnetic tiles (Huang, Qiu, Yuan: Surface defect saliency of magnetic tile, 2018).
+
+The images show far fewer tiles than there are files: each tile was photographed under up to six exposures, and some
+photographs were stored several times. `tiles` finds them, by two rules united:
+
+a. runs of file names `exp<e>_num_<n>`: sorted by n, the exposure rises and the gap in n stays below `MAX_GAP`. The
+   defect classes are sorted together: three tiles carry another label in some of their exposures. The free images are
+   sorted by themselves.
+b. inside a defect class, normalised cross-correlation of high-passed images over small shifts, best pairs first: merge
+   from `SAME_TILE` up, at most one image per exposure in a tile; from `SAME_PHOTO` up it is one photograph stored
+   twice, whatever its name says.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import scipy.fft
+from jaxtyping import Float32, UInt8
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from hypdefect.config import data_root
+from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.errors import DataError
+from hypdefect.images import read_image
+
+CLASSES = {name: f"MT_{name.capitalize()}" for name in ("blowhole", "break", "crack", "fray", "uneven", "free")}
+NORMAL = "free"
+
+MAX_GAP = 150
+SAME_TILE = 0.45
+SAME_PHOTO = 0.90
+REDUCTION = 4
+"""Pixels of the file for one pixel of the correlation."""
+MAX_SHIFT = 40
+"""Largest shift in reduced pixels; the exposures of a tile were cropped separately."""
+MIN_OVERLAP = 0.5
+"""Smallest overlap of a shifted pair, as a part of the smaller image."""
+
+_NAME = re.compile(r"exp(\d+)_num_(\d+)")
+
+
+def scan(root: Path) -> Iterable[ManifestRow]:
+    """One row per photograph; the masks of the free images are all zero and are not read."""
+    missing = [folder for folder in CLASSES.values() if not (root / folder / "Imgs").is_dir()]
+    if missing:
+        raise DataError(
+            f"{root} is not an MTD folder: {', '.join(f'{m}/Imgs' for m in missing)} missing; expected {CARD.layout}"
+        )
+    for defect, folder in CLASSES.items():
+        paths = sorted((root / folder / "Imgs").glob("*.jpg"))
+        if not paths:
+            raise DataError(f"{root / folder / 'Imgs'} holds no *.jpg; expected {CARD.layout}")
+        is_defect = defect != NORMAL
+        for path in paths:
+            yield ManifestRow(
+                path=path,
+                product="magnetic_tile",
+                defect=defect,
+                is_defect=is_defect,
+                mask_path=path.with_suffix(".png") if is_defect else None,
+            )
+
+
+def tiles(manifest: pa.Table) -> list[str]:
+    """The tile each row shows, named after its first photograph."""
+    stems = [Path(uri).stem for uri in manifest["uri"].to_pylist()]
+    classes: list[str] = manifest["defect"].to_pylist()
+    rows_of: dict[str, list[int]] = defaultdict(list)
+    for row, defect in enumerate(classes):
+        rows_of[defect].append(row)
+
+    tile = DisjointSets(len(stems))
+    defective = [row for row, defect in enumerate(classes) if defect != NORMAL]
+    for rows in (defective, rows_of[NORMAL]):
+        for run in name_runs([stems[r] for r in rows]):
+            tile.union([rows[i] for i in run])
+    for defect in sorted(set(classes) - {NORMAL}):
+        rows = rows_of[defect]
+        pictures = [read_image(Path(manifest["uri"][r].as_py()))[:, :, 0] for r in rows]
+        for group in correlation_groups(pictures, [exposure(stems[r]) for r in rows]):
+            tile.union([rows[i] for i in group])
+
+    members: dict[int, list[int]] = defaultdict(list)
+    for row in range(len(stems)):
+        members[tile.find(row)].append(row)
+    names = [""] * len(stems)
+    for rows in members.values():
+        first = min(rows, key=lambda r: (_number(stems[r]), classes[r], stems[r]))
+        for row in rows:
+            names[row] = f"{classes[first]}/{stems[first]}"
+    return names
+
+
+def name_runs(stems: Sequence[str]) -> list[list[int]]:
+    """Rule a: positions of the stems that form one run. A stem of another pattern stands alone."""
+    runs: list[list[int]] = []
+    previous: tuple[int, int] | None = None
+    for i in sorted(range(len(stems)), key=lambda i: (_number(stems[i]), stems[i])):
+        match = _NAME.fullmatch(stems[i])
+        current = (int(match[1]), int(match[2])) if match else None
+        if current and previous and current[0] > previous[0] and current[1] - previous[1] < MAX_GAP:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        previous = current
+    return runs
+
+
+def correlation_groups(
+    pictures: Sequence[UInt8[np.ndarray, "_ _"]], exposures: Sequence[int | None]
+) -> list[list[int]]:
+    """Rule b: positions of the greyscale pictures that show one tile."""
+    correlation = correlate(pictures)
+    n = len(pictures)
+    first, second = np.triu_indices(n, 1)
+    values = correlation[first, second]
+    order = [int(k) for k in np.argsort(-values, kind="stable") if values[k] >= SAME_TILE]
+    sets = DisjointSets(n)
+    seen = {i: {e} - {None} for i, e in enumerate(exposures)}
+    for k in order:
+        a, b = sets.find(int(first[k])), sets.find(int(second[k]))
+        if a == b or (seen[a] & seen[b] and values[k] < SAME_PHOTO):
+            continue
+        sets.union([a, b])
+        seen[sets.find(a)] = seen[a] | seen[b]
+    groups: dict[int, list[int]] = defaultdict(list)
+    for i in range(n):
+        groups[sets.find(i)].append(i)
+    return list(groups.values())
+
+
+def correlate(pictures: Sequence[UInt8[np.ndarray, "_ _"]]) -> Float32[np.ndarray, "N N"]:
+    """Highest normalised cross-correlation of each pair over all allowed shifts, float32 `[N, N]`, 1 on the diagonal.
+
+    For a shift s, with sums over the overlap of x and the shifted y:
+    `ncc(s) = sum_t x(t + s) y(t) / sqrt(sum_t x(t + s)^2 sum_t y(t)^2)`.
+    The numerator comes from one FFT per picture, the energies from summed-area tables.
+    """
+    flat = [_high_pass(picture) for picture in pictures]
+    result = np.eye(len(flat), dtype=np.float32)
+    if len(flat) < 2:
+        return result
+    shape = tuple(scipy.fft.next_fast_len(max(x.shape[axis] for x in flat) + MAX_SHIFT, True) for axis in (0, 1))
+    spectra = [scipy.fft.rfft2(x, shape) for x in flat]
+    energy = [np.pad((x.astype(np.float64) ** 2).cumsum(0).cumsum(1), ((1, 0), (1, 0))) for x in flat]
+    for i, x in enumerate(flat):
+        for j in range(i + 1, len(flat)):
+            y = flat[j]
+            sy, y_low, y_high = _overlap(x.shape[0], y.shape[0])
+            sx, x_low, x_high = _overlap(x.shape[1], y.shape[1])
+            product = scipy.fft.irfft2(spectra[i] * spectra[j].conj(), shape)[np.ix_(sy, sx)]
+            of_x = _box_sums(energy[i], y_low, y_high, x_low, x_high)
+            of_y = _box_sums(energy[j], y_low - sy, y_high - sy, x_low - sx, x_high - sx)
+            ncc = product / np.sqrt(np.maximum(of_x * of_y, 1e-9))
+            area = np.outer(y_high - y_low, x_high - x_low)
+            ncc[area < MIN_OVERLAP * min(x.size, y.size)] = -1
+            result[i, j] = result[j, i] = ncc.max()
+    return result
+
+
+def _high_pass(picture: UInt8[np.ndarray, "H W"]) -> Float32[np.ndarray, "h w"]:
+    """Reduced, without slow shading and with even local contrast: what is left is the grain of the tile's surface."""
+    height, width = picture.shape
+    size = (max(1, round(width / REDUCTION)), max(1, round(height / REDUCTION)))
+    x = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX), dtype=np.float32)
+    x = x - gaussian_filter(x, 3, mode="reflect")
+    x = x / (np.sqrt(gaussian_filter(x * x, 4, mode="reflect")) + 0.5 * x.std() + 1e-3)
+    return np.clip(x / (x.std() + 1e-6), -3, 3)
+
+
+def _overlap(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Allowed shifts of a length m along a length n, and the overlap `[low, high)` of each."""
+    shifts = np.arange(-min(MAX_SHIFT, m - 1), min(MAX_SHIFT, n - 1) + 1)
+    return shifts, np.maximum(0, shifts), np.minimum(n, m + shifts)
+
+
+def _box_sums(table: np.ndarray, y0: np.ndarray, y1: np.ndarray, x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
+    return table[np.ix_(y1, x1)] - table[np.ix_(y0, x1)] - table[np.ix_(y1, x0)] + table[np.ix_(y0, x0)]
+
+
+def exposure(stem: str) -> int | None:
+    """The exposure a file name states, None where it states none."""
+    match = _NAME.fullmatch(stem)
+    return int(match[1]) if match else None
+
+
+def _number(stem: str) -> int:
+    match = _NAME.fullmatch(stem)
+    return int(match[2]) if match else -1
+
+
+class DisjointSets:
+    """Union-find over 0..n-1; the smallest member stands for its set."""
+
+    def __init__(self, n: int) -> None:
+        self._parent = list(range(n))
+
+    def find(self, i: int) -> int:
+        while self._parent[i] != i:
+            self._parent[i] = self._parent[self._parent[i]]
+            i = self._parent[i]
+        return i
+
+    def union(self, members: Sequence[int]) -> None:
+        roots = {self.find(i) for i in members}
+        for root in roots:
+            self._parent[root] = min(roots)
+
+
+CARD = DatasetCard(
+    name="mtd",
+    title="MTD: magnetic tile surfaces, five defects and free",
+    licence="none stated by the authors; cite Huang et al. 2018 and ask them before commercial use",
+    source="https://github.com/abin24/Magnetic-tile-defect-datasets. 392 defect images of about 70 tiles and 952 free "
+    "ones of about 176. Groups are tiles, found from file names and image correlation. Four masks of uneven are all "
+    "zero: the whole image stands for the region.",
+    layout="<root>/MT_<Class>/Imgs/*.jpg with a .png mask of the same stem; classes Blowhole, Break, Crack, Fray, "
+    "Uneven, Free",
+    expected={"blowhole": 115, "break": 85, "crack": 57, "fray": 32, "uneven": 103, "free": 952},
+    good_is_class=False,
+    scan=scan,
+    default_root=lambda: data_root() / "mtd",
+    group=tiles,
+    keep_empty_masks=True,
+)

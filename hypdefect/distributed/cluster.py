@@ -1,0 +1,61 @@
+"""Connecting a job to Ray: the cluster it was submitted to, the one the user named, or one of its own."""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from hypdefect.errors import HypdefectError
+
+_SETTINGS = {
+    "RAY_AUTH_MODE": "disabled",  # loopback only; the same value in every shell (see cluster/README.md)
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # a report blocks for up to this long
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+}
+
+
+@contextmanager
+def connected(num_cpus: int | None = None) -> Iterator[None]:
+    """Join the cluster of `RAY_ADDRESS` (a submitted job has it set), else run a private one for the block's duration.
+
+    Raises:
+        HypdefectError: the named cluster does not answer.
+    """
+    for name, value in _SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray  # after the settings: Ray reads them once
+
+    if ray.is_initialized():
+        yield
+        return
+    named = os.environ.get("RAY_ADDRESS")
+    try:
+        if named:
+            ray.init(address=named, log_to_driver=False, logging_level=logging.WARNING)
+        else:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus or os.cpu_count(),
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+    except (ConnectionError, ValueError) as error:
+        raise HypdefectError(
+            f"no Ray cluster answers at RAY_ADDRESS={named}: {error}. Unset RAY_ADDRESS to run on this machine alone"
+        ) from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def num_workers(wanted: int = 0) -> int:
+    """`wanted`, or as many as the cluster has CPUs."""
+    import ray
+
+    return wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))

@@ -1,0 +1,131 @@
+"""Fill a feature store with Ray Data: a pool of actors, each with the backbone loaded once, each image decoded once."""
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from ray.data import ActorPoolStrategy, DataContext
+
+from hypdefect.backbones import Backbone, BackboneSpec
+from hypdefect.errors import DataError
+from hypdefect.features import FeatureKey, FeatureStore, ImageRequest, RowKey
+from hypdefect.images import read_bytes, read_image, read_mask
+from hypdefect.types import VIEWS
+from hypdefect.views import FULL_REGION, RegionExtractor
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExtractReport:
+    """Images found in the store, extracted now, and refused with the reason."""
+
+    cached: int
+    extracted: int
+    failed: tuple[tuple[str, str], ...]
+
+
+class Extractor:
+    """Ray Data actor: features of a batch of images, committed to the store as one part."""
+
+    def __init__(self, home: str, key: FeatureKey, spec: BackboneSpec) -> None:
+        torch.set_num_threads(1)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.extractor = RegionExtractor(Backbone(spec), key.recipe, device)
+        self.store = FeatureStore(Path(home), key)
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
+        fields = ("uri", "image_id", "mask_uri", "mask_id", "copies")
+        requests = [
+            ImageRequest(**dict(zip(fields, row, strict=True)))
+            for row in zip(*(batch[name].tolist() for name in fields), strict=True)
+        ]
+        keys: list[RowKey] = []
+        rows: dict[str, list[np.ndarray]] = {view: [] for view in VIEWS}
+        errors = []
+        for request in requests:
+            try:
+                views = self.extract(request)
+            except DataError as error:
+                errors.append(str(error))
+                continue
+            errors.append("")
+            keys.extend(request.keys())
+            for view in VIEWS:
+                rows[view].append(views[view])
+        if keys:
+            self.store.write(keys, {view: np.concatenate(values) for view, values in rows.items()})
+        return {"uri": [r.uri for r in requests], "error": errors}
+
+    def extract(self, request: ImageRequest) -> dict[str, np.ndarray]:
+        data = read_bytes(Path(request.uri))
+        if hashlib.sha256(data).hexdigest() != request.image_id:
+            raise DataError(f"{request.uri} changed since its manifest was written; run jobs/ingest.py again")
+        image = read_image(data, name=request.uri)
+        mask = None
+        if request.mask_id == FULL_REGION:
+            mask = np.ones(image.shape[:2], dtype=bool)
+        elif request.mask_uri:
+            mask_data = read_bytes(Path(request.mask_uri))
+            if hashlib.sha256(mask_data).hexdigest() != request.mask_id:
+                raise DataError(f"{request.mask_uri} changed since its manifest was written; run jobs/ingest.py again")
+            mask, _ = read_mask(mask_data, image.shape[:2], name=request.mask_uri)
+        views = self.extractor(image, mask, request.image_id, request.copies)
+        return {view: features.numpy() for view, features in views.items()}
+
+
+def extract(
+    requests: Sequence[ImageRequest],
+    home: Path,
+    key: FeatureKey,
+    spec: BackboneSpec,
+    *,
+    workers: int,
+    batch_size: int = 16,
+    progress: Callable[[int, int], None] | None = None,
+) -> ExtractReport:
+    """Extract what the store lacks. A killed run leaves whole parts behind, and the next one continues from them.
+
+    Args:
+        workers: actors, one CPU each (and a share of a GPU where there is one).
+        batch_size: images a part: what a kill can cost an actor.
+        progress: called with (images done, images to do).
+
+    Raises:
+        ArtifactError: the store is damaged or cannot be written.
+    """
+    store = FeatureStore(home, key)
+    store.create()
+    there = store.rows()
+    pending = [r for r in requests if not there.issuperset(r.keys())]
+    if not pending:
+        return ExtractReport(len(requests), 0, ())
+    workers = max(1, min(workers, -(-len(pending) // batch_size)))
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    gpus = ray.cluster_resources().get("GPU", 0)
+    dataset = ray.data.from_items(
+        [asdict(r) for r in pending], override_num_blocks=-(-len(pending) // batch_size)
+    ).map_batches(
+        Extractor,
+        fn_constructor_args=(str(home), key, spec),
+        batch_size=batch_size,
+        compute=ActorPoolStrategy(size=workers),
+        num_cpus=1,
+        num_gpus=min(1.0, gpus / workers) if gpus else 0,
+    )
+    failed: list[tuple[str, str]] = []
+    done = 0
+    for batch in dataset.iter_batches(batch_size=None, batch_format="numpy"):
+        done += len(batch["uri"])
+        failed += [(str(u), str(e)) for u, e in zip(batch["uri"], batch["error"], strict=True) if e]
+        if progress is not None:
+            progress(done, len(pending))
+    return ExtractReport(len(requests) - len(pending), len(pending) - len(failed), tuple(failed))

@@ -1,0 +1,144 @@
+"""Labelled features in memory and the draws made from them: pure functions of (features, spec, number).
+
+Draw i is the same whatever was drawn before it, on any worker.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from hypdefect.errors import DataError
+from hypdefect.features import FeatureTable
+from hypdefect.types import Episode, EpisodeSpec, FeatureBatch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LabelledFeatures:
+    """Images of some classes with their features. Holds nothing but what it was built from: a support pool knows no query.
+
+    `image_ids`, `labels` and `groups` have one entry an image; `labels` are positions in the sorted `class_names`.
+    `table` may hold several copies (augmentations) of each image.
+    """
+
+    class_names: tuple[str, ...]
+    image_ids: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+    table: FeatureTable
+
+    def __post_init__(self) -> None:
+        order = np.lexsort((self.table.aug_index, self.table.image_ids))
+        table = self.table.select(order)
+        clean = np.flatnonzero(table.aug_index == 0)
+        by_id = np.argsort(self.image_ids)
+        if not np.array_equal(table.image_ids[clean], self.image_ids[by_id]):
+            raise DataError("the feature table does not hold one unaugmented row of each image")
+        for name in ("image_ids", "labels", "groups"):
+            object.__setattr__(self, name, getattr(self, name)[by_id])
+        object.__setattr__(self, "table", table)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def n_way(self) -> int:
+        return len(self.class_names)
+
+    def batch(self, positions: np.ndarray, *, copies: int = 0) -> FeatureBatch:
+        """Rows of the given images and of their first `copies` augmented copies."""
+        starts = np.searchsorted(self.table.image_ids, self.image_ids[positions], side="left")
+        stops = np.searchsorted(self.table.image_ids, self.image_ids[positions], side="right")
+        rows = np.concatenate([np.arange(a, min(b, a + 1 + copies)) for a, b in zip(starts, stops, strict=True)])
+        label_of = dict(zip(self.image_ids[positions].tolist(), self.labels[positions].tolist(), strict=True))
+        return self.table.batch(rows, label_of)
+
+    def with_table(self, table: FeatureTable) -> "LabelledFeatures":
+        return LabelledFeatures(
+            class_names=self.class_names,
+            image_ids=self.image_ids,
+            labels=self.labels,
+            groups=self.groups,
+            table=table,
+        )
+
+
+def _rng(seed: int, number: int, purpose: int) -> np.random.Generator:
+    return np.random.default_rng([seed, number, purpose])
+
+
+def draw_support(pool: LabelledFeatures, k_shot: int, seed: int, number: int) -> np.ndarray:
+    """Positions of K images of each class of the pool.
+
+    Raises:
+        DataError: a class has fewer than K images.
+    """
+    rng = _rng(seed, number, 0)
+    chosen = []
+    for label, name in enumerate(pool.class_names):
+        own = np.flatnonzero(pool.labels == label)
+        if len(own) < k_shot:
+            raise DataError(f"class {name!r} has {len(own)} images in the support pool, k_shot={k_shot} needs as many")
+        chosen.append(np.sort(rng.choice(own, k_shot, replace=False)))
+    return np.concatenate(chosen)
+
+
+def sample_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Positions of support and query images and the labels of the classes drawn.
+
+    With `spec.split == "grouped"` no group stands on both sides. `n_query=None` takes every image left of each class.
+
+    Raises:
+        DataError: a class is too small for K supports and one query (or one group of each).
+    """
+    rng = _rng(spec.seed, number, 1)
+    n_way = pool.n_way if spec.n_way is None else spec.n_way
+    if n_way > pool.n_way:
+        raise DataError(f"n_way={n_way} but only {pool.n_way} classes: {', '.join(pool.class_names)}")
+    classes = np.sort(rng.choice(pool.n_way, n_way, replace=False))
+    support, query = [], []
+    for label in classes:
+        own = np.flatnonzero(pool.labels == label)
+        candidates = own if spec.split == "random" else _support_side(pool, own, spec.k_shot, rng)
+        if len(candidates) < spec.k_shot + (spec.split == "random"):
+            raise DataError(
+                f"class {pool.class_names[label]!r} has {len(own)} images in {len(np.unique(pool.groups[own]))} groups: "
+                f"too few for k_shot={spec.k_shot} and a query ({spec.split} episodes)"
+            )
+        chosen = rng.choice(candidates, spec.k_shot, replace=False)
+        rest = np.setdiff1d(own, chosen if spec.split == "random" else candidates)
+        if spec.n_query is not None and len(rest) > spec.n_query:
+            rest = rng.choice(rest, spec.n_query, replace=False)
+        support.append(np.sort(chosen))
+        query.append(np.sort(rest))
+    return np.concatenate(support), np.concatenate(query), classes
+
+
+def _support_side(pool: LabelledFeatures, own: np.ndarray, k_shot: int, rng: np.random.Generator) -> np.ndarray:
+    """Whole groups of one class for the support side: about half of its images, at least K, one group left over."""
+    names, sizes = np.unique(pool.groups[own], return_counts=True)
+    order = rng.permutation(len(names))
+    enough = max(k_shot, (len(own) + 1) // 2)
+    taken: list[str] = []
+    count = 0
+    for i in order[:-1]:
+        if count >= enough:
+            break
+        taken.append(names[i])
+        count += int(sizes[i])
+    return own[np.isin(pool.groups[own], taken)] if taken else own[:0]
+
+
+def build_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int, *, copies: int = 0) -> Episode:
+    """Draw an episode and read its features; labels become positions in the episode's own class names."""
+    support, query, classes = sample_episode(pool, spec, number)
+
+    def relabel(batch: FeatureBatch) -> FeatureBatch:
+        position = {int(label): i for i, label in enumerate(classes)}
+        labels = batch.labels.clone().apply_(lambda label: position[int(label)])
+        return FeatureBatch(image_ids=batch.image_ids, views=batch.views, labels=labels, aug_index=batch.aug_index)
+
+    return Episode(
+        support=relabel(pool.batch(support, copies=copies)),
+        query=relabel(pool.batch(query)),
+        class_names=tuple(pool.class_names[i] for i in classes),
+    )

@@ -1,0 +1,489 @@
+"""HypDFS: hyperbolic defect feature synthesis for few-shot defect classification (CVPR 2026).
+
+| paper | here |
+| --- | --- |
+| f_w, f_c (whole and crop features) | `views["whole"]`, `views["crop"]`; their concatenation is f |
+| h = exp_0(f) (eq. 1) | `geometry.expmap0` |
+| prototypes, "sparse" | `Moments.proto_WPE`, farthest-point sampling |
+| P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | `geometry.WrappedNormal` |
+| ODE_mu, ODE_Sigma, RK (eq. 7) | `MomentODE`, `torchdiffeq.odeint(method="rk4")` |
+| W, f_out = SiLU(W f_in) + f_in (eq. 8) | `ResidualAdapter` |
+| L_s, m_d (eq. 9) | `HypDFS.spread_loss`, `margin` |
+| L_hdcl = L_ce + alpha L_s + beta L_cl (eq. 10) | `HypDFS.terms`, `alpha`, `beta` |
+| L_cl, tau (eq. 11) | `whole_crop_contrast`, `contrast_temperature` |
+
+Deviations:
+- The conformal factor has a minus sign and the volume term the exponent n-1 (`geometry`): the document's are slips.
+- W is low-rank by default (`adapter_rank=0`: full, as printed) and shared by the two views, which makes whole and
+  crop comparable in L_cl and keeps a fit under a second; the ODE's networks have one hidden layer of `ode_hidden`.
+- Real and synthetic features are stacked along the sample axis: along channels a query would lack its synthetic half.
+- A class centre is the midpoint of its adapted real points and of its adapted synthetic mean, so that what the ODE
+  learned about the mean reaches the queries; `learn_centers` adds an offset to it.
+- The whole support is one batch (at most K x N x views rows) instead of minibatches of 32.
+
+Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D features of one view, E = 2 D, Q queries.
+"""
+
+import copy
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torchdiffeq import odeint
+
+from hypdefect import geometry
+from hypdefect.config import digest
+from hypdefect.errors import ConfigError, DataError, NumericsError
+from hypdefect.types import VIEWS, Episode, FeatureBatch, LossTerms
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HypDFSConfig:
+    """Every ablation of the paper is one field."""
+
+    curvature: float = 0.05
+    """c >= 0, sectional curvature -c; 0 is the Euclidean twin."""
+    learn_curvature: bool = False
+    """Train c with the rest, starting from `curvature` (> 0)."""
+    feature_scale: float = 3.0
+    """Multiplies each unit-norm view before the exponential map."""
+    max_norm: float = 10.0
+    """Tangent vectors are clipped to this norm (feature clipping)."""
+    prototypes: int = 1
+    """P, prototypes a class from which features are synthesised; 1 is the class midpoint."""
+    center: Literal["einstein", "frechet"] = "einstein"
+    """Class centre: closed-form midpoint, or iterated Karcher mean."""
+    match_radius: bool = True
+    """Push each centre out to the mean radius of its points: a midpoint of K scattered points sinks towards the origin,
+    by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
+    learn_centers: bool = True
+    """Fit an offset to each class centre, per task."""
+    n_syn: int = 8
+    """Synthetic points a class and step."""
+    noise_scale: float = 1.0
+    """Multiplies the standard deviation of the wrapped normal."""
+    shrinkage: float = 0.5
+    """Share of the variance pooled over classes in each class's own (1: all pooled)."""
+    covariance: Literal["diagonal", "low_rank"] = "diagonal"
+    ode: Literal["fc", "sa", "none"] = "fc"
+    """Network of the neural ODE: fully connected, self-attention across classes, or plain moments."""
+    ode_steps: int = 2
+    """Runge-Kutta steps from 0 to 1; 0 is plain moments."""
+    ode_hidden: int = 32
+    adapter: Literal["none", "real", "real+synthetic"] = "real+synthetic"
+    adapter_rank: int = 32
+    """Rank of W; 0 is a full matrix."""
+    loss: Literal["euclidean", "hyperbolic", "hdcl"] = "hdcl"
+    """Cross-entropy on Euclidean distances, on hyperbolic ones, or with the synthesis and contrast terms."""
+    alpha: float = 0.1
+    """Weight of the synthesis term L_s."""
+    beta: float = 0.1
+    """Weight of the whole-to-crop contrast L_cl."""
+    margin: float = 1.0
+    """m_d: synthetic points stay this far from their prototype and from one another (hyperbolic length)."""
+    max_spread: float = 0.0
+    """Synthetic points stay within this multiple of the margin of their prototype; 0 leaves them free."""
+    temperature: float = 0.3
+    """tau of the cross-entropy."""
+    contrast_temperature: float = 0.3
+    """tau of the contrast (eq. 11)."""
+    contrast_same_class: bool = False
+    """Count other images of the same class as negatives in the contrast."""
+    steps: int = 60
+    """Optimisation steps of a task; 0 uses the starting weights as they are."""
+    lr: float = 1e-3
+    """AdamW, cosine schedule to 0."""
+    weight_decay: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        geometry.validate_curvature(self.curvature)
+        positive = ("feature_scale", "max_norm", "temperature", "contrast_temperature", "lr")
+        for name in positive:
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"method.{name} must be positive, got {getattr(self, name)}")
+        for name in ("noise_scale", "alpha", "beta", "margin", "max_spread", "weight_decay"):
+            if not getattr(self, name) >= 0:
+                raise ConfigError(f"method.{name} must not be negative, got {getattr(self, name)}")
+        for name, least in (("prototypes", 1), ("n_syn", 1), ("ode_steps", 0), ("ode_hidden", 1), ("steps", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"method.{name} must be at least {least}, got {getattr(self, name)}")
+        if self.adapter_rank < 0:
+            raise ConfigError(f"method.adapter_rank must not be negative, got {self.adapter_rank}")
+        if not 0 <= self.shrinkage <= 1:
+            raise ConfigError(f"method.shrinkage must lie in [0, 1], got {self.shrinkage}")
+        if self.learn_curvature and self.curvature == 0:
+            raise ConfigError("method.learn_curvature needs a curvature above 0 to start from")
+
+
+@dataclass(frozen=True, slots=True)
+class Moments:
+    """Prototypes of each class and the state (mean, log standard deviation) of the wrapped normal at each of them.
+
+    `factor` holds the low-rank part of the covariance, None for a diagonal one.
+    """
+
+    proto_WPE: Tensor
+    mu_WPE: Tensor
+    log_scale_WPE: Tensor
+    factor_WPER: Tensor | None
+
+
+class ResidualAdapter(nn.Module):
+    """f_out = SiLU(W f_in) + f_in (eq. 8), the identity at the start."""
+
+    def __init__(self, dim: int, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        inner = rank or dim
+        self.down = nn.Parameter(torch.randn(inner, dim, generator=generator) / dim**0.5) if rank else None
+        self.up = nn.Parameter(torch.zeros(dim, inner))
+
+    def forward(self, f: Float[Tensor, "*R D"]) -> Float[Tensor, "*R D"]:
+        return f + F.silu((f if self.down is None else f @ self.down.T) @ self.up.T)
+
+
+class MomentODE(nn.Module):
+    """d(mu, log sigma)/dt = net([mu, log sigma, t]) (eq. 7). The last layer starts at zero: training starts from the moments.
+
+    "fc" treats every prototype on its own; "sa" lets the classes attend to one another and does not depend on their order.
+    """
+
+    def __init__(self, dim: int, hidden: int, kind: Literal["fc", "sa"], generator: torch.Generator) -> None:
+        super().__init__()
+        self.enter = nn.Linear(2 * dim + 1, hidden)
+        self.attend = nn.Linear(hidden, 3 * hidden) if kind == "sa" else None
+        self.leave = nn.Linear(hidden, 2 * dim)
+        with torch.no_grad():
+            for layer in (self.enter, self.attend):
+                if layer is not None:
+                    layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator) / layer.in_features**0.5)
+                    layer.bias.zero_()
+            self.leave.weight.zero_()
+            self.leave.bias.zero_()
+
+    def forward(self, t: Tensor, state: Float[Tensor, "T E2"]) -> Float[Tensor, "T E2"]:
+        x = F.silu(self.enter(torch.cat([state, t.to(state).expand(len(state), 1)], 1)))
+        if self.attend is not None:
+            q, k, v = self.attend(x).chunk(3, dim=1)
+            x = x + F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+        return self.leave(x)
+
+
+class Core(nn.Module):
+    """What is meta-trained and then fitted per task: adapter, ODE and, if asked, the curvature."""
+
+    def __init__(self, config: HypDFSConfig, dim: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(config.seed)
+        wants_ode = config.ode != "none" and config.ode_steps > 0
+        self.adapter = None if config.adapter == "none" else ResidualAdapter(dim, config.adapter_rank, generator)
+        self.ode = MomentODE(2 * dim, config.ode_hidden, config.ode, generator) if wants_ode else None  # type: ignore[arg-type]
+        self.log_c = nn.Parameter(torch.tensor(config.curvature).log()) if config.learn_curvature else None
+
+
+class HypDFS(nn.Module):
+    """Few-shot classifier: prototypes, synthesis, adapter and loss in the Poincare ball.
+
+    `core` holds the starting weights (zero-effect initialisation, or meta-trained ones); `adapt` fits a copy of it.
+    """
+
+    def __init__(self, config: HypDFSConfig, dim: int) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        self.core = Core(config, dim)
+        self.fitted: Core | None = None
+        self.register_buffer("centers_WE", torch.zeros(0, 2 * dim))
+        self.last_loss: LossTerms | None = None
+
+    # -- the FewShotClassifier protocol ------------------------------------------------------------------------------
+
+    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+        """Fit to a support set from the starting weights (a second call starts afresh).
+
+        Raises:
+            DataError: a class without support rows. NumericsError: the loss or the ODE left the finite numbers.
+        """
+        counts = torch.bincount(support.labels, minlength=n_way)
+        if len(counts) != n_way or (counts == 0).any():
+            raise DataError(
+                f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1"
+            )
+        config, device = self.config, support.labels.device
+        generator = torch.Generator().manual_seed(config.seed)
+        core = copy.deepcopy(self.core).to(device)
+        offset = torch.zeros(n_way, 2 * self.dim, device=device, requires_grad=config.learn_centers)
+        tangents = self.tangents(support)
+        parameters = [p for p in core.parameters() if p.requires_grad] + ([offset] if config.learn_centers else [])
+        if config.steps and parameters:
+            optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
+            moments = None if config.learn_curvature else self.moments(core, tangents, support.labels, n_way)
+            for step in range(config.steps):
+                terms = self.terms(core, tangents, support.labels, n_way, offset, generator, moments)
+                if not torch.isfinite(terms.total):
+                    raise NumericsError(
+                        f"loss at step {step} is {terms.parts}; config {digest(config)[:12]}, curvature {config.curvature}"
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                terms.total.backward()
+                optimizer.step()
+                schedule.step()
+                self.last_loss = terms
+        with torch.no_grad():
+            moments = self.moments(core, tangents, support.labels, n_way)
+            h = self.to_ball(core, self.adapted(core, tangents))
+            self.centers_WE = self.centers(core, h, support.labels, n_way, self.evolve(core, moments), offset).detach()
+        self.fitted = core.requires_grad_(False)
+
+    @torch.no_grad()
+    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+        """-d(h, centre)/tau in float64 (the rule the loss trains).
+
+        Raises:
+            RuntimeError: called before `adapt`.
+        """
+        if self.fitted is None:
+            raise RuntimeError("HypDFS.logits needs adapt() first")
+        h = self.to_ball(self.fitted, self.adapted(self.fitted, self.tangents(query)).double())
+        return (
+            -geometry.pairwise_dist(h, self.centers_WE.double(), self.scoring_c(self.fitted)) / self.config.temperature
+        )
+
+    def export(self) -> dict[str, Tensor]:
+        """Every tensor a fitted classifier needs, for `restore`."""
+        if self.fitted is None:
+            raise RuntimeError("HypDFS.export needs adapt() first")
+        state = {f"core.{name}": value.detach().cpu() for name, value in self.fitted.state_dict().items()}
+        return state | {"centers": self.centers_WE.cpu()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Become the classifier that `export` described."""
+        core = copy.deepcopy(self.core)
+        core.load_state_dict({k.removeprefix("core."): v for k, v in tensors.items() if k.startswith("core.")})
+        self.fitted = core.requires_grad_(False)
+        self.centers_WE = tensors["centers"]
+
+    # -- meta-training -----------------------------------------------------------------------------------------------
+
+    def loss(self, batch: Episode, generator: torch.Generator) -> LossTerms:
+        """Cross-entropy of an episode's queries against centres made from its support, plus the support's own terms."""
+        n_way = len(batch.class_names)
+        tangents = self.tangents(batch.support)
+        offset = torch.zeros(n_way, 2 * self.dim, device=batch.support.labels.device)
+        queries = self.adapted(self.core, self.tangents(batch.query))
+        return self.terms(
+            self.core, tangents, batch.support.labels, n_way, offset, generator, None, (queries, batch.query.labels)
+        )
+
+    def forward(self, episodes: list[Episode], generator: torch.Generator) -> Tensor:
+        """Mean loss of some episodes: what distributed training differentiates."""
+        return torch.stack([self.loss(episode, generator).total for episode in episodes]).mean()
+
+    # -- the parts ---------------------------------------------------------------------------------------------------
+
+    def c(self, core: Core) -> float | Tensor:
+        """Curvature magnitude in use."""
+        return self.config.curvature if core.log_c is None else core.log_c.exp()
+
+    def scoring_c(self, core: Core) -> float | Tensor:
+        """The classification geometry: c, or 0 where the loss is the Euclidean ablation."""
+        return 0.0 if self.config.loss == "euclidean" else self.c(core)
+
+    def tangents(self, batch: FeatureBatch) -> Float[Tensor, "R V D"]:
+        """Scaled and clipped features of both views."""
+        stacked = torch.stack([batch.views[view] for view in VIEWS], dim=1)
+        return geometry.clip_norm(stacked * self.config.feature_scale, self.config.max_norm)
+
+    def adapted(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V D"]:
+        return tangents if core.adapter is None else core.adapter(tangents)
+
+    def to_ball(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R E"]:
+        return geometry.expmap0(tangents.flatten(-2), self.scoring_c(core))
+
+    def moments(self, core: Core, tangents: Float[Tensor, "R V D"], labels: Int[Tensor, "R"], n_way: int) -> Moments:
+        """Prototypes and shrunken empirical moments of the coordinates around them (section 1, items 2 and 3)."""
+        config, c = self.config, self.c(core)
+        h = geometry.expmap0(tangents.flatten(1), c)
+        protos = []
+        for way in range(n_way):
+            own = h[labels == way]
+            if config.prototypes == 1 or len(own) == 1:
+                protos.append(geometry.einstein_midpoint(own, c)[None].expand(config.prototypes, -1))
+            else:
+                chosen = geometry.farthest_point_sample(own.detach(), min(config.prototypes, len(own)), c)
+                protos.append(own[chosen][torch.arange(config.prototypes, device=h.device) % len(chosen)])
+        proto = torch.stack(protos)
+        share = F.one_hot(labels, n_way).T.to(h)  # W R
+        if config.prototypes > 1:  # a row belongs to the nearest prototype of its class
+            distance = geometry.pairwise_dist(h, proto.flatten(0, 1), c).unflatten(1, (n_way, config.prototypes))
+            nearest = F.one_hot(distance.argmin(2), config.prototypes).to(h)  # R W P
+            member = (share.T[:, :, None] * nearest).flatten(1)  # R WP
+        else:
+            member = share.T
+        count = member.sum(0).clamp_min(1)  # WP
+        flat = proto.flatten(0, 1)
+        own_proto = member.argmax(1)  # R
+        v = geometry.coords(flat[own_proto], h, c)  # R E
+        mu = (member.T @ v) / count[:, None]
+        centred = v - mu[own_proto]
+        variance = (member.T @ centred.square()) / (count[:, None] - 1).clamp_min(1)
+        degrees = (count - 1).sum().clamp_min(1)
+        pooled = centred.square().sum(0) / degrees
+        floor = 1e-4 * config.feature_scale**2 / v.shape[1]
+        weight = torch.where(count > 1, 1 - config.shrinkage, 0.0)[:, None]
+        variance = (weight * variance + (1 - weight) * pooled).clamp_min(floor)
+        shape = (n_way, config.prototypes, -1)
+        factor = None
+        if config.covariance == "low_rank":
+            largest = int(count.max())
+            columns = torch.zeros(len(flat), largest, v.shape[1], dtype=v.dtype, device=v.device)
+            for i in range(len(flat)):
+                rows = centred[own_proto == i] / max(len(centred[own_proto == i]) - 1, 1) ** 0.5
+                columns[i, : len(rows)] = rows * (1 - config.shrinkage) ** 0.5
+            factor = config.noise_scale * columns.transpose(1, 2).unflatten(0, (n_way, config.prototypes))
+            variance = (config.shrinkage * variance).clamp_min(floor)
+        log_scale = 0.5 * variance.log()
+        return Moments(proto, mu.view(shape), log_scale.view(shape), factor)
+
+    def evolve(self, core: Core, moments: Moments) -> Moments:
+        """Moments carried from t = 0 to 1 by the neural ODE with fixed-step RK4 (eq. 7).
+
+        Raises:
+            NumericsError: the solver failed.
+        """
+        if core.ode is None:
+            return moments
+        scale = self.config.feature_scale  # the network sees coordinates of order one
+        start = torch.cat([moments.mu_WPE / scale, moments.log_scale_WPE], -1).flatten(0, 1)
+        times = torch.tensor([0.0, 1.0], dtype=start.dtype, device=start.device)
+        options = {"step_size": 1 / self.config.ode_steps}
+        try:
+            end = odeint(core.ode, start, times, method="rk4", options=options)[-1]
+        except (AssertionError, RuntimeError) as error:
+            raise NumericsError(f"the neural ODE failed (rk4, {options}): {error}") from error
+        mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
+        return Moments(moments.proto_WPE, mu * scale, log_scale, moments.factor_WPER)
+
+    def synthesize(self, core: Core, moments: Moments, generator: torch.Generator) -> Float[Tensor, "W S E"]:
+        """Reparameterised draws, `n_syn` a class, spread evenly over its prototypes (eq. 4)."""
+        config = self.config
+        n_way, n_proto, width = moments.mu_WPE.shape
+        of = torch.arange(config.n_syn, device=moments.mu_WPE.device) % n_proto
+        eps = torch.randn(n_way, config.n_syn, width, generator=generator).to(moments.mu_WPE)
+        factor = None if moments.factor_WPER is None else moments.factor_WPER[:, of]
+        normal = geometry.WrappedNormal(
+            h=moments.proto_WPE[:, of],
+            mu=moments.mu_WPE[:, of],
+            log_scale=moments.log_scale_WPE[:, of] + torch.tensor(config.noise_scale).clamp_min(1e-6).log().item(),
+            factor=factor,
+            c=self.c(core),
+        )
+        if factor is None:
+            return normal.rsample(eps)
+        eps_factor = torch.randn(n_way, config.n_syn, factor.shape[-1], generator=generator).to(eps)
+        return normal.rsample(eps, eps_factor)
+
+    def centers(
+        self,
+        core: Core,
+        h: Float[Tensor, "R E"],
+        labels: Int[Tensor, "R"],
+        n_way: int,
+        evolved: Moments,
+        offset: Float[Tensor, "W E"],
+    ) -> Float[Tensor, "W E"]:
+        """Class centres: midpoint of the adapted real points and the adapted synthetic means, moved by the offset."""
+        c = self.scoring_c(core)
+        points, weights = h, F.one_hot(labels, n_way).T.to(h)  # W R
+        weights = weights / weights.sum(1, keepdim=True)
+        if self.config.adapter == "real+synthetic":
+            mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
+            tangent = geometry.logmap0(mean, self.c(core)).unflatten(1, (2, self.dim))
+            points = torch.cat([h, self.to_ball(core, self.adapted(core, tangent))])
+            n_proto = evolved.mu_WPE.shape[1]
+            own = torch.eye(n_way, device=h.device, dtype=h.dtype).repeat_interleave(n_proto, 1) / n_proto
+            weights = torch.cat([weights, own], 1)
+        if self.config.center == "frechet":
+            middle = geometry.frechet_mean(points.expand(n_way, -1, -1), c, weights)
+        else:
+            middle = geometry.weighted_midpoints(points, c, weights)
+        tangent = geometry.logmap0(middle, c)
+        if self.config.match_radius:
+            radius = weights @ geometry.logmap0(points, c).norm(dim=1) / weights.sum(1)
+            tangent = F.normalize(tangent, dim=1) * radius[:, None]
+        return geometry.expmap0(tangent + offset, c)
+
+    def terms(
+        self,
+        core: Core,
+        tangents: Float[Tensor, "R V D"],
+        labels: Int[Tensor, "R"],
+        n_way: int,
+        offset: Float[Tensor, "W E"],
+        generator: torch.Generator,
+        moments: Moments | None = None,
+        queries: tuple[Tensor, Tensor] | None = None,
+    ) -> LossTerms:
+        """L = L_ce + alpha L_s + beta L_cl (eq. 10). With `queries`, their cross-entropy replaces the support's own."""
+        config, c = self.config, self.scoring_c(core)
+        if moments is None:
+            moments = self.moments(core, tangents, labels, n_way)
+        moments = self.evolve(core, moments)
+        adapted = self.adapted(core, tangents)
+        h = self.to_ball(core, adapted)
+        centers = self.centers(core, h, labels, n_way, moments, offset)
+        points, targets = (h, labels) if queries is None else (self.to_ball(core, queries[0]), queries[1])
+        wants_synthesis = config.adapter == "real+synthetic"
+        spread = torch.zeros((), device=h.device)
+        if wants_synthesis:
+            z = self.synthesize(core, moments, generator)
+            synthetic = geometry.logmap0(z, self.c(core)).unflatten(-1, (2, self.dim))  # f_sd
+            points = torch.cat([points, self.to_ball(core, self.adapted(core, synthetic)).flatten(0, 1)])
+            ways = torch.arange(n_way, device=h.device).repeat_interleave(config.n_syn)
+            targets = torch.cat([targets, ways])
+            if config.loss == "hdcl" and config.alpha:
+                spread = self.spread_loss(core, z, moments)
+        cross_entropy = F.cross_entropy(-geometry.pairwise_dist(points, centers, c) / config.temperature, targets)
+        contrast = torch.zeros((), device=h.device)
+        if config.loss == "hdcl" and config.beta:
+            whole, crop = (geometry.expmap0(adapted[:, view], self.c(core)) for view in range(2))
+            keep_same = config.contrast_same_class
+            contrast = whole_crop_contrast(whole, crop, labels, self.c(core), config.contrast_temperature, keep_same)
+        total = cross_entropy + config.alpha * spread + config.beta * contrast
+        parts = {"ce": cross_entropy, "synthesis": spread, "contrast": contrast, "total": total}
+        return LossTerms(total, {name: float(value.detach()) for name, value in parts.items()})
+
+    def spread_loss(self, core: Core, z: Float[Tensor, "W S E"], moments: Moments) -> Tensor:
+        """L_s (eq. 9): hinges that keep synthetic points off their prototype and off one another, and not too far out."""
+        config, c = self.config, self.c(core)
+        n_proto = moments.mu_WPE.shape[1]
+        proto = moments.proto_WPE[:, torch.arange(z.shape[1], device=z.device) % n_proto]
+        to_proto = geometry.dist(z, proto, c)
+        loss = F.relu(config.margin - to_proto).mean()
+        if z.shape[1] > 1:
+            rows, columns = torch.triu_indices(z.shape[1], z.shape[1], 1, device=z.device)
+            loss = loss + F.relu(config.margin - geometry.pairwise_dist(z, z, c)[:, rows, columns]).mean()
+        if config.max_spread:
+            loss = loss + F.relu(to_proto - config.max_spread * config.margin).mean()
+        return loss
+
+
+def whole_crop_contrast(
+    whole: Float[Tensor, "R D"],
+    crop: Float[Tensor, "R D"],
+    labels: Int[Tensor, "R"],
+    c: float | Tensor,
+    temperature: float,
+    same_class_negatives: bool = False,
+) -> Float[Tensor, ""]:
+    """L_cl (eq. 11): InfoNCE between the whole image and its own crop, logits -d/tau, both directions."""
+    logits = -geometry.pairwise_dist(whole, crop, c) / temperature
+    if not same_class_negatives:
+        same = labels[:, None] == labels[None, :]
+        same = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        logits = logits.masked_fill(same, float("-inf"))
+    target = torch.arange(len(labels), device=labels.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2

@@ -1,0 +1,142 @@
+"""The rules of layout, read from the syntax trees: nothing here imports what it checks."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("hypdefect", "tune_spaces", "jobs", "serve", "cluster", "tests")
+FILES = sorted(path.relative_to(ROOT) for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+RAY_ALLOWED = ("hypdefect/distributed/", "jobs/", "serve/", "cluster/", "tests/")
+
+# A module imports from its own layer and those above this line of it, never from a later one.
+LAYERS = (
+    {"errors", "types", "config"},
+    {"geometry", "metrics"},
+    {
+        "datasets",
+        "images",
+        "torchvision_ops",
+        "backbones",
+        "views",
+        "features",
+        "synthesis",
+        "episodes",
+        "memory_bank",
+        "task",
+    },
+    {"methods"},
+    {"training", "evaluation", "artifacts", "registry", "predictor"},
+    {"distributed"},
+)
+LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
+DESERIALISERS = {"pickle", "cloudpickle", "dill", "joblib"}
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse((ROOT / path).read_text(), filename=str(path))
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import at any depth; `from a import b` gives `a.b`, so that submodules are seen."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = path.parts[: -node.level] if node.level else ()
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+
+
+def test_files_were_found() -> None:
+    assert Path("hypdefect/errors.py") in FILES
+    assert Path("tests/test_architecture.py") in FILES
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_ray_stays_at_the_edge(path: Path) -> None:
+    if not str(path).startswith(RAY_ALLOWED):
+        wrong = [f"{path}:{line}" for line, name in imports(path) if name.split(".")[0] == "ray"]
+        assert not wrong, f"ray is imported outside {RAY_ALLOWED}: {wrong}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "hypdefect"], ids=str)
+def test_the_library_imports_downwards_only(path: Path) -> None:
+    own = path.parts[1].removesuffix(".py")
+    if own == "__init__":
+        own = "errors"  # `import hypdefect` must stay as light as the lowest layer
+    assert own in LAYER, f"{path}: name the layer of {own!r} in LAYERS, tests/test_architecture.py"
+    for line, name in imports(path):
+        top, _, rest = name.partition(".")
+        assert top not in {"tune_spaces", "jobs", "serve", "cluster", "tests"}, f"{path}:{line} imports {name}"
+        target = rest.split(".")[0]
+        if top == "hypdefect" and target in LAYER:
+            assert LAYER[target] <= LAYER[own], f"{path}:{line}: {own} (layer {LAYER[own]}) imports {name}"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parts[0] == "tune_spaces"], ids=str)
+def test_search_spaces_hold_no_training_code(path: Path) -> None:
+    heavy = {"torch", "ray", "jobs", "serve", "cluster"}
+    wrong = [f"{path}:{line} imports {name}" for line, name in imports(path) if name.split(".")[0] in heavy]
+    assert not wrong, wrong
+
+
+def test_no_file_is_named_after_nothing() -> None:
+    vague = re.compile(r"^(utils?|helpers?|common|misc|tools|stuff|.*_utils?|.*_helpers?|.*_v\d+)(\.py)?$")
+    wrong = [str(path) for path in FILES if any(vague.match(part) for part in path.parts)]
+    assert not wrong, f"name these after the thing they hold: {wrong}"
+
+
+def unsafe_loads(source: ast.Module) -> Iterator[str]:
+    """Calls that run code from a file: pickle and its kin, torch.load without a literal weights_only=True, ..."""
+    aliases: dict[str, str] = {}
+    for node in ast.walk(source):
+        if isinstance(node, ast.Import):
+            aliases |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            aliases |= {alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names}
+    for node in ast.walk(source):
+        if not isinstance(node, ast.Call):
+            continue
+        first, _, rest = ast.unparse(node.func).partition(".")
+        name = ".".join(filter(None, (aliases.get(first, first), rest)))
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        module, _, function = name.rpartition(".")
+        if (
+            (module in DESERIALISERS and function in {"load", "loads", "Unpickler"})
+            or (name == "torch.load" and keywords.get("weights_only") != "True")
+            or (name == "numpy.load" and keywords.get("allow_pickle", "False") != "False")
+            or (name == "pandas.read_pickle")
+            or (name in {"yaml.load", "yaml.unsafe_load", "yaml.full_load"})
+        ):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_nothing_loads_code_from_a_file(path: Path) -> None:
+    assert list(unsafe_loads(tree(path))) == [], f"{path}: use safetensors, JSON or torch.load(..., weights_only=True)"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle\npickle.load(f)",
+        "from pickle import loads as read\nread(b)",
+        "import joblib as j\nj.load(f)",
+        "import torch\ntorch.load(f)",
+        "import torch\ntorch.load(f, weights_only=False)",
+        "from torch import load\nload(f, weights_only=flag)",
+        "import numpy as np\nnp.load(f, allow_pickle=True)",
+        "import yaml\nyaml.load(f, yaml.Loader)",
+    ],
+)
+def test_the_check_sees_unsafe_loads(source: str) -> None:
+    assert len(list(unsafe_loads(ast.parse(source)))) == 1
+
+
+def test_the_check_allows_safe_loads() -> None:
+    source = "import torch, json, numpy as np\ntorch.load(f, weights_only=True)\njson.load(f)\nnp.load(f)"
+    assert list(unsafe_loads(ast.parse(source))) == []
