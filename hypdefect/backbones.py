@@ -5,6 +5,7 @@ Adding a backbone is one `BackboneSpec` line in `BACKBONES`.
 
 import hashlib
 import importlib.util
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -165,7 +166,7 @@ def fold_batch_norms(net: nn.Module) -> None:
     """Fold each evaluation batch norm into the convolution before it: about a third less time, equal to 1e-4."""
     for parent in net.modules():
         children = list(parent.named_children())
-        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
+        for (conv_name, conv), (norm_name, norm) in itertools.pairwise(children):
             if not isinstance(conv, nn.Conv2d) or not isinstance(norm, BatchNormAct2d):
                 continue
             plain = nn.BatchNorm2d(norm.num_features, eps=norm.eps)

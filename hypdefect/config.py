@@ -8,6 +8,7 @@ import os
 import sys
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union
 
@@ -71,6 +72,8 @@ def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config") -
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:
+    if hint is Any:
+        return value
     origin = typing.get_origin(hint)
     if origin is typing.Annotated:
         return _convert(typing.get_args(hint)[0], value, where)
@@ -185,7 +188,7 @@ def parse_job(cls: type[T], argv: list[str] | None = None, description: str | No
         ("job", typing.Annotated[cls, flat], dataclasses.field(default=default)),
         ("options", typing.Annotated[JobOptions, flat], dataclasses.field(default=JobOptions())),
     ]
-    command = tyro.cli(dataclasses.make_dataclass("Command", fields), args=args, description=description)
+    command: Any = tyro.cli(dataclasses.make_dataclass("Command", fields), args=args, description=description)
     if command.options.dry_run:
         print(yaml.safe_dump(to_mapping(command.job), sort_keys=False), end="")
         raise SystemExit(0)
@@ -201,7 +204,7 @@ def _default(cls: type[T], args: list[str]) -> T:
     return cls()
 
 
-def run_job(main: typing.Callable[[], None]) -> None:
+def run_job(main: Callable[[], None]) -> None:
     """Run a job's main: errors made by the user end in one line on stderr and exit status 1, not in a traceback."""
     from hypdefect.errors import HypdefectError
 

@@ -14,7 +14,7 @@ from hypdefect.types import Episode, EpisodeSpec, FeatureBatch
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LabelledFeatures:
-    """Images of some classes with their features. Holds nothing but what it was built from: a support pool knows no query.
+    """Images of some classes with their features, and nothing else: a support pool knows no query.
 
     `image_ids`, `labels` and `groups` have one entry an image; `labels` are positions in the sorted `class_names`.
     `table` may hold several copies (augmentations) of each image.
@@ -101,8 +101,9 @@ def sample_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int) -> tu
         candidates = own if spec.split == "random" else _support_side(pool, own, spec.k_shot, rng)
         if len(candidates) < spec.k_shot + (spec.split == "random"):
             raise DataError(
-                f"class {pool.class_names[label]!r} has {len(own)} images in {len(np.unique(pool.groups[own]))} groups: "
-                f"too few for k_shot={spec.k_shot} and a query ({spec.split} episodes)"
+                f"class {pool.class_names[label]!r} has {len(own)} images in "
+                f"{len(np.unique(pool.groups[own]))} groups: too few for k_shot={spec.k_shot} and a query "
+                f"({spec.split} episodes)"
             )
         chosen = rng.choice(candidates, spec.k_shot, replace=False)
         rest = np.setdiff1d(own, chosen if spec.split == "random" else candidates)

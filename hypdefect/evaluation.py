@@ -1,4 +1,4 @@
-"""Scoring of few-shot configurations: validation episodes inside the support pool, and draws on the reported queries."""
+"""Scoring of few-shot configurations: validation episodes in the support pool, and draws on the reported queries."""
 
 import time
 from collections.abc import Iterator
@@ -27,6 +27,8 @@ class RunConfig:
     transform: TransformConfig = TransformConfig()
     support_copies: int = 2
     """Augmented copies of each support image that are used."""
+    pretrained: bool = True
+    """Start from meta-trained weights where a job was given some; without, from scratch."""
 
     def __post_init__(self) -> None:
         config = get_method(self.name).config
@@ -38,7 +40,7 @@ class RunConfig:
     def classifier(self, dim: int, start: dict[str, torch.Tensor] | None = None) -> Classifier:
         """A fresh classifier, from meta-trained starting weights where given."""
         classifier = build(self.name, self.method, dim)
-        if start is not None:
+        if start is not None and self.pretrained:
             if not isinstance(classifier, nn.Module):
                 raise ConfigError(f"method {self.name!r} has no weights to start from; drop --init")
             try:

@@ -73,7 +73,7 @@ class ImageRequest:
     mask_id: str
     copies: int
 
-    def keys(self) -> list[RowKey]:
+    def row_keys(self) -> list[RowKey]:
         return [RowKey(self.image_id, self.mask_id, copy) for copy in range(self.copies + 1)]
 
 
@@ -225,7 +225,8 @@ class FeatureStore:
             table = pq.read_table(part, columns=columns)
         except (pa.ArrowInvalid, OSError) as error:
             raise ArtifactError(
-                f"{part} is damaged ({error}). Delete this file and run the extraction again: only its rows are recomputed"
+                f"{part} is damaged ({error}). Delete this file and run the extraction again: "
+                "only its rows are recomputed"
             ) from error
         if (table.schema.metadata or {}).get(b"hypdefect.feature_key") != self.key.digest.encode():
             raise ArtifactError(f"{part} does not belong to this store; remove it")
@@ -237,7 +238,7 @@ class TransformConfig:
     """How stored features become method inputs."""
 
     whitening: float | None = 3.0
-    """Multiple of the mean variance added to the normals' covariance before whitening (larger whitens less); None centres only."""
+    """Multiple of the mean variance added to the normals' covariance before whitening; None centres only."""
     max_normals: int = 1000
     """Normal images used to fit it."""
 

@@ -60,12 +60,15 @@ def _curvature(c: Curvature, x: Tensor) -> Curvature:
 
 def _even(t2: Tensor, series: tuple[float, ...], closed: Callable[[Tensor], Tensor]) -> Tensor:
     """An even function of t, given t^2: its Taylor series near 0, where the closed form loses its derivative."""
-    small = t2 < 1e-2
-    p = torch.where(small, t2, 0.0)
-    out = torch.full_like(p, series[-1])
-    for a in reversed(series[:-1]):
+    large = t2 >= 1e-2
+    terms = series if t2.dtype == torch.float64 else series[:5]  # the fifth is below float32 there
+    p = t2.masked_fill(large, 0.0)
+    out = p * terms[-1] + terms[-2]
+    for a in reversed(terms[:-2]):
         out = out * p + a
-    return torch.where(small, out, closed(torch.where(small, 1.0, t2).sqrt()))
+    if not large.any():
+        return out
+    return torch.where(large, closed(t2.masked_fill(~large, 1.0).sqrt()), out)
 
 
 def _asinhc(t2: Tensor) -> Tensor:
@@ -86,8 +89,8 @@ def _sq(x: Tensor) -> Tensor:
 
 def _sqrt(q: Tensor) -> Tensor:
     """Square root with gradient 0, to any order, where q <= 0 (or would be subnormal)."""
-    positive = q > torch.finfo(q.dtype).tiny
-    return torch.where(positive, torch.where(positive, q, 1.0).sqrt(), 0.0)
+    zero = q <= torch.finfo(q.dtype).tiny
+    return q.masked_fill(zero, 1.0).sqrt().masked_fill(zero, 0.0)
 
 
 def _gap(x: Tensor, c: Curvature) -> Tensor:
@@ -113,7 +116,7 @@ def project(x: Float[Tensor, "*batch d"], c: Curvature) -> Float[Tensor, "*batch
     radius = 1 - (4e-3 if x.dtype == torch.float32 else 1e-5)
     t2 = _curvature(c, x) * _sq(x)
     outside = t2 > radius**2
-    return x * torch.where(outside, radius / torch.where(outside, t2, 1.0).sqrt(), 1.0)
+    return x * torch.where(outside, radius / t2.masked_fill(~outside, radius**2).sqrt(), 1.0) if outside.any() else x
 
 
 def clip_norm(v: Float[Tensor, "*batch d"], max_norm: float) -> Float[Tensor, "*batch d"]:

@@ -64,7 +64,9 @@ class TaskConfig:
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if 0 < self.pool_per_class <= self.k_shot:
-            raise ConfigError(f"pool_per_class={self.pool_per_class} leaves no validation query beside k_shot={self.k_shot}")
+            raise ConfigError(
+                f"pool_per_class={self.pool_per_class} leaves no validation query beside k_shot={self.k_shot}"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ class TaskPlan:
         """Every image once: support candidates with their copies, queries and normals without."""
         copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0)
         copies |= dict.fromkeys(self.pool_ids, self.config.copies)
-        return [r for r in image_requests(self.manifest, copies, self.uses_mask)]
+        return image_requests(self.manifest, copies, self.uses_mask)
 
     def provenance(self) -> dict[str, object]:
         return {
@@ -136,9 +138,7 @@ class FewShotTask:
         return FeatureTransform.fit(self.normals, self.block_dims, config)
 
 
-def ingested(
-    name: str, root: Path | None, home: Path, progress: Callable[[int, int], None] | None = None
-) -> Ingested:
+def ingested(name: str, root: Path | None, home: Path, progress: Callable[[int, int], None] | None = None) -> Ingested:
     """The manifest of an image set: the stored one where no file was added, removed or touched, else a new one.
 
     Raises:
@@ -229,7 +229,7 @@ def load_task(plan: TaskPlan, home: Path) -> FewShotTask:
     """
     store = FeatureStore(home, plan.key)
     requests = {r.image_id: r for r in plan.requests()}
-    table = store.load([key for r in requests.values() for key in r.keys()])
+    table = store.load([key for r in requests.values() for key in r.row_keys()])
     columns = (plan.manifest[c].to_pylist() for c in ("image_id", "defect", "group_id"))
     about = {i: (defect, group or i) for i, defect, group in zip(*columns, strict=True)}
 

@@ -19,8 +19,10 @@ _SETTINGS = {
 
 
 @contextmanager
-def connected(num_cpus: int | None = None) -> Iterator[None]:
+def connected(num_cpus: int | None = None) -> Iterator[str]:
     """Join the cluster of `RAY_ADDRESS` (a submitted job has it set), else run a private one for the block's duration.
+
+    Gives the address of the dashboard, "" where there is none.
 
     Raises:
         HypdefectError: the named cluster does not answer.
@@ -30,14 +32,14 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     import ray  # after the settings: Ray reads them once
 
     if ray.is_initialized():
-        yield
+        yield ""
         return
     named = os.environ.get("RAY_ADDRESS")
     try:
         if named:
-            ray.init(address=named, log_to_driver=False, logging_level=logging.WARNING)
+            context = ray.init(address=named, log_to_driver=False, logging_level=logging.WARNING)
         else:
-            ray.init(
+            context = ray.init(
                 address="local",
                 num_cpus=num_cpus or os.cpu_count(),
                 include_dashboard=False,
@@ -49,7 +51,7 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
             f"no Ray cluster answers at RAY_ADDRESS={named}: {error}. Unset RAY_ADDRESS to run on this machine alone"
         ) from error
     try:
-        yield
+        yield f"http://{context.dashboard_url}" if context.dashboard_url else ""
     finally:
         ray.shutdown()
 

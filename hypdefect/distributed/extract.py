@@ -56,7 +56,7 @@ class Extractor:
                 errors.append(str(error))
                 continue
             errors.append("")
-            keys.extend(request.keys())
+            keys.extend(request.row_keys())
             for view in VIEWS:
                 rows[view].append(views[view])
         if keys:
@@ -103,7 +103,7 @@ def extract(
     store = FeatureStore(home, key)
     store.create()
     there = store.rows()
-    pending = [r for r in requests if not there.issuperset(r.keys())]
+    pending = [r for r in requests if not there.issuperset(r.row_keys())]
     if not pending:
         return ExtractReport(len(requests), 0, ())
     workers = max(1, min(workers, -(-len(pending) // batch_size)))

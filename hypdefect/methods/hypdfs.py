@@ -5,7 +5,7 @@
 | f_w, f_c (whole and crop features) | `views["whole"]`, `views["crop"]`; their concatenation is f |
 | h = exp_0(f) (eq. 1) | `geometry.expmap0` |
 | prototypes, "sparse" | `Moments.proto_WPE`, farthest-point sampling |
-| P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | `geometry.WrappedNormal` |
+| P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | `geometry.WrappedNormal`; its `rsample`, in `synthesize` |
 | ODE_mu, ODE_Sigma, RK (eq. 7) | `MomentODE`, `torchdiffeq.odeint(method="rk4")` |
 | W, f_out = SiLU(W f_in) + f_in (eq. 8) | `ResidualAdapter` |
 | L_s, m_d (eq. 9) | `HypDFS.spread_loss`, `margin` |
@@ -57,8 +57,8 @@ class HypDFSConfig:
     center: Literal["einstein", "frechet"] = "einstein"
     """Class centre: closed-form midpoint, or iterated Karcher mean."""
     match_radius: bool = True
-    """Push each centre out to the mean radius of its points: a midpoint of K scattered points sinks towards the origin,
-    by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
+    """Push each centre out to the mean radius of its real points: a midpoint of K scattered points sinks towards the
+    origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
     learn_centers: bool = True
     """Fit an offset to each class centre, per task."""
     n_syn: int = 8
@@ -86,15 +86,15 @@ class HypDFSConfig:
     """m_d: synthetic points stay this far from their prototype and from one another (hyperbolic length)."""
     max_spread: float = 0.0
     """Synthetic points stay within this multiple of the margin of their prototype; 0 leaves them free."""
-    temperature: float = 0.3
+    temperature: float = 1.0
     """tau of the cross-entropy."""
     contrast_temperature: float = 0.3
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
     """Count other images of the same class as negatives in the contrast."""
-    steps: int = 60
+    steps: int = 30
     """Optimisation steps of a task; 0 uses the starting weights as they are."""
-    lr: float = 1e-3
+    lr: float = 1e-4
     """AdamW, cosine schedule to 0."""
     weight_decay: float = 1e-2
     seed: int = 0
@@ -146,14 +146,15 @@ class ResidualAdapter(nn.Module):
 
 
 class MomentODE(nn.Module):
-    """d(mu, log sigma)/dt = net([mu, log sigma, t]) (eq. 7). The last layer starts at zero: training starts from the moments.
+    """d(mu, log sigma)/dt = net([mu, log sigma, t]) (eq. 7). The last layer starts at zero, training from the moments.
 
-    "fc" treats every prototype on its own; "sa" lets the classes attend to one another and does not depend on their order.
+    "fc" treats every prototype on its own; "sa" lets the classes attend to one another, whatever their order.
     """
 
     def __init__(self, dim: int, hidden: int, kind: Literal["fc", "sa"], generator: torch.Generator) -> None:
         super().__init__()
-        self.enter = nn.Linear(2 * dim + 1, hidden)
+        self.enter = nn.Linear(2 * dim, hidden)
+        self.clock = nn.Parameter(torch.randn(hidden, generator=generator))
         self.attend = nn.Linear(hidden, 3 * hidden) if kind == "sa" else None
         self.leave = nn.Linear(hidden, 2 * dim)
         with torch.no_grad():
@@ -165,7 +166,7 @@ class MomentODE(nn.Module):
             self.leave.bias.zero_()
 
     def forward(self, t: Tensor, state: Float[Tensor, "T E2"]) -> Float[Tensor, "T E2"]:
-        x = F.silu(self.enter(torch.cat([state, t.to(state).expand(len(state), 1)], 1)))
+        x = F.silu(self.enter(state) + t * self.clock)
         if self.attend is not None:
             q, k, v = self.attend(x).chunk(3, dim=1)
             x = x + F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
@@ -222,10 +223,11 @@ class HypDFS(nn.Module):
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
             moments = None if config.learn_curvature else self.moments(core, tangents, support.labels, n_way)
             for step in range(config.steps):
-                terms = self.terms(core, tangents, support.labels, n_way, offset, generator, moments)
+                terms = self.terms(core, tangents, support.labels, offset, generator, moments)
                 if not torch.isfinite(terms.total):
                     raise NumericsError(
-                        f"loss at step {step} is {terms.parts}; config {digest(config)[:12]}, curvature {config.curvature}"
+                        f"loss at step {step} is {terms.parts}; curvature {config.curvature}, "
+                        f"config {digest(config)[:12]}: lower lr or feature_scale"
                     )
                 optimizer.zero_grad(set_to_none=True)
                 terms.total.backward()
@@ -233,9 +235,10 @@ class HypDFS(nn.Module):
                 schedule.step()
                 self.last_loss = terms
         with torch.no_grad():
-            moments = self.moments(core, tangents, support.labels, n_way)
-            h = self.to_ball(core, self.adapted(core, tangents))
-            self.centers_WE = self.centers(core, h, support.labels, n_way, self.evolve(core, moments), offset).detach()
+            evolved = self.evolve(core, self.moments(core, tangents, support.labels, n_way))
+            adapted, (h, means) = self.points(core, tangents, self.synthetic_means(core, evolved))
+            radii = adapted[: len(h)].flatten(1).norm(dim=1)
+            self.centers_WE = self.centers(core, h, means, radii, support.labels, offset)
         self.fitted = core.requires_grad_(False)
 
     @torch.no_grad()
@@ -270,17 +273,16 @@ class HypDFS(nn.Module):
 
     def loss(self, batch: Episode, generator: torch.Generator) -> LossTerms:
         """Cross-entropy of an episode's queries against centres made from its support, plus the support's own terms."""
-        n_way = len(batch.class_names)
+        offset = torch.zeros(len(batch.class_names), 2 * self.dim, device=batch.support.labels.device)
+        queries = (self.tangents(batch.query), batch.query.labels)
         tangents = self.tangents(batch.support)
-        offset = torch.zeros(n_way, 2 * self.dim, device=batch.support.labels.device)
-        queries = self.adapted(self.core, self.tangents(batch.query))
-        return self.terms(
-            self.core, tangents, batch.support.labels, n_way, offset, generator, None, (queries, batch.query.labels)
-        )
+        return self.terms(self.core, tangents, batch.support.labels, offset, generator, None, queries)
 
-    def forward(self, episodes: list[Episode], generator: torch.Generator) -> Tensor:
-        """Mean loss of some episodes: what distributed training differentiates."""
-        return torch.stack([self.loss(episode, generator).total for episode in episodes]).mean()
+    def forward(self, episodes: list[Episode], seeds: list[int]) -> Tensor:
+        """Mean loss of some episodes, each with noise of its own seed: what distributed training differentiates."""
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        losses = [self.loss(e, g).total for e, g in zip(episodes, generators, strict=True)]
+        return torch.stack(losses).mean()
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
@@ -343,7 +345,7 @@ class HypDFS(nn.Module):
             for i in range(len(flat)):
                 rows = centred[own_proto == i] / max(len(centred[own_proto == i]) - 1, 1) ** 0.5
                 columns[i, : len(rows)] = rows * (1 - config.shrinkage) ** 0.5
-            factor = config.noise_scale * columns.transpose(1, 2).unflatten(0, (n_way, config.prototypes))
+            factor = columns.transpose(1, 2).unflatten(0, (n_way, config.prototypes))
             variance = (config.shrinkage * variance).clamp_min(floor)
         log_scale = 0.5 * variance.log()
         return Moments(proto, mu.view(shape), log_scale.view(shape), factor)
@@ -367,53 +369,63 @@ class HypDFS(nn.Module):
         mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
         return Moments(moments.proto_WPE, mu * scale, log_scale, moments.factor_WPER)
 
-    def synthesize(self, core: Core, moments: Moments, generator: torch.Generator) -> Float[Tensor, "W S E"]:
-        """Reparameterised draws, `n_syn` a class, spread evenly over its prototypes (eq. 4)."""
+    def synthesize(
+        self, core: Core, moments: Moments, generator: torch.Generator
+    ) -> tuple[Float[Tensor, "W S E"], Float[Tensor, "W S"]]:
+        """Reparameterised draws (eq. 4), `n_syn` a class, spread evenly over its prototypes; and d(z, prototype)."""
         config = self.config
         n_way, n_proto, width = moments.mu_WPE.shape
         of = torch.arange(config.n_syn, device=moments.mu_WPE.device) % n_proto
         eps = torch.randn(n_way, config.n_syn, width, generator=generator).to(moments.mu_WPE)
-        factor = None if moments.factor_WPER is None else moments.factor_WPER[:, of]
-        normal = geometry.WrappedNormal(
-            h=moments.proto_WPE[:, of],
-            mu=moments.mu_WPE[:, of],
-            log_scale=moments.log_scale_WPE[:, of] + torch.tensor(config.noise_scale).clamp_min(1e-6).log().item(),
-            factor=factor,
-            c=self.c(core),
-        )
-        if factor is None:
-            return normal.rsample(eps)
-        eps_factor = torch.randn(n_way, config.n_syn, factor.shape[-1], generator=generator).to(eps)
-        return normal.rsample(eps, eps_factor)
+        v = moments.mu_WPE[:, of] + config.noise_scale * moments.log_scale_WPE.exp()[:, of] * eps
+        if moments.factor_WPER is not None:
+            factor = moments.factor_WPER[:, of]
+            noise = torch.randn(n_way, config.n_syn, factor.shape[-1], generator=generator).to(v)
+            v = v + config.noise_scale * (factor @ noise[..., None])[..., 0]
+        return geometry.from_coords(moments.proto_WPE[:, of], v, self.c(core)), v.norm(dim=-1)
+
+    def points(
+        self, core: Core, *tangents: Float[Tensor, "_ V D"]
+    ) -> tuple[Float[Tensor, "N V D"], list[Float[Tensor, "_ E"]]]:
+        """Adapted tangents of all groups of rows together, and the points of each group on the ball (eq. 8)."""
+        adapted = self.adapted(core, torch.cat(tangents))
+        return adapted, list(self.to_ball(core, adapted).split([len(t) for t in tangents]))
+
+    def synthetic_means(self, core: Core, evolved: Moments) -> Float[Tensor, "_ V D"]:
+        """Tangents f_sd of the synthetic means, one a prototype; none without synthesis."""
+        if self.config.adapter != "real+synthetic":
+            return evolved.mu_WPE.new_zeros(0, 2, self.dim)
+        mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
+        return geometry.logmap0(mean, self.c(core)).unflatten(1, (2, self.dim))
 
     def centers(
         self,
         core: Core,
         h: Float[Tensor, "R E"],
+        means: Float[Tensor, "_ E"],
+        radii: Float[Tensor, "R"],
         labels: Int[Tensor, "R"],
-        n_way: int,
-        evolved: Moments,
         offset: Float[Tensor, "W E"],
     ) -> Float[Tensor, "W E"]:
-        """Class centres: midpoint of the adapted real points and the adapted synthetic means, moved by the offset."""
-        c = self.scoring_c(core)
-        points, weights = h, F.one_hot(labels, n_way).T.to(h)  # W R
-        weights = weights / weights.sum(1, keepdim=True)
-        if self.config.adapter == "real+synthetic":
-            mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
-            tangent = geometry.logmap0(mean, self.c(core)).unflatten(1, (2, self.dim))
-            points = torch.cat([h, self.to_ball(core, self.adapted(core, tangent))])
-            n_proto = evolved.mu_WPE.shape[1]
-            own = torch.eye(n_way, device=h.device, dtype=h.dtype).repeat_interleave(n_proto, 1) / n_proto
-            weights = torch.cat([weights, own], 1)
+        """Class centres: midpoint of the adapted real points and the adapted synthetic means, moved by the offset.
+
+        `radii` are the norms of the real points' tangents.
+        """
+        c, n_way = self.scoring_c(core), len(offset)
+        real = F.one_hot(labels, n_way).T.to(h)  # W R
+        real = real / real.sum(1, keepdim=True)
+        points, weights = h, real
+        if len(means):
+            per_class = len(means) // n_way
+            own = torch.eye(n_way, device=h.device, dtype=h.dtype).repeat_interleave(per_class, 1) / per_class
+            points, weights = torch.cat([h, means]), torch.cat([real, own], 1)
         if self.config.center == "frechet":
             middle = geometry.frechet_mean(points.expand(n_way, -1, -1), c, weights)
         else:
             middle = geometry.weighted_midpoints(points, c, weights)
         tangent = geometry.logmap0(middle, c)
         if self.config.match_radius:
-            radius = weights @ geometry.logmap0(points, c).norm(dim=1) / weights.sum(1)
-            tangent = F.normalize(tangent, dim=1) * radius[:, None]
+            tangent = F.normalize(tangent, dim=1) * (real @ radii)[:, None]
         return geometry.expmap0(tangent + offset, c)
 
     def terms(
@@ -421,53 +433,51 @@ class HypDFS(nn.Module):
         core: Core,
         tangents: Float[Tensor, "R V D"],
         labels: Int[Tensor, "R"],
-        n_way: int,
         offset: Float[Tensor, "W E"],
         generator: torch.Generator,
         moments: Moments | None = None,
-        queries: tuple[Tensor, Tensor] | None = None,
+        queries: tuple[Float[Tensor, "Q V D"], Int[Tensor, "Q"]] | None = None,
     ) -> LossTerms:
         """L = L_ce + alpha L_s + beta L_cl (eq. 10). With `queries`, their cross-entropy replaces the support's own."""
-        config, c = self.config, self.scoring_c(core)
-        if moments is None:
-            moments = self.moments(core, tangents, labels, n_way)
-        moments = self.evolve(core, moments)
-        adapted = self.adapted(core, tangents)
-        h = self.to_ball(core, adapted)
-        centers = self.centers(core, h, labels, n_way, moments, offset)
-        points, targets = (h, labels) if queries is None else (self.to_ball(core, queries[0]), queries[1])
-        wants_synthesis = config.adapter == "real+synthetic"
-        spread = torch.zeros((), device=h.device)
-        if wants_synthesis:
-            z = self.synthesize(core, moments, generator)
-            synthetic = geometry.logmap0(z, self.c(core)).unflatten(-1, (2, self.dim))  # f_sd
-            points = torch.cat([points, self.to_ball(core, self.adapted(core, synthetic)).flatten(0, 1)])
-            ways = torch.arange(n_way, device=h.device).repeat_interleave(config.n_syn)
-            targets = torch.cat([targets, ways])
+        config, n_way = self.config, len(offset)
+        evolved = self.evolve(core, self.moments(core, tangents, labels, n_way) if moments is None else moments)
+        asked = tangents[:0] if queries is None else queries[0]
+        spread = contrast = torch.zeros((), device=tangents.device)
+        made = tangents[:0]
+        if config.adapter == "real+synthetic":
+            z, reach = self.synthesize(core, evolved, generator)
+            made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, self.dim))  # f_sd
             if config.loss == "hdcl" and config.alpha:
-                spread = self.spread_loss(core, z, moments)
-        cross_entropy = F.cross_entropy(-geometry.pairwise_dist(points, centers, c) / config.temperature, targets)
-        contrast = torch.zeros((), device=h.device)
+                spread = self.spread_loss(core, z, reach)
+        means = self.synthetic_means(core, evolved)
+        adapted, (h, h_made, h_means, h_asked) = self.points(core, tangents, made, means, asked)
+        radii = adapted[: len(h)].flatten(1).norm(dim=1)
+        centers = self.centers(core, h, h_means, radii, labels, offset)
+        ways = torch.arange(n_way, device=labels.device).repeat_interleave(len(made) // n_way)
+        targets = torch.cat([labels if queries is None else queries[1], ways])
+        scored = torch.cat([h if queries is None else h_asked, h_made])
+        distance = geometry.pairwise_dist(scored, centers, self.scoring_c(core))
+        cross_entropy = F.cross_entropy(-distance / config.temperature, targets)
         if config.loss == "hdcl" and config.beta:
-            whole, crop = (geometry.expmap0(adapted[:, view], self.c(core)) for view in range(2))
-            keep_same = config.contrast_same_class
-            contrast = whole_crop_contrast(whole, crop, labels, self.c(core), config.contrast_temperature, keep_same)
+            both = geometry.expmap0(adapted[: len(h)], self.c(core))
+            contrast = whole_crop_contrast(
+                both[:, 0], both[:, 1], labels, self.c(core), config.contrast_temperature, config.contrast_same_class
+            )
         total = cross_entropy + config.alpha * spread + config.beta * contrast
         parts = {"ce": cross_entropy, "synthesis": spread, "contrast": contrast, "total": total}
         return LossTerms(total, {name: float(value.detach()) for name, value in parts.items()})
 
-    def spread_loss(self, core: Core, z: Float[Tensor, "W S E"], moments: Moments) -> Tensor:
-        """L_s (eq. 9): hinges that keep synthetic points off their prototype and off one another, and not too far out."""
-        config, c = self.config, self.c(core)
-        n_proto = moments.mu_WPE.shape[1]
-        proto = moments.proto_WPE[:, torch.arange(z.shape[1], device=z.device) % n_proto]
-        to_proto = geometry.dist(z, proto, c)
-        loss = F.relu(config.margin - to_proto).mean()
+    def spread_loss(self, core: Core, z: Float[Tensor, "W S E"], reach: Float[Tensor, "W S"]) -> Tensor:
+        """L_s (eq. 9): hinges that keep synthetic points off their prototype (at distance `reach`) and off one another,
+        and, with `max_spread`, not too far out."""
+        config = self.config
+        loss = F.relu(config.margin - reach).mean()
         if z.shape[1] > 1:
             rows, columns = torch.triu_indices(z.shape[1], z.shape[1], 1, device=z.device)
-            loss = loss + F.relu(config.margin - geometry.pairwise_dist(z, z, c)[:, rows, columns]).mean()
+            apart = geometry.pairwise_dist(z, z, self.c(core))[:, rows, columns]
+            loss = loss + F.relu(config.margin - apart).mean()
         if config.max_spread:
-            loss = loss + F.relu(to_proto - config.max_spread * config.margin).mean()
+            loss = loss + F.relu(reach - config.max_spread * config.margin).mean()
         return loss
 
 

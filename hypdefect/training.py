@@ -1,0 +1,172 @@
+"""Episodic meta-training: one loop, for a test, a script or a rank of a distributed run; only `report` differs.
+
+Rank r of W takes the episodes `step * B + r, step * B + r + W, ...` of the B of a step: every world size sees the same
+stream, and averaging the ranks' gradients (DDP) gives the same step.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from hypdefect.config import from_mapping, to_mapping, write_json
+from hypdefect.episodes import LabelledFeatures, build_episode
+from hypdefect.errors import ArtifactError, ConfigError, NumericsError
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.types import EpisodeSpec, SplitKind
+
+Report = Callable[[dict[str, float], Callable[[Path], None] | None], None]
+"""Called by every rank after `report_every` steps with the metrics and, on rank 0, a writer of the checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """Meta-training of HypDFS's adapter and neural ODE on episodes of base classes."""
+
+    method: HypDFSConfig = HypDFSConfig()
+    steps: int = 200
+    episodes_per_step: int = 4
+    """B, shared out over the workers: must be a multiple of their number."""
+    n_way: int = 5
+    k_shot: int = 1
+    n_query: int = 5
+    copies: int = 0
+    """Augmented copies of each support image used."""
+    split: SplitKind = "random"
+    lr: float = 3e-4
+    """AdamW, cosine schedule to 0 over all steps."""
+    weight_decay: float = 1e-2
+    report_every: int = 20
+    """Steps between reports; each is also a checkpoint."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "episodes_per_step", "n_way", "k_shot", "n_query", "report_every"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if not self.lr > 0:
+            raise ConfigError(f"train.lr must be positive, got {self.lr}")
+        if self.method.adapter == "none" and self.method.ode == "none":
+            raise ConfigError("train: adapter and ode are both 'none', so there is nothing to meta-train")
+        if self.method.adapter != "real+synthetic" and self.method.ode != "none":
+            raise ConfigError("train: the ODE learns through synthetic features; set method.adapter real+synthetic")
+
+
+def meta_train(
+    model: HypDFS,
+    pool: LabelledFeatures,
+    config: TrainConfig,
+    report: Report,
+    *,
+    wrapped: nn.Module | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    resume: Path | None = None,
+    device: str | torch.device = "cpu",
+) -> list[float]:
+    """Train `model.core` in place; the mean loss of every step this process saw.
+
+    Args:
+        wrapped: the model inside DistributedDataParallel, where there are several ranks.
+        resume: checkpoint folder to continue from.
+
+    Raises:
+        ConfigError: B is no multiple of the world size. NumericsError: the loss left the finite numbers.
+    """
+    if config.episodes_per_step % world_size:
+        raise ConfigError(
+            f"train.episodes_per_step={config.episodes_per_step} is not a multiple of the {world_size} workers"
+        )
+    spec = EpisodeSpec(
+        n_way=min(config.n_way, pool.n_way),
+        k_shot=config.k_shot,
+        n_query=config.n_query,
+        seed=config.seed,
+        split=config.split,
+    )
+    call = wrapped if wrapped is not None else model
+    optimizer = torch.optim.AdamW(model.core.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    first = 0 if resume is None else load_checkpoint(resume, model, optimizer)
+    losses: list[float] = []
+    for step in range(first, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+        numbers = [step * config.episodes_per_step + i for i in range(rank, config.episodes_per_step, world_size)]
+        episodes = []
+        for number in numbers:
+            episode = build_episode(pool, spec, number, copies=config.copies)
+            moved = {"support": episode.support.to(device), "query": episode.query.to(device)}
+            episodes.append(type(episode)(**moved, class_names=episode.class_names))
+        loss = call(episodes, [config.seed * 1_000_003 + number for number in numbers])
+        if not torch.isfinite(loss):
+            raise NumericsError(f"meta-training loss at step {step} is {float(loss.detach())}; lower train.lr")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
+            window = losses[-config.report_every :]
+            metrics = {"step": float(step + 1), "train/loss/total": sum(window) / len(window)}
+            done = step + 1
+            write = (lambda folder, n=done: save_checkpoint(folder, model, optimizer, n)) if rank == 0 else None
+            report(metrics, write)
+    return losses
+
+
+def save_checkpoint(folder: Path, model: HypDFS, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """core.safetensors, optimizer.pt (plain tensors) and state.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(core_tensors(model), folder / "core.safetensors")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+    write_json(folder / "state.json", {"step": step, "dim": model.dim})
+
+
+def load_checkpoint(folder: Path, model: HypDFS, optimizer: torch.optim.Optimizer) -> int:
+    """Restore weights and optimiser; the number of steps done.
+
+    Raises:
+        ArtifactError: the folder holds no complete checkpoint.
+    """
+    with _readable(folder):
+        model.load_state_dict({**model.state_dict(), **load_file(folder / "core.safetensors")})
+        optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+        return int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def core_tensors(model: HypDFS) -> dict[str, Tensor]:
+    """The meta-trained weights under the names `HypDFS.load_state_dict` knows."""
+    return {f"core.{k}": v.detach().cpu().contiguous() for k, v in model.core.state_dict().items()}
+
+
+def write_run(folder: Path, model: HypDFS, config: TrainConfig, record: dict[str, Any]) -> None:
+    """The run directory that `load_start` reads: config.json, record.json, checkpoint/core.safetensors."""
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    save_file(core_tensors(model), folder / "checkpoint" / "core.safetensors")
+    write_json(folder / "record.json", record)
+    write_json(folder / "config.json", to_mapping(config))
+
+
+def load_start(folder: Path) -> tuple[dict[str, Tensor], HypDFSConfig]:
+    """Starting weights and method configuration of a run directory.
+
+    Raises:
+        ArtifactError: no finished run lies there.
+    """
+    with _readable(folder):
+        config = from_mapping(TrainConfig, json.loads((folder / "config.json").read_text()), str(folder))
+        return load_file(folder / "checkpoint" / "core.safetensors"), config.method
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise ArtifactError(f"{folder} holds no finished training run or checkpoint: {error}") from error

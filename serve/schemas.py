@@ -1,0 +1,62 @@
+"""What the service answers, as it appears in `/openapi.json`."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Answer(BaseModel):
+    """A body of ours: strict, and without NaN or infinity."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class ServedModel(Answer):
+    """Which published version answered."""
+
+    name: str
+    version: int
+    alias: str | None
+    """The alias it was deployed by; null where a version was named."""
+
+
+class Classification(Answer):
+    label: str
+    probability: float
+    """Of the label."""
+    probabilities: dict[str, float]
+    region: Literal["mask", "whole image"]
+    """What the features were pooled over."""
+    notes: list[str]
+    """What a user should know about this input, e.g. that a mask was read as `> 0`."""
+    model: ServedModel
+    request_id: str
+
+
+class ModelInfo(Answer):
+    model: ServedModel
+    class_names: list[str]
+    method: str
+    config: dict[str, Any]
+    backbone: str
+    recipe: dict[str, Any]
+    uses_mask: bool
+    digests: dict[str, str]
+    """sha256 of each file of the version, and of the backbone's description."""
+    metrics: dict[str, Any]
+    """As measured when it was published."""
+    provenance: dict[str, Any]
+
+
+class Health(Answer):
+    status: Literal["live", "ready"]
+
+
+class Problem(Answer):
+    """RFC 7807. `type` is "about:blank": the status says what kind of problem it is."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    request_id: str

@@ -1,0 +1,236 @@
+"""A saved model is the model: same numbers from its folder alone, and nothing but an exact copy of it is loaded."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from hypdefect import predictor as module
+from hypdefect import registry
+from hypdefect.backbones import BACKBONES, Backbone, get_backbone
+from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.features import FeatureKey, FeatureStore, FeatureTransform, RowKey, TransformConfig
+from hypdefect.methods import METHODS
+from hypdefect.predictor import Predictor, save_model
+from hypdefect.registry import write_checksums
+from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.views import RecipeConfig, RegionExtractor
+from tests.tiny_dataset import draw
+
+CLASSES = ("dent", "scratch", "stain")
+RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
+CONFIGS = {
+    "hypdfs": {"steps": 3, "adapter_rank": 4, "learn_curvature": True},
+    "prototype": {"metric": "euclidean", "temperature": 0.5},
+}
+
+
+def picture(kind: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
+    pixels, mask = draw(kind, tile=tile, exposure=0, defect=True)
+    return np.repeat(pixels[:, :, None], 3, 2), mask > 0
+
+
+class Fitted:
+    """A classifier with all that made it, before it is saved."""
+
+    def __init__(self, method: str, uses_mask: bool = True) -> None:
+        self.uses_mask = uses_mask
+        self.extractor = RegionExtractor(Backbone(get_backbone("tiny_random")), RECIPE)
+        normals = {view: [] for view in VIEWS}  # type: ignore[var-annotated]
+        for tile in range(12):
+            for view, rows in self.extractor(picture(5, 900 + tile)[0], None).items():
+                normals[view].append(rows.numpy())
+        stacked = {view: np.concatenate(rows) for view, rows in normals.items()}
+        self.transform = FeatureTransform.fit(stacked, self.extractor.block_dims, TransformConfig())
+        self.run = RunConfig(name=method, method=CONFIGS[method])
+        self.classifier = self.run.classifier(sum(self.extractor.block_dims))
+        shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
+        rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
+        support = FeatureBatch(
+            image_ids=tuple(str(i) for i in range(9)),
+            views={view: torch.cat([row[view] for row in rows]) for view in VIEWS},
+            labels=torch.tensor([kind for kind, _ in shots]),
+            aug_index=torch.zeros(9, dtype=torch.long),
+        )
+        self.classifier.adapt(support, 3)
+
+    def save(self, folder: Path, **changes: Any) -> None:
+        parts: dict[str, Any] = {
+            "method": self.run.name,
+            "run_config": self.run,
+            "classifier": self.classifier,
+            "class_names": CLASSES,
+            "transform": self.transform,
+            "backbone": "tiny_random",
+            "recipe": RECIPE,
+            "uses_mask": self.uses_mask,
+            "provenance": {"dataset": "drawn", "metrics": {"acc": 0.5}},
+        }
+        save_model(folder, **parts | changes)
+
+
+@pytest.fixture(scope="module", params=sorted(METHODS))
+def fitted(request: pytest.FixtureRequest) -> Fitted:
+    return Fitted(request.param)
+
+
+@pytest.fixture(scope="module")
+def fitted_prototype() -> Fitted:
+    return Fitted("prototype")
+
+
+def test_loaded_is_equal_to_saved(fitted: Fitted, tmp_path: Path) -> None:
+    entry = registry.publish(tmp_path, "drawn", fitted.save, "champion")
+    loaded = Predictor.load(registry.resolve(tmp_path, "drawn@champion"))
+    assert loaded.entry == entry
+    assert loaded.card.run == fitted.run
+    assert loaded.card.recipe == RECIPE
+    assert loaded.card.provenance["metrics"] == {"acc": 0.5}
+    for image, mask in (picture(0, 50), picture(2, 51)):
+        batch = module._batch(fitted.transform(fitted.extractor(image, mask)))
+        expected = fitted.classifier.logits(batch)
+        assert torch.equal(loaded.logits(image, mask)[None], expected)
+        [found] = loaded.predict([(image, mask)])
+        assert list(found.probabilities) == list(CLASSES)
+        assert sum(found.probabilities.values()) == pytest.approx(1, abs=1e-12)
+        assert list(found.probabilities.values()) == expected.softmax(1)[0].tolist()
+        assert found.label == CLASSES[int(expected.argmax())]
+        assert found.region == "mask"
+
+
+def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    loaded = Predictor.load(tmp_path / "model")
+    spec = get_backbone("tiny_random")
+    key = FeatureKey(backbone=spec.name, backbone_digest=spec.digest, block_dims=spec.dims, recipe=RECIPE)
+    store = FeatureStore(tmp_path, key)
+    store.create()
+    pictures = [picture(kind, 60 + kind) for kind in range(3)]
+    ids = [hashlib.sha256(image.tobytes()).hexdigest() for image, _ in pictures]
+    rows = [
+        fitted.extractor(image, mask, image_id, n_aug=1) for image_id, (image, mask) in zip(ids, pictures, strict=True)
+    ]
+    store.write([RowKey(i, "m", 0) for i in ids], {v: np.stack([row[v][0].numpy() for row in rows]) for v in VIEWS})
+    table = loaded.transform.table(store.load([RowKey(i, "m", 0) for i in ids]))
+    stored = loaded.classifier.logits(table.batch(np.arange(3), dict.fromkeys(ids, 0)))
+    for i, (image, mask) in enumerate(pictures):
+        torch.testing.assert_close(loaded.logits(image, mask), stored[i], rtol=1e-5, atol=1e-5)
+
+
+def test_neighbours_do_not_matter(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    pairs = [picture(kind, 70) for kind in range(3)]
+    assert loaded.predict(pairs) == [loaded.predict([pair])[0] for pair in pairs]
+
+
+def test_an_image_without_mask_is_region_as_a_whole(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    fitted_prototype.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    image, _ = picture(0, 80)
+    [found] = loaded.predict([(image, None)])
+    assert found.region == "whole image"
+    [full] = loaded.predict([(image, np.ones(image.shape[:2], bool))])
+    assert found.probabilities == full.probabilities  # as jobs/extract.py sees it in a set with masks
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 300), (300, 1), (5, 7)])
+def test_tiny_and_thin_images(fitted_prototype: Fitted, tmp_path: Path, shape: tuple[int, int]) -> None:
+    fitted_prototype.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    [found] = loaded.predict([(np.zeros((*shape, 3), np.uint8), None)])
+    assert np.isfinite(list(found.probabilities.values())).all()
+
+
+def test_masks_are_checked(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    fitted_prototype.save(tmp_path / "a")
+    image, mask = picture(0, 80)
+    loaded = Predictor.load(tmp_path / "a")
+    with pytest.raises(DataError, match="its image"):
+        loaded.predict([(image, mask[:-1])])
+    with pytest.raises(DataError, match="empty"):
+        loaded.predict([(image, np.zeros_like(mask))])
+    fitted_prototype.save(tmp_path / "b", uses_mask=False)
+    with pytest.raises(DataError, match="made without masks"):
+        Predictor.load(tmp_path / "b").predict([(image, mask)])
+
+
+@pytest.mark.parametrize("file", ["model.json", "model.safetensors"])
+def test_a_tampered_byte_is_found(fitted: Fitted, tmp_path: Path, file: str) -> None:
+    fitted.save(tmp_path)
+    data = bytearray((tmp_path / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / file).write_bytes(data)
+    with pytest.raises(ArtifactError, match=f"{file} was changed"):
+        Predictor.load(tmp_path)
+
+
+def test_an_unfinished_folder_is_no_model(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"checksums\.json is missing"):
+        Predictor.load(tmp_path)
+    fitted_prototype.save(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ArtifactError, match=r"model\.safetensors is missing"):
+        Predictor.load(tmp_path)
+
+
+def test_another_backbone_is_refused(fitted_prototype: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dataclasses
+
+    fitted_prototype.save(tmp_path)
+    monkeypatch.setitem(BACKBONES, "tiny_random", dataclasses.replace(BACKBONES["tiny_random"], init_seed=1))
+    with pytest.raises(ArtifactError, match="another tiny_random"):
+        Predictor.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"backbone": "resnet"}, "unknown backbone"),
+        ({"format_version": 2}, "format_version 2, here 1"),
+        ({"extractor_version": 0}, "extractor_version 0"),
+        ({"class_names": ["dent", "scratch"]}, r"\(1, 3\) for 2 classes"),
+        ({"block_dims": [48, 255]}, "do not fit tiny_random"),
+        ({"surprise": 1}, "no field 'surprise'"),
+        ({"run": {"name": "prototype", "method": {"metrik": "cosine"}}}, "did you mean 'metric'"),
+        ({"run": {"name": "nearest"}}, "not a model description"),
+        ({"provenance": None}, "not a model description"),
+    ],
+)
+def test_a_description_that_does_not_fit_is_refused(
+    fitted_prototype: Fitted, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    fitted_prototype.save(tmp_path)
+    card = json.loads((tmp_path / "model.json").read_text())
+    (tmp_path / "model.json").write_text(json.dumps(card | change))
+    write_checksums(tmp_path)
+    with pytest.raises(ArtifactError, match=message):
+        Predictor.load(tmp_path)
+
+
+def test_tensors_of_another_method_are_refused(fitted: Fitted, tmp_path: Path) -> None:
+    fitted.save(tmp_path)
+    other = next(name for name in METHODS if name != fitted.run.name)
+    card = json.loads((tmp_path / "model.json").read_text())
+    card["run"] |= {"name": other, "method": CONFIGS[other]}
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    write_checksums(tmp_path)
+    with pytest.raises(ArtifactError, match=f"do not fit method '{other}'"):
+        Predictor.load(tmp_path)
+
+
+def test_contradictions_are_found_when_saving(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    for change, message in (
+        ({"method": "hypdfs"}, "run configuration is one of 'prototype'"),
+        ({"backbone": "efficientnet_lite0"}, "gives"),
+        ({"class_names": ("a", "a", "b")}, "distinct"),
+        ({"provenance": {"acc": float("nan")}}, "plain JSON"),
+        ({"provenance": {"path": object()}}, "plain JSON"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            fitted_prototype.save(tmp_path, **change)  # type: ignore[arg-type]
