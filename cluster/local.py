@@ -645,7 +645,7 @@ def serve(
         if record is not None:
             _print_head(record)
         print(f"serving        {model} at {base}   (status: {url}/#/serve)")
-        print(f"try            curl -sS -F image=@IMAGE.png {base}/v1/inspect")
+        print(f"try            curl -sS -F image=@IMAGE.png {base}/v1/classify")
     return 0
 
 

@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -87,12 +88,12 @@ class Backbone(nn.Module):
         self.spec = spec
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(spec.init_seed)
-            self.net = timm.create_model(spec.architecture, pretrained=False, num_classes=0)
+            self.net: Any = timm.create_model(spec.architecture, pretrained=False, num_classes=0)
         if spec.weights != "random":
             load_in_order(self.net, read_weights(spec))
         fold_batch_norms(self.net.eval())
         self.requires_grad_(False).eval()
-        self.to(memory_format=torch.channels_last)
+        self.net = self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def forward(

@@ -167,7 +167,7 @@ def masked_pool(maps: Float[Tensor, "B C h w"], weight: Float[Tensor, "B H W"]) 
 
     A window that misses the region (it can, for a region of several parts) is pooled as a whole.
     """
-    cells = F.adaptive_avg_pool2d(weight[:, None], maps.shape[-2:])[:, 0]
+    cells = F.adaptive_avg_pool2d(weight[:, None], (maps.shape[2], maps.shape[3]))[:, 0]
     total = cells.sum((1, 2), keepdim=True)
     cells = torch.where(total > 0, cells, torch.ones_like(cells))
     return torch.einsum("bchw,bhw->bc", maps, cells / cells.sum((1, 2), keepdim=True))

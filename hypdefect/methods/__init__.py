@@ -1,7 +1,7 @@
 """Registry of few-shot methods: a name, a config class, a classifier class. Adding one is a file and a line here."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.types import FeatureBatch
 
 
+@runtime_checkable
 class Classifier(Protocol):
     """A FewShotClassifier that can be published: `export` gives every tensor that `restore` needs."""
 
