@@ -6,7 +6,7 @@ stream, and averaging the ranks' gradients (DDP) gives the same step.
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -84,16 +84,11 @@ def meta_train(
         raise ConfigError(
             f"train.episodes_per_step={config.episodes_per_step} is not a multiple of the {world_size} workers"
         )
-    spec = EpisodeSpec(
-        n_way=min(config.n_way, pool.n_way),
-        k_shot=config.k_shot,
-        n_query=config.n_query,
-        seed=config.seed,
-        split=config.split,
-    )
+    spec = episode_spec(config, pool)
     call = wrapped if wrapped is not None else model
     optimizer = torch.optim.AdamW(model.core.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first = 0 if resume is None else load_checkpoint(resume, model, optimizer)
+    earlier = [] if resume is None else checkpoint_losses(resume)
     losses: list[float] = []
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
@@ -105,27 +100,51 @@ def meta_train(
             moved = {"support": episode.support.to(device), "query": episode.query.to(device)}
             episodes.append(type(episode)(**moved, class_names=episode.class_names))
         loss = call(episodes, [config.seed * 1_000_003 + number for number in numbers])
-        if not torch.isfinite(loss):
-            raise NumericsError(f"meta-training loss at step {step} is {float(loss.detach())}; lower train.lr")
+        mean = _mean_over_ranks(loss, world_size)
+        if not math.isfinite(mean):
+            raise NumericsError(f"meta-training loss at step {step} is {mean}; lower train.lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        losses.append(float(loss.detach()))
+        losses.append(mean)
         if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
             window = losses[-config.report_every :]
             metrics = {"step": float(step + 1), "train/loss/total": sum(window) / len(window)}
             done = step + 1
-            write = (lambda folder, n=done: save_checkpoint(folder, model, optimizer, n)) if rank == 0 else None
+            stream = earlier + losses
+            write = (lambda to, n=done, s=stream: save_checkpoint(to, model, optimizer, n, s)) if rank == 0 else None
             report(metrics, write)
     return losses
 
 
-def save_checkpoint(folder: Path, model: HypDFS, optimizer: torch.optim.Optimizer, step: int) -> None:
+def episode_spec(config: TrainConfig, pool: LabelledFeatures) -> EpisodeSpec:
+    """What is drawn at each step; never more ways than the pool has classes."""
+    return EpisodeSpec(
+        n_way=min(config.n_way, pool.n_way),
+        k_shot=config.k_shot,
+        n_query=config.n_query,
+        seed=config.seed,
+        split=config.split,
+    )
+
+
+def _mean_over_ranks(loss: Tensor, world_size: int) -> float:
+    """The loss of the whole step: the same number on every rank, so that all of them stop where one is not finite."""
+    mean = loss.detach().clone()
+    if world_size > 1 and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(mean)
+        mean /= world_size
+    return float(mean)
+
+
+def save_checkpoint(
+    folder: Path, model: HypDFS, optimizer: torch.optim.Optimizer, step: int, losses: Sequence[float] = ()
+) -> None:
     """core.safetensors, optimizer.pt (plain tensors) and state.json."""
     folder.mkdir(parents=True, exist_ok=True)
     save_file(core_tensors(model), folder / "core.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    write_json(folder / "state.json", {"step": step, "dim": model.dim})
+    write_json(folder / "state.json", {"step": step, "dim": model.dim, "losses": list(losses)})
 
 
 def load_checkpoint(folder: Path, model: HypDFS, optimizer: torch.optim.Optimizer) -> int:
@@ -138,6 +157,16 @@ def load_checkpoint(folder: Path, model: HypDFS, optimizer: torch.optim.Optimize
         model.load_state_dict({**model.state_dict(), **load_file(folder / "core.safetensors")})
         optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
         return int(json.loads((folder / "state.json").read_text())["step"])
+
+
+def checkpoint_losses(folder: Path) -> list[float]:
+    """The loss of every step up to a checkpoint.
+
+    Raises:
+        ArtifactError: the folder holds no complete checkpoint.
+    """
+    with _readable(folder):
+        return [float(x) for x in json.loads((folder / "state.json").read_text())["losses"]]
 
 
 def core_tensors(model: HypDFS) -> dict[str, Tensor]:

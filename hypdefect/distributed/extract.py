@@ -107,6 +107,7 @@ def extract(
     if not pending:
         return ExtractReport(len(requests), 0, ())
     workers = max(1, min(workers, -(-len(pending) // batch_size)))
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # the job shows progress of its own
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -12,14 +12,14 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from hypdefect.config import from_mapping, to_mapping
-from hypdefect.episodes import LabelledFeatures
-from hypdefect.errors import ConfigError
+from hypdefect.episodes import LabelledFeatures, sample_episode
+from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import dimension
 from hypdefect.methods.hypdfs import HypDFS
-from hypdefect.training import TrainConfig, load_checkpoint, meta_train
+from hypdefect.training import TrainConfig, checkpoint_losses, episode_spec, load_checkpoint, meta_train
 
 
-def _loop(settings: dict[str, Any]) -> list[float]:
+def _loop(settings: dict[str, Any]) -> None:
     """What each worker runs."""
     config = from_mapping(TrainConfig, settings["config"])
     pool: LabelledFeatures = ray.get(settings["pool"][0])
@@ -35,8 +35,8 @@ def _loop(settings: dict[str, Any]) -> list[float]:
                 write(Path(folder))
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if write else None)
 
-    def run(resume: Path | None) -> list[float]:
-        return meta_train(
+    def run(resume: Path | None) -> None:
+        meta_train(
             model,
             pool,
             config,
@@ -50,9 +50,10 @@ def _loop(settings: dict[str, Any]) -> list[float]:
 
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
-        return run(None)
+        run(None)
+        return
     with checkpoint.as_directory() as folder:
-        return run(Path(folder))
+        run(Path(folder))
 
 
 def train(
@@ -67,11 +68,12 @@ def train(
     """Meta-train on the pool's classes; a run of a known name continues from its last checkpoint.
 
     Returns:
-        The trained model, and the losses of the steps run by this call (rank 0's share of each).
+        The trained model, and the loss of every step since the run was first started, whatever interrupted it.
 
     Raises:
         ConfigError: more workers than the cluster has CPUs or GPUs for, or B is no multiple of them.
-        ray.train.TrainingFailedError: a worker failed more often than `max_failures`.
+        DataError: a class is too small for the episodes.
+        HypdefectError: workers failed more often than `max_failures`; what the last of them raised, where it was ours.
     """
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     use_gpu = gpus >= workers
@@ -79,7 +81,8 @@ def train(
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
     if config.episodes_per_step % workers:
         raise ConfigError(f"train.episodes_per_step={config.episodes_per_step} is no multiple of {workers} workers")
-    result = TorchTrainer(
+    sample_episode(pool, episode_spec(config, pool), 0)  # tell the user now, not after a start of all workers
+    trainer = TorchTrainer(
         _loop,
         train_loop_config={
             "config": to_mapping(config),
@@ -95,9 +98,25 @@ def train(
             failure_config=FailureConfig(max_failures=max_failures),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
         ),
-    ).fit()
+    )
+    try:
+        checkpoint = trainer.fit().checkpoint
+    except ray.train.TrainingFailedError as error:
+        raise _reason(error, name) from error
+    assert checkpoint is not None  # the last step is always reported
     model = HypDFS(config.method, dimension(pool))
     optimizer = torch.optim.AdamW(model.core.parameters())
-    with result.checkpoint.as_directory() as checkpoint:
-        load_checkpoint(Path(checkpoint), model, optimizer)
-    return model, list(result.return_value or [])
+    with checkpoint.as_directory() as found:
+        load_checkpoint(Path(found), model, optimizer)
+        return model, checkpoint_losses(Path(found))
+
+
+def _reason(error: ray.train.TrainingFailedError, name: str) -> HypdefectError:
+    """What one of the workers raised, if it was one of our errors, else the last line of Ray's report."""
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        cause = getattr(failure, "_base_exc", failure)
+        if isinstance(cause, HypdefectError):
+            return cause
+    last = str(next(iter(failures.values()), error)).strip().splitlines()[-1]
+    return HypdefectError(f"training run {name!r} failed: {last}")

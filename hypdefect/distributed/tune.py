@@ -119,7 +119,10 @@ class _Recorder:
         self.base, self.point = to_mapping(base), dict[str, Any]()
 
     def suggest(self, name: str, *_: Any, **__: Any) -> Any:
-        self.point[name] = functools.reduce(lambda node, key: node[key], name.split("."), self.base)
+        try:
+            self.point[name] = functools.reduce(lambda node, key: node[key], name.split("."), self.base)
+        except (KeyError, TypeError):
+            raise ConfigError(f"the search space varies {name!r}, which is no field of the configuration") from None
         return self.point[name]
 
     suggest_float = suggest_int = suggest_categorical = suggest
@@ -190,8 +193,13 @@ def search(
     study = optuna.create_study(study_name=name, storage=store, direction="maximize", load_if_exists=True)
     known = study.get_trials(deepcopy=False)
     for trial in known:  # left behind by a killed driver: it never finished
-        if trial.state in (TrialState.RUNNING, TrialState.WAITING):
+        if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+    first = default_point(space, base)
+    tried = any(
+        trial.state is TrialState.WAITING or (trial.state is TrialState.COMPLETE and trial.params == first)
+        for trial in known  # a waiting trial is the default point: Optuna hands it out first
+    )
     done = sum(trial.state is TrialState.COMPLETE for trial in known)
     if done < config.trials:
         workers = config.concurrency or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -207,7 +215,7 @@ def search(
             ),
             study_name=name,
             storage=store,
-            points_to_evaluate=None if known else [default_point(space, base)],
+            points_to_evaluate=None if tried else [first],
         )
         stops = np.linspace(0, config.episodes, config.rungs + 1).round().astype(int)
         scheduler = (
