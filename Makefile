@@ -34,6 +34,7 @@ setup: .venv/.installed ## make .venv with the exact versions of constraints.txt
 
 sweep: .venv/.installed ## search hyperparameters as a Ray job on a local head or on RAY_ADDRESS (DATASET ROOT K TRIALS RESUME ARGS)
 	@$(LOCAL) submit -- python jobs/sweep.py $(SWEEP)
+	@$(LOCAL) dashboard
 
 dashboard: .venv/.installed ## the sweep's pages: optuna-dashboard and TensorBoard, in the background
 	@$(LOCAL) dashboard $(ARGS)

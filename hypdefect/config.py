@@ -48,7 +48,7 @@ def digest(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def from_mapping(cls: type[T], mapping: dict[str, Any], where: str = "config") -> T:
+def from_mapping(cls: type[T], mapping: Any, where: str = "config") -> T:
     """Build a config dataclass from nested plain values.
 
     Raises:
@@ -130,7 +130,8 @@ def override(config: T, dotted: dict[str, Any]) -> T:
             node = node[parent]
         if leaf not in node:
             near = difflib.get_close_matches(leaf, list(node), n=1)
-            raise ConfigError(f"{path!r}: no field {leaf!r}; " + (f"did you mean {near[0]!r}?" if near else ""))
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(node)}"
+            raise ConfigError(f"{path!r}: no field {leaf!r}; {hint}")
         node[leaf] = value
     return from_mapping(type(config), mapping)
 
@@ -154,12 +155,15 @@ def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically: a reader sees the old file or the new one, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file, indent=2, sort_keys=True, allow_nan=False, default=_plain)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("w") as file:
+            json.dump(value, file, indent=2, sort_keys=True, allow_nan=False, default=_plain)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

@@ -51,7 +51,12 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[int]) -> Inte
     """The interval of the mean when values of one cluster (partition) are not independent: over the cluster means.
 
     With a single cluster the values themselves are the sample.
+
+    Raises:
+        DataError: not one cluster a value; and as `interval`.
     """
+    if len(values) != len(clusters):
+        raise DataError(f"{len(values)} values in {len(clusters)} cluster labels: each value needs one")
     groups = np.unique(np.asarray(clusters))
     if len(groups) == 1:
         return interval(values)

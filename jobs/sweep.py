@@ -22,7 +22,7 @@ from rich.table import Table
 
 from hypdefect.config import from_mapping, home, override, parse_job, run_job, to_mapping, write_json
 from hypdefect.datasets import write_table
-from hypdefect.distributed.cluster import connected
+from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import Start, evaluate, validate
 from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, finished, search
 from hypdefect.episodes import draw_support
@@ -68,6 +68,14 @@ class SweepJob(TaskConfig):
     alias: str = "champion"
     """Alias moved to the published version."""
 
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        for name, least in (("trials", 1), ("episodes", 1), ("rungs", 1), ("finalists", 1), ("draws", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.rungs > self.episodes:
+            raise ConfigError(f"rungs={self.rungs} exceeds episodes={self.episodes}")
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
@@ -86,15 +94,16 @@ def main() -> None:
     folder = home() / "sweeps" / job.name
     begun = time.monotonic()
     with connected() as dashboard:
+        workers = num_workers(job.workers)
         say(f"sweep {job.name}, everything under {home()}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
         plan = prepare(job)
         write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
-        fill(plan, job.workers)
+        fill(plan, workers)
         task = load_task(plan, home())
         ready = time.monotonic()
         module = load_space(job.space)
         start, base = starting_point(job, module)
-        trials = run_search(job, module, task, base, start)
+        trials = run_search(job, module, task, base, start, workers)
         searched = time.monotonic()
         best = select(job, task, base, trials, start)
         outcomes = test(job, task, best, start)
@@ -155,7 +164,7 @@ def starting_point(job: SweepJob, module: ModuleType) -> tuple[Start, RunConfig]
 
 
 def run_search(
-    job: SweepJob, module: ModuleType, task: FewShotTask, base: RunConfig, start: Start
+    job: SweepJob, module: ModuleType, task: FewShotTask, base: RunConfig, start: Start, workers: int
 ) -> list[TrialResult]:
     known = len(finished(home() / "sweeps" / "study.db", job.name))
     say(f"search: {known} of {job.trials} trials finished before" if known else f"search: {job.trials} trials")
@@ -167,9 +176,7 @@ def run_search(
         best = max(best, value)
         say(f"  trial {done}/{job.trials}: validation accuracy {100 * value:.2f} (best {100 * best:.2f})")
 
-    config = SearchConfig(
-        trials=job.trials, episodes=job.episodes, rungs=job.rungs, concurrency=job.workers, seed=job.seed
-    )
+    config = SearchConfig(trials=job.trials, episodes=job.episodes, rungs=job.rungs, concurrency=workers, seed=job.seed)
     return search(
         module,
         data,
@@ -262,10 +269,13 @@ def publish_model(
         "trial": trial.number,
         "k_shot": job.k_shot,
         "support_image_ids": pool.image_ids[chosen].tolist(),
-        "test_accuracy_mean": outcome.accuracy.mean,
-        "test_accuracy_95": [outcome.accuracy.low, outcome.accuracy.high],
-        "test_accuracy_of_this_support": outcome.scores[0].metrics["acc"],
-        "test_draws": job.draws,
+        "metrics": {
+            "test/episode/acc": outcome.accuracy.mean,
+            "test/episode/acc_low": outcome.accuracy.low,
+            "test/episode/acc_high": outcome.accuracy.high,
+            "test/episode/acc_of_this_support": outcome.scores[0].metrics["acc"],
+            "test/episode/draws": job.draws,
+        },
         "init": str(job.init) if job.init and config.pretrained else None,
     }
     return publish(

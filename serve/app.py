@@ -68,8 +68,8 @@ class AppArgs(BaseModel):
     """Copies of the model."""
     num_ingress: int = Field(default=1, ge=1)
     """Copies of the part that decodes."""
-    num_cpus: float = Field(default=1.0, gt=0)
-    """CPUs that Ray sets aside for each copy of the model; it computes on one."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPUs that Ray sets aside for each copy of the model (it computes on one); 0: shares with the cluster's jobs."""
 
 
 class Refusal(Exception):
@@ -410,7 +410,7 @@ def build_app(args: dict[str, Any]) -> serve.Application:
     )(Classifier)
     ingress = serve.deployment(
         num_replicas=given.num_ingress,
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * given.max_pending + 16,  # so that too many are refused in JSON, and probes get through
     )(Ingress)
     return ingress.bind(given.max_upload_mb, given.max_pending, classifier.bind(given.model, given.home))

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 from hypdefect.errors import HypdefectError
 
+logger = logging.getLogger(__name__)
+
 _SETTINGS = {
     "RAY_AUTH_MODE": "disabled",  # loopback only; the same value in every shell (see cluster/README.md)
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -58,7 +60,10 @@ def connected(num_cpus: int | None = None) -> Iterator[str]:
 
 
 def num_workers(wanted: int = 0) -> int:
-    """`wanted`, or as many as the cluster has CPUs."""
+    """`wanted`, or as many as the cluster has free CPUs: ask before starting anything."""
     import ray
 
-    return wanted or max(1, int(ray.cluster_resources().get("CPU", 1)))
+    free = int(ray.available_resources().get("CPU", 0))
+    if not free:
+        logger.warning("no CPU of the cluster is free: this job waits until another one ends")
+    return wanted or max(1, free)

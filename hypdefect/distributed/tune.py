@@ -203,7 +203,6 @@ def search(
     done = sum(trial.state is TrialState.COMPLETE for trial in known)
     if done < config.trials:
         workers = config.concurrency or max(1, int(ray.cluster_resources().get("CPU", 1)))
-        gpus = ray.cluster_resources().get("GPU", 0)
         startup = min(10, max(2, config.trials // 2))
         algorithm = OptunaSearch(
             space=space.space,
@@ -240,7 +239,7 @@ def search(
                 metric=space.METRIC,
                 start=start,
             ),
-            {"CPU": 1, "GPU": gpus / workers if gpus else 0},
+            {"CPU": 1},  # a fit is milliseconds of small operations: a GPU would only wait for its launches
         )
         results = tune.Tuner(
             trainable,

@@ -70,7 +70,7 @@ class HypDFSConfig:
     covariance: Literal["diagonal", "low_rank"] = "diagonal"
     ode: Literal["fc", "sa", "none"] = "fc"
     """Network of the neural ODE: fully connected, self-attention across classes, or plain moments."""
-    ode_steps: int = 2
+    ode_steps: int = 1
     """Runge-Kutta steps from 0 to 1; 0 is plain moments."""
     ode_hidden: int = 32
     adapter: Literal["none", "real", "real+synthetic"] = "real+synthetic"
@@ -219,7 +219,7 @@ class HypDFS(nn.Module):
         tangents = self.tangents(support)
         parameters = [p for p in core.parameters() if p.requires_grad] + ([offset] if config.learn_centers else [])
         if config.steps and parameters:
-            optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay)
+            optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
             moments = None if config.learn_curvature else self.moments(core, tangents, support.labels, n_way)
             for step in range(config.steps):
