@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from typing import Any, Literal, TypeVar, Union
 import tyro
 import yaml
 
-from hypdefect.errors import ConfigError
+from hypdefect.errors import ConfigError, HypdefectError
 
 T = TypeVar("T")
 
@@ -209,11 +210,27 @@ def _default(cls: type[T], args: list[str]) -> T:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: errors made by the user end in one line on stderr and exit status 1, not in a traceback."""
-    from hypdefect.errors import HypdefectError
-
+    """Run a job's main: errors a user can act on end in one line on stderr and exit status 1, not in a traceback."""
     try:
         main()
-    except HypdefectError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+    except Exception as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        print(reason, file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _reason(error: BaseException | None) -> str | None:
+    """The message of the error on purpose, or of the full disk, that lies behind an exception; None: it is a bug.
+
+    Ray wraps what a task raised and keeps the original in `cause`.
+    """
+    while error is not None:
+        deeper = getattr(error, "cause", None) or error.__cause__
+        if isinstance(error, HypdefectError) and not hasattr(error, "cause"):
+            return f"{type(error).__name__}: {error}"
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return f"no space left: {error}. Free some, or point HYPDEFECT_HOME at another disk, and run this again"
+        error = deeper if isinstance(deeper, BaseException) else None
+    return None

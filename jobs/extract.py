@@ -52,7 +52,9 @@ def prepare(config: TaskConfig) -> TaskPlan:
     with progress(f"reading {config.dataset}") as advance:
         found = ingested(config.dataset, config.root, home(), advance)
     state = "unchanged, manifest reused" if found.cached else "read"
-    say(f"{config.dataset}: {found.table.num_rows} images {state}, {found.quarantined} quarantined, {found.path}")
+    listed = f" (reasons in {found.path.with_suffix('.quarantine.parquet')})" if found.quarantined else ""
+    say(f"{config.dataset}: {found.table.num_rows} images {state}, {found.quarantined} quarantined{listed}")
+    say(f"manifest: {found.path}")
     return plan_task(config, found.table)
 
 

@@ -179,7 +179,7 @@ def search(
     """Run or continue the study `name` until `config.trials` trials are finished.
 
     Args:
-        space: module with METHOD, METRIC, MODE and `space(trial)`.
+        space: module with METHOD, METRIC, MODE and `space(trial)`; FIRST may name points to try early.
         folder: holds `study.db` and Tune's own files (TensorBoard events) under `name`.
         notify: called with (finished trials, value) after each trial.
 
@@ -196,10 +196,10 @@ def search(
         if trial.state is TrialState.RUNNING:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
     first = default_point(space, base)
-    tried = any(
-        trial.state is TrialState.WAITING or (trial.state is TrialState.COMPLETE and trial.params == first)
-        for trial in known  # a waiting trial is the default point: Optuna hands it out first
-    )
+    seen = [trial.params for trial in known if trial.state is TrialState.COMPLETE]
+    # a waiting trial is a first point too: Optuna hands it out next
+    seen += [trial.system_attrs["fixed_params"] for trial in known if trial.state is TrialState.WAITING]
+    points = [first | changes for changes in ({}, *getattr(space, "FIRST", ()))]
     done = sum(trial.state is TrialState.COMPLETE for trial in known)
     if done < config.trials:
         workers = config.concurrency or max(1, int(ray.cluster_resources().get("CPU", 1)))
@@ -214,7 +214,7 @@ def search(
             ),
             study_name=name,
             storage=store,
-            points_to_evaluate=None if tried else [first],
+            points_to_evaluate=[point for point in points if point not in seen] or None,
         )
         stops = np.linspace(0, config.episodes, config.rungs + 1).round().astype(int)
         scheduler = (
