@@ -95,38 +95,63 @@ def sample_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int) -> tu
     if n_way > pool.n_way:
         raise DataError(f"n_way={n_way} but only {pool.n_way} classes: {', '.join(pool.class_names)}")
     classes = np.sort(rng.choice(pool.n_way, n_way, replace=False))
-    support, query = [], []
-    for label in classes:
-        own = np.flatnonzero(pool.labels == label)
-        candidates = own if spec.split == "random" else _support_side(pool, own, spec.k_shot, rng)
-        if len(candidates) < spec.k_shot + (spec.split == "random"):
-            raise DataError(
-                f"class {pool.class_names[label]!r} has {len(own)} images in "
-                f"{len(np.unique(pool.groups[own]))} groups: too few for k_shot={spec.k_shot} and a query "
-                f"({spec.split} episodes)"
-            )
-        chosen = rng.choice(candidates, spec.k_shot, replace=False)
-        rest = np.setdiff1d(own, chosen if spec.split == "random" else candidates)
+    for _ in range(1 if spec.split == "random" else 32):  # groups that span classes can leave one without queries
+        support, query = _draw_sides(pool, spec, classes, rng)
+        empty = [int(label) for label, rest in zip(classes, query, strict=True) if not len(rest)]
+        if not empty:
+            return np.concatenate(support), np.concatenate(query), classes
+    raise _too_small(pool, empty[0], spec)
+
+
+def _draw_sides(
+    pool: LabelledFeatures, spec: EpisodeSpec, classes: np.ndarray, rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Positions of support and query images of each class."""
+    images = [np.flatnonzero(pool.labels == label) for label in classes]
+    support, sides, query = [], [], []
+    for label, own in zip(classes, images, strict=True):
+        side = own if spec.split == "random" else _support_side(pool, own, spec.k_shot, rng)
+        if len(side) < spec.k_shot + (spec.split == "random"):
+            raise _too_small(pool, int(label), spec)
+        chosen = np.sort(rng.choice(side, spec.k_shot, replace=False))
+        support.append(chosen)
+        sides.append(chosen if spec.split == "random" else side)
+    taken = np.unique(pool.groups[np.concatenate(support)])
+    for own, side in zip(images, sides, strict=True):
+        rest = np.setdiff1d(own, side)
+        if spec.split == "grouped":
+            rest = rest[~np.isin(pool.groups[rest], taken)]
         if spec.n_query is not None and len(rest) > spec.n_query:
             rest = rng.choice(rest, spec.n_query, replace=False)
-        support.append(np.sort(chosen))
         query.append(np.sort(rest))
-    return np.concatenate(support), np.concatenate(query), classes
+    return support, query
+
+
+def _too_small(pool: LabelledFeatures, label: int, spec: EpisodeSpec) -> DataError:
+    own = np.flatnonzero(pool.labels == label)
+    return DataError(
+        f"class {pool.class_names[label]!r} has {len(own)} images in {len(np.unique(pool.groups[own]))} groups: "
+        f"too few for k_shot={spec.k_shot} and a query ({spec.split} episodes)"
+    )
 
 
 def _support_side(pool: LabelledFeatures, own: np.ndarray, k_shot: int, rng: np.random.Generator) -> np.ndarray:
     """Whole groups of one class for the support side: about half of its images, at least K, one group left over."""
     names, sizes = np.unique(pool.groups[own], return_counts=True)
     order = rng.permutation(len(names))
+    spare = [i for i in order if len(own) - sizes[i] >= k_shot]  # without such a group K are left
+    if not spare:
+        return own[:0]
+    order = [i for i in order if i != spare[-1]]
     enough = max(k_shot, (len(own) + 1) // 2)
     taken: list[str] = []
     count = 0
-    for i in order[:-1]:
+    for i in order:
         if count >= enough:
             break
         taken.append(names[i])
         count += int(sizes[i])
-    return own[np.isin(pool.groups[own], taken)] if taken else own[:0]
+    return own[np.isin(pool.groups[own], taken)]
 
 
 def build_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int, *, copies: int = 0) -> Episode:

@@ -245,6 +245,8 @@ class TransformConfig:
     def __post_init__(self) -> None:
         if self.whitening is not None and not self.whitening > 0:
             raise ConfigError(f"transform.whitening must be positive, got {self.whitening}")
+        if self.max_normals < 0:
+            raise ConfigError(f"transform.max_normals must not be negative, got {self.max_normals}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,9 +264,13 @@ class FeatureTransform:
     def fit(
         cls, normals: Mapping[str, np.ndarray] | None, block_dims: Sequence[int], config: TransformConfig
     ) -> "FeatureTransform":
-        """Fit on the normals' stored features (`[M, D]` a view); None or fewer than 10 rows: no whitening."""
+        """Fit on the normals' stored features (`[M, D]` a view); None or fewer than 10 rows used: no whitening.
+
+        Raises:
+            DataError: whitening by normals that are all alike.
+        """
         tensors: dict[str, Tensor] = {}
-        if normals is not None and len(next(iter(normals.values()))) >= 10:
+        if normals is not None and min(len(next(iter(normals.values()))), config.max_normals) >= 10:
             for view, values in normals.items():
                 x = torch.from_numpy(values[: config.max_normals]).double()
                 tensors[f"{view}/mean"] = x.mean(0).float()
@@ -273,6 +279,11 @@ class FeatureTransform:
                 for i, block in enumerate((x - x.mean(0)).split(list(block_dims), dim=1)):
                     covariance = block.T @ block / (len(block) - 1)
                     ridge = config.whitening * covariance.diagonal().mean()
+                    if not ridge > 0:
+                        raise DataError(
+                            f"the {len(x)} normal images are all alike (no variance in block {i} of view {view!r}): "
+                            "give different ones, or set transform.whitening to None"
+                        )
                     values_, vectors = torch.linalg.eigh(covariance)
                     scale = (values_.clamp_min(0) + ridge).rsqrt()
                     tensors[f"{view}/{i}"] = ((vectors * scale) @ vectors.T).float()

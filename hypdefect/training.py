@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -197,5 +198,5 @@ def load_start(folder: Path) -> tuple[dict[str, Tensor], HypDFSConfig]:
 def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+    except (OSError, EOFError, KeyError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
         raise ArtifactError(f"{folder} holds no finished training run or checkpoint: {error}") from error

@@ -30,9 +30,9 @@ class ExtractJob(TaskConfig):
 def main() -> None:
     configure_logging()
     job, options = parse_job(ExtractJob, description=__doc__)
+    begun = time.monotonic()
+    plan = prepare(job)
     with connected():
-        begun = time.monotonic()
-        plan = prepare(job)
         report = fill(plan, job.workers, everything=job.all)
         seconds = time.monotonic() - begun
     path = FeatureStore(home(), plan.key).path

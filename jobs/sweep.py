@@ -25,7 +25,7 @@ from hypdefect.datasets import write_table
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import Start, evaluate, validate
 from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, finished, search
-from hypdefect.episodes import draw_support
+from hypdefect.episodes import draw_support, sample_episode
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import DrawScore, RunConfig, dimension
 from hypdefect.features import TransformConfig
@@ -93,16 +93,17 @@ def main() -> None:
     job = named(job)
     folder = home() / "sweeps" / job.name
     begun = time.monotonic()
+    module = load_space(job.space)
+    start, base = starting_point(job, module)
+    plan = prepare(job)
     with connected() as dashboard:
         workers = num_workers(job.workers)
         say(f"sweep {job.name}, everything under {home()}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
-        plan = prepare(job)
-        write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
         fill(plan, workers)
         task = load_task(plan, home())
+        sample_episode(task.pool, episode_spec(job), 0)  # too few images for a validation episode: say so now
+        write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
         ready = time.monotonic()
-        module = load_space(job.space)
-        start, base = starting_point(job, module)
         trials = run_search(job, module, task, base, start, workers)
         searched = time.monotonic()
         best = select(job, task, base, trials, start)
@@ -134,7 +135,8 @@ def named(job: SweepJob) -> SweepJob:
         name = job.name or f"{job.dataset}-k{job.k_shot}-{job.split}-{time.strftime('%Y%m%d-%H%M%S')}"
         if (sweeps / name / "sweep.json").exists():
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
-        return replace(job, name=name)
+        # a resumed sweep may be started in another folder
+        return replace(job, name=name, root=_absolute(job.root), init=_absolute(job.init))
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if k["job"]["dataset"] == job.dataset and not k["finished"]}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
@@ -147,12 +149,21 @@ def named(job: SweepJob) -> SweepJob:
     return replace(stored, trials=max(stored.trials, job.trials) if job.name else stored.trials, resume=True)
 
 
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.expanduser().absolute()
+
+
 def load_space(name: str) -> ModuleType:
     try:
         return importlib.import_module(f"tune_spaces.{name}")
     except ModuleNotFoundError as error:
         known = sorted(p.stem for p in Path(__file__).parents[1].joinpath("tune_spaces").glob("[a-z]*.py"))
         raise ConfigError(f"no search space {name!r} in tune_spaces/; known: {', '.join(known)}") from error
+
+
+def episode_spec(job: SweepJob) -> EpisodeSpec:
+    """Validation episodes: the task's own ways and shots, drawn inside the support pool."""
+    return EpisodeSpec(k_shot=job.k_shot, seed=job.seed, split=job.split)
 
 
 def starting_point(job: SweepJob, module: ModuleType) -> tuple[Start, RunConfig]:
@@ -181,7 +192,7 @@ def run_search(
         module,
         data,
         base,
-        EpisodeSpec(k_shot=job.k_shot, seed=job.seed, split=job.split),
+        episode_spec(job),
         config,
         name=job.name,
         folder=home() / "sweeps",
@@ -205,9 +216,8 @@ def select(
         )
         for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, job.copies))
     ]
-    spec = EpisodeSpec(k_shot=job.k_shot, seed=job.seed, split=job.split)
     say(f"selection: {len(candidates)} finalists and {len(peers)} prototypes on {job.episodes} fresh episodes")
-    scores = validate(task, candidates + peers, spec, range(job.episodes, 2 * job.episodes), start)
+    scores = validate(task, candidates + peers, episode_spec(job), range(job.episodes, 2 * job.episodes), start)
     means = [float(np.mean(s)) for s in scores]
     # a finalist's search score counts as much as its fresh one
     ours = int(np.argmax([m + t.value for m, t in zip(means, finalists, strict=False)]))

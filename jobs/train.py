@@ -46,11 +46,11 @@ def main() -> None:
     job, options = parse_job(TrainJob, description=__doc__)
     job = replace(job, name=job.name or f"train-{job.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = home() / "runs" / job.name
-    settings = to_mapping(job)
+    settings = to_mapping(replace(job, workers=1))  # a run may continue on another number of them
     if (folder / "job.json").exists() and settings != json.loads((folder / "job.json").read_text()):
         raise ConfigError(f"run {job.name!r} exists with other settings; choose another --name")
+    plan = prepare(job)
     with connected():
-        plan = prepare(job)
         fill(plan)
         task = load_task(plan, home())
         write_json(folder / "job.json", settings)

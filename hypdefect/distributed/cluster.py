@@ -16,7 +16,6 @@ _SETTINGS = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_ENABLE_V2_MIGRATION_WARNINGS": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_BACKEND_LOG_LEVEL": "fatal",  # of this driver's C++ core, whose errors also come as exceptions
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
 }
 

@@ -15,7 +15,6 @@ from hypdefect.types import EpisodeSpec
 Start = dict[str, torch.Tensor] | None
 
 
-@ray.remote
 def _score(
     pool: LabelledFeatures,
     queries: LabelledFeatures,
@@ -29,7 +28,6 @@ def _score(
     return score_draw(config, pool, queries, k_shot, seed, number, start)
 
 
-@ray.remote
 def _validate(
     pool: LabelledFeatures, config: RunConfig, spec: EpisodeSpec, first: int, last: int, start: Start
 ) -> list[float]:
@@ -38,6 +36,10 @@ def _validate(
         return list(validation_scores(config, pool, spec, range(first, last), start))
     except NumericsError:
         return [0.0] * (last - first)
+
+
+# not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
+_SCORE, _VALIDATE = ray.remote(_score), ray.remote(_validate)
 
 
 def validate(
@@ -50,7 +52,7 @@ def validate(
             table = task.transform(config.transform).table(task.pool.table)
             shared[config.transform] = ray.put(task.pool.with_table(table))
     return ray.get(
-        [_validate.remote(shared[c.transform], c, spec, numbers.start, numbers.stop, start) for c in configs]
+        [_VALIDATE.remote(shared[c.transform], c, spec, numbers.start, numbers.stop, start) for c in configs]
     )
 
 
@@ -74,7 +76,7 @@ def evaluate(
                 ray.put(task.queries.with_table(transform.table(task.queries.table))),
             )
     references = {
-        _score.remote(*shared[config.transform], config, k_shot, seed, number, (starts or {}).get(name)): (name, number)
+        _SCORE.remote(*shared[config.transform], config, k_shot, seed, number, (starts or {}).get(name)): (name, number)
         for name, config in configs.items()
         for number in range(draws)
     }

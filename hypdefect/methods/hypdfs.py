@@ -238,7 +238,13 @@ class HypDFS(nn.Module):
             evolved = self.evolve(core, self.moments(core, tangents, support.labels, n_way))
             adapted, (h, means) = self.points(core, tangents, self.synthetic_means(core, evolved))
             radii = adapted[: len(h)].flatten(1).norm(dim=1)
-            self.centers_WE = self.centers(core, h, means, radii, support.labels, offset)
+            centers = self.centers(core, h, means, radii, support.labels, offset)
+        if not torch.isfinite(centers).all():
+            raise NumericsError(
+                f"class centres are not finite after {config.steps} steps; curvature {config.curvature}, "
+                f"config {digest(config)[:12]}: lower lr or feature_scale"
+            )
+        self.centers_WE = centers
         self.fitted = core.requires_grad_(False)
 
     @torch.no_grad()
@@ -354,7 +360,7 @@ class HypDFS(nn.Module):
         """Moments carried from t = 0 to 1 by the neural ODE with fixed-step RK4 (eq. 7).
 
         Raises:
-            NumericsError: the solver failed.
+            NumericsError: the solver failed, or its state is not finite.
         """
         if core.ode is None:
             return moments
@@ -366,6 +372,11 @@ class HypDFS(nn.Module):
             end = odeint(core.ode, start, times, method="rk4", options=options)[-1]
         except (AssertionError, RuntimeError) as error:
             raise NumericsError(f"the neural ODE failed (rk4, {options}): {error}") from error
+        if not torch.isfinite(end).all():
+            raise NumericsError(
+                f"the neural ODE left the finite numbers (rk4, {options}, started at norm {float(start.norm()):.3g}, "
+                f"config {digest(self.config)[:12]}): lower lr or feature_scale"
+            )
         mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
         return Moments(moments.proto_WPE, mu * scale, log_scale, moments.factor_WPER)
 

@@ -1,0 +1,188 @@
+"""What every few-shot method promises, whatever is inside it."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hypdefect.errors import ConfigError
+from hypdefect.evaluation import RunConfig, score_draw, validation_scores
+from hypdefect.methods import METHODS, Classifier, build, get_method
+from hypdefect.types import EpisodeSpec
+from tests.toy_features import DIM, permuted, toy_batch, toy_pool
+
+VARIANTS: dict[str, dict[str, Any]] = {"hypdfs": {"steps": 8, "adapter_rank": 4, "ode_hidden": 8, "lr": 1e-2}}
+
+
+def setup_module() -> None:
+    torch.set_num_threads(1)  # so small tensors are slower, and on a busy machine far slower, on two
+
+
+@pytest.fixture(params=sorted(METHODS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def fresh(name: str) -> Classifier:
+    return build(name, get_method(name).config(**VARIANTS.get(name, {})), DIM)
+
+
+def test_logits_before_adapt_are_refused(name: str) -> None:
+    with pytest.raises(RuntimeError, match="needs adapt"):
+        fresh(name).logits(toy_batch())
+    with pytest.raises(RuntimeError, match="needs adapt"):
+        fresh(name).export()
+
+
+@pytest.mark.parametrize(("n_way", "k_shot"), [(2, 1), (3, 1), (4, 5)])
+def test_logits_are_finite_float64_one_row_a_query_one_column_a_class(name: str, n_way: int, k_shot: int) -> None:
+    classifier = fresh(name)
+    classifier.adapt(toy_batch(n_way, k_shot), n_way)
+    for queries in (toy_batch(n_way, 7), toy_batch(n_way, 7).select(torch.tensor([0]))):
+        logits = classifier.logits(queries)
+        assert logits.shape == (len(queries), n_way)
+        assert logits.dtype == torch.float64
+        assert torch.isfinite(logits).all()
+        assert not logits.requires_grad
+
+
+def test_the_same_support_gives_the_same_logits(name: str) -> None:
+    torch.manual_seed(0)
+    a, b = fresh(name), fresh(name)
+    a.adapt(toy_batch(), 3)
+    torch.rand(5)  # whatever else draws numbers
+    b.adapt(toy_batch(), 3)
+    assert torch.equal(a.logits(toy_batch(k_shot=9)), b.logits(toy_batch(k_shot=9)))
+    assert torch.equal(a.logits(toy_batch(k_shot=9)), a.logits(toy_batch(k_shot=9)))
+
+
+def test_a_second_adapt_starts_afresh(name: str) -> None:
+    used, new = fresh(name), fresh(name)
+    used.adapt(toy_batch(4, 2, seed=9), 4)
+    used.logits(toy_batch())
+    for classifier in (used, new):
+        classifier.adapt(toy_batch(), 3)
+    assert torch.equal(used.logits(toy_batch(k_shot=9)), new.logits(toy_batch(k_shot=9)))
+
+
+def test_adapt_leaves_the_support_as_it_was(name: str) -> None:
+    support = toy_batch()
+    before = {view: x.clone() for view, x in support.views.items()}
+    fresh(name).adapt(support, 3)
+    assert all(torch.equal(support.views[view], x) for view, x in before.items())
+
+
+def test_an_exported_classifier_is_restored_exactly(name: str, tmp_path: Path) -> None:
+    fitted, restored = fresh(name), fresh(name)
+    fitted.adapt(toy_batch(), 3)
+    save_file({k: v.contiguous() for k, v in fitted.export().items()}, tmp_path / "c.safetensors")
+    restored.restore(load_file(tmp_path / "c.safetensors"))
+    queries = toy_batch(k_shot=9, seed=4)
+    assert torch.equal(restored.logits(queries), fitted.logits(queries))
+    assert {k: v.shape for k, v in restored.export().items()} == {k: v.shape for k, v in fitted.export().items()}
+    fitted.adapt(toy_batch(seed=8), 3)  # an export is a snapshot of its own
+    assert not torch.equal(restored.logits(queries), fitted.logits(queries))
+
+
+@pytest.mark.parametrize("k_shot", [1, 5])
+def test_classes_that_lie_apart_are_told_apart(name: str, k_shot: int) -> None:
+    pool = toy_pool(n_way=3, per_class=20, spread=0.1)
+    support = np.concatenate([np.flatnonzero(pool.labels == label)[:k_shot] for label in range(3)])
+    queries = pool.batch(np.setdiff1d(np.arange(60), support))
+    classifier = fresh(name)
+    classifier.adapt(pool.batch(support), 3)
+    assert torch.equal(classifier.logits(queries).argmax(1), queries.labels)
+
+
+def test_the_order_of_support_rows_changes_next_to_nothing(name: str) -> None:
+    a, b = fresh(name), fresh(name)
+    a.adapt(toy_batch(k_shot=5), 3)
+    b.adapt(permuted(toy_batch(k_shot=5)), 3)
+    queries = toy_batch(k_shot=30)
+    ours, theirs = a.logits(queries), b.logits(queries)
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
+
+
+def test_a_query_is_judged_alone(name: str) -> None:
+    classifier = fresh(name)
+    classifier.adapt(toy_batch(), 3)
+    queries = toy_batch(k_shot=9, seed=4)
+    rows = torch.tensor([7, 3])
+    torch.testing.assert_close(
+        classifier.logits(queries.select(rows)), classifier.logits(queries)[rows], rtol=1e-6, atol=1e-6
+    )
+
+
+def test_renumbering_the_classes_renumbers_the_logits_of_methods_without_noise() -> None:
+    support, queries = toy_batch(), toy_batch(k_shot=9, seed=4)
+    for name, values in (("prototype", {}), ("hypdfs", {"steps": 0}), ("hypdfs", {"adapter": "real", "lr": 1e-2})):
+        a, b = (build(name, get_method(name).config(**values), DIM) for _ in range(2))
+        a.adapt(support, 3)
+        b.adapt(replace(support, labels=(support.labels + 1) % 3), 3)
+        torch.testing.assert_close(b.logits(queries).roll(-1, 1), a.logits(queries), rtol=1e-4, atol=1e-4)
+
+
+def test_both_views_count(name: str) -> None:
+    classifier = fresh(name)
+    classifier.adapt(toy_batch(), 3)
+    queries = toy_batch(k_shot=9, seed=4)
+    plain = classifier.logits(queries)
+    for view in queries.views:
+        changed = replace(queries, views=queries.views | {view: queries.views[view].flip(0)})
+        assert not torch.allclose(classifier.logits(changed), plain)
+
+
+def test_unknown_methods_list_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="unknown method 'svm'; known: hypdfs, prototype"):
+        get_method("svm")
+
+
+# ---- the protocol round a method -----------------------------------------------------------------------------------
+
+
+def test_a_run_config_reads_the_config_of_its_method_strictly(name: str) -> None:
+    run = RunConfig(name=name, method=VARIANTS.get(name))
+    assert isinstance(run.method, get_method(name).config)
+    with pytest.raises(ConfigError, match="no field 'nonsense'"):
+        RunConfig(name=name, method={"nonsense": 1})
+
+
+def test_validation_scores_and_draws_are_repeatable(name: str) -> None:
+    pool, queries = toy_pool(per_class=8, copies=2), toy_pool(per_class=5)
+    config = RunConfig(name=name, method=VARIANTS.get(name))
+    spec = EpisodeSpec(k_shot=2, n_query=3, seed=1)
+    scores = list(validation_scores(config, pool, spec, range(4)))
+    assert scores == list(validation_scores(config, pool, spec, range(4)))
+    assert scores[2:] == list(validation_scores(config, pool, spec, range(2, 4)))
+    assert all(0 <= s <= 1 for s in scores)
+    a, b = (score_draw(config, pool, queries, 2, 0, 3) for _ in range(2))
+    np.testing.assert_array_equal(a.probabilities, b.probabilities)
+    np.testing.assert_allclose(a.probabilities.sum(1), 1)
+    assert a.image_ids == tuple(queries.image_ids)
+    assert a.metrics["acc"] == (a.predicted == queries.labels).mean()
+    assert a.metrics["acc"] == pytest.approx(a.metrics["balanced_acc"])  # as many queries of each class
+
+
+def test_query_labels_change_no_prediction(name: str) -> None:
+    """The leak test: a method that peeks at them would answer otherwise."""
+    pool, queries = toy_pool(per_class=8), toy_pool(per_class=5)
+    config = RunConfig(name=name, method=VARIANTS.get(name))
+    other = replace(queries, labels=np.random.default_rng(0).permutation(queries.labels))
+    a, b = (score_draw(config, pool, q, 2, 0, 3) for q in (queries, other))
+    np.testing.assert_array_equal(a.probabilities, b.probabilities)
+
+
+def test_starting_weights_need_a_method_that_has_some() -> None:
+    start = {"core.adapter.up": torch.ones(DIM, 32)}
+    with pytest.raises(ConfigError, match="'prototype' has no weights to start from; drop --init"):
+        RunConfig(name="prototype").classifier(DIM, start)
+    started = RunConfig(name="hypdfs").classifier(DIM, start)
+    assert torch.equal(started.core.adapter.up, start["core.adapter.up"])  # type: ignore[attr-defined]
+    scratch = RunConfig(name="hypdfs", pretrained=False).classifier(DIM, start)
+    assert not scratch.core.adapter.up.any()  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match="do not fit this configuration"):
+        RunConfig(name="hypdfs", method={"adapter_rank": 3}).classifier(DIM, start)

@@ -1,0 +1,297 @@
+"""The search with Ray Tune and Optuna: what it records, what it survives, and what it never sees."""
+
+import importlib
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+import torch
+from optuna.trial import FrozenTrial, TrialState
+
+import hypdefect
+import tune_spaces
+from hypdefect.config import override
+from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, default_point, finished, search, storage
+from hypdefect.episodes import LabelledFeatures, draw_support
+from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.evaluation import RunConfig, dimension, validation_scores
+from hypdefect.task import FewShotTask
+from hypdefect.types import EpisodeSpec
+from jobs.sweep import SweepJob, select
+from tests.ray.search_script import BASE, NAME, SPEC, as_space, make_task, search_data, small_space
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+REPOSITORY = Path(hypdefect.__file__).parents[1]
+SPACES = sorted(p.stem for p in Path(tune_spaces.__file__).parent.glob("[a-z]*.py"))
+SMALL_SPACE = as_space(small_space)
+
+
+@pytest.fixture(scope="module")
+def task() -> FewShotTask:
+    return make_task()
+
+
+@pytest.fixture(scope="module")
+def data(task: FewShotTask) -> SearchData:
+    return search_data(task)
+
+
+def study_of(folder: Path) -> list[FrozenTrial]:
+    return optuna.load_study(study_name=NAME, storage=storage(folder / "study.db")).get_trials()
+
+
+def run(
+    folder: Path,
+    data: SearchData,
+    space: ModuleType = SMALL_SPACE,
+    base: RunConfig = BASE,
+    spec: EpisodeSpec = SPEC,
+    notify: Any = None,
+    **settings: int,
+) -> list[TrialResult]:
+    """A search on one actor: a second one would import everything again."""
+    config = SearchConfig(**{"trials": 6, "episodes": 4, "rungs": 1, "concurrency": 1, **settings})
+    return search(space, data, base, spec, config, name=NAME, folder=folder, notify=notify)
+
+
+@dataclass(frozen=True)
+class Searched:
+    folder: Path
+    results: list[TrialResult]
+    seen: list[tuple[int, float]]
+
+    @property
+    def rows(self) -> list[Any]:
+        return [(r.number, r.params, r.value, r.rungs) for r in self.results]
+
+
+def search_alone(task: FewShotTask, folder: Path) -> Searched:
+    """One trial at a time, which makes a search repeatable."""
+    seen: list[tuple[int, float]] = []
+    results = run(folder, search_data(task), notify=lambda n, v: seen.append((n, v)), trials=6, episodes=4)
+    return Searched(folder, results, seen)
+
+
+@pytest.fixture(scope="module")
+def searched(ray_local: Any, task: FewShotTask, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return search_alone(task, tmp_path_factory.mktemp("search"))
+
+
+def test_exactly_the_trials_asked_for_the_defaults_first(searched: Searched, data: SearchData) -> None:
+    trials, results = study_of(searched.folder), searched.results
+    assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
+    assert trials[0].params == default_point(SMALL_SPACE, BASE)
+    assert override(BASE, trials[0].params) == BASE
+    assert sorted(r.number for r in results) == list(range(6))
+    assert [r.value for r in results] == sorted((t.value for t in trials), reverse=True)
+    assert [n for n, _ in searched.seen] == [1, 2, 3, 4, 5, 6]
+    assert sorted(v for _, v in searched.seen) == sorted(t.value for t in trials)
+    assert results == finished(searched.folder / "study.db", NAME)
+    assert run(searched.folder, data) == results  # nothing is left to do
+
+
+def test_values_are_those_of_the_same_episodes_in_process(searched: Searched, task: FewShotTask) -> None:
+    for result in searched.results:
+        config = override(BASE, result.params)
+        pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
+        scores = list(validation_scores(config, pool, SPEC, range(4)))
+        assert result.value == pytest.approx(float(np.mean(scores)), abs=1e-12)
+
+
+def test_early_stopping_is_recorded_and_full_trials_come_first(
+    ray_local: Any, data: SearchData, tmp_path: Path
+) -> None:
+    results = run(tmp_path, data, trials=12, episodes=9, rungs=3)
+    rungs = [r.rungs for r in results]
+    assert len(rungs) == 12
+    assert max(rungs) == 3
+    assert min(rungs) < 3, "ASHA stopped no trial"
+    assert rungs == sorted(rungs, reverse=True)
+    for _, group in itertools.groupby(results, key=lambda r: r.rungs):
+        values = [r.value for r in group]
+        assert values == sorted(values, reverse=True)
+
+
+def exploding_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("method.lr", [1e-4, 1e38])
+
+
+def test_a_numerical_failure_scores_zero(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+    base = override(BASE, {"method.steps": 8})
+    results = run(tmp_path, data, as_space(exploding_space), base, trials=8, episodes=4, rungs=2)
+    assert len(results) == 8
+    exploded = [r for r in results if r.params["method.lr"] == 1e38]
+    assert exploded
+    assert [r.value for r in exploded] == [0.0] * len(exploded)
+    assert all(r.value > 0 for r in results if r.params["method.lr"] == 1e-4)
+
+
+def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+    with pytest.raises(HypdefectError, match="class 'crack' has 12 images") as caught:
+        run(tmp_path, data, spec=EpisodeSpec(k_shot=12), trials=2)
+    assert "\n" not in str(caught.value)
+    assert f"every trial of {NAME} failed" in str(caught.value)
+    assert [t.state for t in study_of(tmp_path)] == [TrialState.FAIL] * 2
+
+
+def unknown_space(trial: optuna.Trial) -> None:
+    trial.suggest_float("method.curvatur", 0.1, 1.0)
+
+
+def test_a_space_of_an_unknown_field_is_refused(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'method\.curvatur', which is no field"):
+        run(tmp_path, data, as_space(unknown_space))
+
+
+# --- selection never sees a query --------------------------------------------------------------------------------
+
+
+def scrambled(queries: LabelledFeatures) -> LabelledFeatures:
+    """The same images with labels of others and noise for features."""
+    rng = np.random.default_rng(99)
+    noise = {view: rng.normal(size=x.shape).astype(np.float32) for view, x in queries.table.views.items()}
+    return replace(queries, labels=rng.permutation(queries.labels), table=replace(queries.table, views=noise))
+
+
+def selected(task: FewShotTask, trials: list[TrialResult]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What `jobs/sweep.py` chooses and publishes."""
+    job = SweepJob(k_shot=SPEC.k_shot, episodes=4, finalists=3, rungs=1)
+    winner, config, peer = select(job, task, BASE, trials, None)
+    pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
+    classifier = config.classifier(dimension(pool))
+    support = pool.batch(draw_support(pool, SPEC.k_shot, job.seed, 0), copies=config.support_copies)
+    classifier.adapt(support, pool.n_way)
+    return (winner.number, config, peer), classifier.export()
+
+
+def test_scrambled_queries_change_no_choice_and_no_weight(
+    searched: Searched, task: FewShotTask, tmp_path: Path
+) -> None:
+    """This is also the test that a search of the same seed repeats itself."""
+    other = replace(task, queries=scrambled(task.queries))
+    assert not np.array_equal(other.queries.labels, task.queries.labels)
+    again = search_alone(other, tmp_path)
+    assert again.rows == searched.rows
+    chosen, tensors = selected(task, searched.results)
+    chosen_2, tensors_2 = selected(other, again.results)
+    assert chosen_2 == chosen
+    assert tensors_2.keys() == tensors.keys()
+    assert all(torch.equal(tensors_2[name], value) for name, value in tensors.items())
+
+
+def test_search_data_has_no_place_for_a_query(task: FewShotTask, data: SearchData) -> None:
+    assert {f.name for f in fields(SearchData)} == {"pool", "normals", "block_dims"}
+    held = {*data.pool.image_ids.tolist(), *data.pool.table.image_ids.tolist()}
+    assert held.isdisjoint(task.queries.image_ids.tolist())
+
+
+# --- a killed driver ---------------------------------------------------------------------------------------------
+
+
+def complete(folder: Path) -> dict[int, tuple[dict[str, Any], float | None, Any]]:
+    try:
+        trials = study_of(folder)
+    except KeyError:  # the study is not there yet
+        return {}
+    return {t.number: (t.params, t.value, t.datetime_complete) for t in trials if t.state is TrialState.COMPLETE}
+
+
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, f"{what}: not within {seconds} s"
+        time.sleep(0.05)
+
+
+def start_script(folder: Path, trials: int, env: dict[str, str]) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.ray.search_script", str(folder), str(trials)],
+        cwd=REPOSITORY,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+@pytest.mark.slow
+def test_a_killed_search_continues_with_what_is_missing(
+    ray_local: Any, data: SearchData, tmp_path: Path, private_env: dict[str, str]
+) -> None:
+    with start_script(tmp_path, 200, private_env) as process:
+        wait_for(lambda: len(complete(tmp_path)) >= 3 or process.poll() is not None, "three trials")
+        assert process.poll() is None, process.communicate()[0]
+        os.killpg(process.pid, signal.SIGKILL)
+    before = complete(tmp_path)
+    total = len(before) + 6
+    run(tmp_path, data, trials=total, episodes=8, rungs=2)
+    after = complete(tmp_path)
+    assert len(after) == total
+    assert {number: after[number] for number in before} == before
+    new = [params for number, (params, _, _) in after.items() if number not in before]
+    assert not [params for params in new if params in [known for known, _, _ in before.values()]]
+    assert {t.state for t in study_of(tmp_path)} <= {TrialState.COMPLETE, TrialState.FAIL}
+
+
+def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+    """The driver died before the default point had finished, or even before it was handed out."""
+    for state in (TrialState.RUNNING, TrialState.WAITING):
+        folder = tmp_path / state.name
+        study = optuna.create_study(study_name=NAME, storage=storage(folder / "study.db"), direction="maximize")
+        study.enqueue_trial(default_point(SMALL_SPACE, BASE))
+        if state is TrialState.RUNNING:
+            small_space(study.ask())
+        results = run(folder, data, trials=2)
+        assert len(results) == 2
+        assert [r.params for r in results].count(default_point(SMALL_SPACE, BASE)) == 1
+
+
+# --- cost and spaces ---------------------------------------------------------------------------------------------
+
+
+def test_packed_trials_cost_little(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+    space = importlib.import_module("tune_spaces.prototype")
+    times: list[float] = []
+    base = RunConfig(name=space.METHOD)
+    run(tmp_path, data, space, base, notify=lambda *_: times.append(time.monotonic()), trials=24, episodes=1)
+    assert len(times) == 24
+    # the quickest five in a row: a burst of other load is not what is measured here
+    assert min(b - a for a, b in zip(times[:-5], times[5:], strict=True)) / 5 < 0.6
+    logs = [json.loads(path.read_text().splitlines()[-1]) for path in tmp_path.rglob("result.json")]
+    assert len(logs) == 24
+    assert len({log["pid"] for log in logs}) == 1  # one actor ran them all: starting one a trial takes seconds
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_every_point_of_a_space_is_a_configuration(name: str) -> None:
+    space = importlib.import_module(f"tune_spaces.{name}")
+    assert space.METRIC.startswith("val/")
+    assert space.MODE == "max"
+    base = RunConfig(name=space.METHOD)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    first = default_point(space, base)
+    points = [first | changes for changes in ({}, *getattr(space, "FIRST", ()))]
+    for point in points:
+        study.enqueue_trial(point)
+    for number in range(len(points) + 25):
+        trial = study.ask()
+        space.space(trial)
+        assert trial.params.keys() == first.keys()
+        if number < len(points):
+            assert trial.params == points[number]
+        config = override(base, trial.params)
+        assert config.name == space.METHOD
+        assert number or config == base

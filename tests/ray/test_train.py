@@ -1,0 +1,126 @@
+"""Meta-training with Ray Train: the same run for any number of workers, however often it is interrupted."""
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hypdefect.distributed.train import train
+from hypdefect.episodes import LabelledFeatures
+from hypdefect.errors import ConfigError, DataError, HypdefectError, NumericsError
+from hypdefect.evaluation import dimension
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.training import TrainConfig, core_tensors, meta_train
+from tests.ray.search_script import SMALL, make_task
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+CONFIG = TrainConfig(
+    method=HypDFSConfig(**SMALL), steps=6, episodes_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
+)
+
+
+@pytest.fixture(scope="module")
+def pool() -> LabelledFeatures:
+    return make_task().pool
+
+
+@pytest.fixture(scope="module")
+def expected(pool: LabelledFeatures) -> tuple[dict[str, torch.Tensor], list[float]]:
+    """The same run in this process, without Ray."""
+    return in_process(pool, CONFIG)
+
+
+def in_process(pool: LabelledFeatures, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
+    model = HypDFS(config.method, dimension(pool))
+    losses = meta_train(model, pool, config, lambda metrics, write: None)
+    return core_tensors(model), losses
+
+
+def assert_same(model: HypDFS, losses: list[float], expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+    weights, stream = expected
+    assert losses == pytest.approx(stream, abs=1e-5)
+    assert len(losses) == len(stream)
+    found = core_tensors(model)
+    assert found.keys() == weights.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_result_does_not_depend_on_the_workers(
+    ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path, workers: int
+) -> None:
+    started = core_tensors(HypDFS(CONFIG.method, dimension(pool)))
+    assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
+    model, losses = train(pool, CONFIG, workers=workers, name="run", folder=tmp_path)
+    assert_same(model, losses, expected)
+    if workers == 1:  # a run that is complete does nothing when it is asked for again
+        kept = sorted(tmp_path.rglob("core.safetensors"))
+        model, losses = train(pool, CONFIG, workers=1, name="run", folder=tmp_path)
+        assert_same(model, losses, expected)
+        assert sorted(tmp_path.rglob("core.safetensors")) == kept
+
+
+def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
+    """More steps go on from the last checkpoint: the schedule of the learning rate is that of the longer run."""
+    train(pool, replace(CONFIG, steps=2), workers=1, name="run", folder=tmp_path)
+    model, losses = train(pool, CONFIG, workers=2, name="run", folder=tmp_path)
+
+    checkpoints: list[Path] = []
+
+    def keep(metrics: dict[str, float], write: Any) -> None:
+        checkpoints.append(tmp_path / f"plain-{len(checkpoints)}")
+        write(checkpoints[-1])
+
+    plain = HypDFS(CONFIG.method, dimension(pool))
+    first = meta_train(plain, pool, replace(CONFIG, steps=2), keep)
+    rest = meta_train(plain, pool, CONFIG, keep, resume=checkpoints[0])
+    assert (len(first), len(rest)) == (2, 4)
+    assert_same(model, losses, (core_tensors(plain), first + rest))
+
+
+def kill_one_worker(folder: Path, killed: list[int]) -> None:
+    """Once the first checkpoint lies there."""
+    import psutil  # Ray brings its own
+
+    end = time.monotonic() + 120
+    while not list(folder.rglob("state.json")) and time.monotonic() < end:
+        time.sleep(0.02)
+    for process in psutil.Process().children(recursive=True):
+        name = " ".join(process.cmdline()[:1])
+        if "RayTrainWorker" in name:
+            process.kill()
+            killed.append(process.pid)
+            return
+
+
+def test_a_killed_worker_changes_nothing(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
+    config = replace(CONFIG, steps=150, report_every=5, lr=1e-3)  # rounding grows with the steps
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
+    killer.start()
+    model, losses = train(pool, config, workers=2, name="run", folder=tmp_path)
+    killer.join()
+    assert len(killed) == 1
+    assert_same(model, losses, in_process(pool, config))
+
+
+def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
+    def refuse(error: type[HypdefectError], match: str, config: TrainConfig, workers: int) -> None:
+        with pytest.raises(error, match=match):
+            train(pool, config, workers=workers, name="run", folder=tmp_path)
+
+    refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, episodes_per_step=64), 64)
+    refuse(ConfigError, "episodes_per_step=4 is no multiple of 3", CONFIG, 3)
+    refuse(DataError, "class 'crack' has 12 images", replace(CONFIG, k_shot=12, n_way=4), 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_error_of_a_worker_is_the_error_of_the_run(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
+    config = replace(CONFIG, lr=1e38)
+    with pytest.raises(NumericsError, match="meta-training loss at step"):
+        train(pool, config, workers=2, name="run", folder=tmp_path, max_failures=0)

@@ -1,0 +1,90 @@
+"""Intervals against scipy, and the pairing and clustering that honest comparisons need."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from hypdefect.errors import DataError
+from hypdefect.metrics import Interval, clustered_interval, interval, paired
+
+VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
+
+
+@settings(deadline=None, database=None, max_examples=50)
+@given(values=VALUES)
+def test_interval_is_scipys_student_interval(values: list[float]) -> None:
+    found = interval(values)
+    low, high = stats.t.interval(0.95, len(values) - 1, np.mean(values), stats.sem(values))
+    assert (found.low, found.high) == pytest.approx((low, high), rel=1e-9, abs=1e-9)
+    assert found.mean == pytest.approx(np.mean(values))
+    assert found.n == len(values)
+
+
+def test_standard_deviation_is_the_samples() -> None:
+    found = interval([0.0, 1.0])
+    assert found.std == pytest.approx(math.sqrt(0.5))  # ddof 0 would give 0.5
+    assert found.half_width == pytest.approx(12.706204736 / 2)  # t(0.975, 1) * std / sqrt(2)
+
+
+def test_one_value_says_nothing_about_its_spread() -> None:
+    assert interval([0.25]) == Interval(0.25, 0.0, math.inf, 1)
+
+
+def test_percent_reads_like_a_results_table() -> None:
+    assert Interval(0.84312, 0.1, 0.00617, 9).percent() == "84.31 ± 0.62"
+
+
+@pytest.mark.parametrize("values", [[], [1.0, math.nan], [math.inf]])
+def test_values_that_are_no_sample_are_refused(values: list[float]) -> None:
+    with pytest.raises(DataError, match="finite values"):
+        interval(values)
+
+
+def test_clusters_count_not_their_members() -> None:
+    values = [0.0, 0.2, 0.4, 1.0, 1.0]
+    found = clustered_interval(values, [7, 7, 7, 3, 3])
+    assert found == interval([1.0, 0.2])
+    assert found.n == 2
+
+
+def test_a_cluster_weighs_the_same_whatever_its_size() -> None:
+    assert clustered_interval([0.0, 1.0, 1.0, 1.0], [0, 1, 1, 1]).mean == 0.5
+
+
+def test_within_a_single_cluster_the_draws_are_the_sample() -> None:
+    assert clustered_interval([0.1, 0.2, 0.4], [5, 5, 5]) == interval([0.1, 0.2, 0.4])
+
+
+def test_clustering_widens_the_interval_of_correlated_draws() -> None:
+    rng = np.random.default_rng(0)
+    clusters = np.repeat(np.arange(5), 20)
+    values = rng.normal(size=5)[clusters] + 0.01 * rng.normal(size=100)
+    assert clustered_interval(values.tolist(), clusters.tolist()).half_width > 3 * interval(values.tolist()).half_width
+
+
+def test_paired_is_scipys_paired_test() -> None:
+    rng = np.random.default_rng(1)
+    hard = rng.normal(size=12)  # what both methods share in a draw drops out
+    ours, theirs = hard + 0.1 + 0.01 * rng.normal(size=12), hard + 0.01 * rng.normal(size=12)
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    found = paired(ours.tolist(), theirs.tolist(), [0] * 12)
+    assert (found.low, found.high) == pytest.approx((expected.low, expected.high))
+    assert found.low > 0 > interval(theirs.tolist()).low
+    assert paired(theirs.tolist(), ours.tolist(), [0] * 12).mean == pytest.approx(-found.mean)
+
+
+def test_paired_differences_are_clustered_too() -> None:
+    assert paired([1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [0, 0, 1, 1]) == interval([1.0, 2.0])
+
+
+def test_lists_of_different_length_are_refused() -> None:
+    with pytest.raises(DataError, match="2 and 1 draws"):
+        paired([1.0, 2.0], [1.0], [0, 0])
+    with pytest.raises(DataError, match="3 values in 2"):
+        clustered_interval([1.0, 2.0, 3.0], [0, 1])
+    with pytest.raises(DataError, match="2 values in 3"):
+        clustered_interval([1.0, 2.0], [0, 0, 0])

@@ -1,0 +1,297 @@
+"""Who is a support candidate, a query or a normal, and that a task is read back as it was planned."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from hypdefect.backbones import Backbone
+from hypdefect.datasets import ingest, read_manifest
+from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.features import FeatureStore, ImageRequest, TransformConfig
+from hypdefect.images import read_image, read_mask
+from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, image_requests, ingested, load_task, plan_task
+from hypdefect.types import VIEWS
+from hypdefect.views import FULL_REGION, RecipeConfig, RegionExtractor
+from tests.tiny_dataset import make_elpv_tree, make_folder_tree, make_mtd_tree
+
+RECIPE = RecipeConfig(whole_size=32, window=48, crop_size=32)
+
+
+def setup_module() -> None:
+    torch.set_num_threads(1)  # so small tensors are slower, and on a busy machine far slower, on two
+
+
+def config(**values: Any) -> TaskConfig:
+    return TaskConfig(**{"dataset": "mtd", "backbone": "tiny_random", "recipe": RECIPE, "k_shot": 1} | values)
+
+
+@pytest.fixture(scope="module")
+def mtd(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    return ingest("mtd", make_mtd_tree(tmp_path_factory.mktemp("mtd"))).manifest
+
+
+@pytest.fixture(scope="module")
+def elpv(tmp_path_factory: pytest.TempPathFactory) -> pa.Table:
+    return ingest("elpv", make_elpv_tree(tmp_path_factory.mktemp("elpv"), per_class=8)).manifest
+
+
+def extract(plan: TaskPlan, home: Path, requests: Sequence[ImageRequest] | None = None) -> None:
+    """What `distributed.extract` does, without Ray."""
+    extractor = RegionExtractor(Backbone(plan.spec), plan.config.recipe)
+    store = FeatureStore(home, plan.key)
+    store.create()
+    for request in plan.requests() if requests is None else requests:
+        image, mask = read_image(Path(request.uri)), None
+        if request.mask_id == FULL_REGION:
+            mask = np.ones(image.shape[:2], dtype=bool)
+        elif request.mask_uri:
+            mask, _ = read_mask(Path(request.mask_uri), image.shape[:2])
+        views = extractor(image, mask, request.image_id, request.copies)
+        store.write(request.row_keys(), {view: x.numpy() for view, x in views.items()})
+
+
+def rows_of(manifest: pa.Table) -> dict[str, dict[str, Any]]:
+    return {row["image_id"]: row for row in manifest.to_pylist()}
+
+
+# ---- the plan ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+@pytest.mark.parametrize("partition", [0, 1, 2])
+def test_no_image_is_on_two_sides(mtd: pa.Table, split: Any, partition: int) -> None:
+    plan, rows = plan_task(config(split=split, partition=partition), mtd), rows_of(mtd)
+    pool, queries, normals = set(plan.pool_ids), set(plan.partition.query), set(plan.normal_ids)
+    assert not pool & queries
+    assert not normals & (pool | queries)
+    assert not any(rows[i]["is_defect"] for i in normals)
+    assert {rows[i]["defect"] for i in pool} == {rows[i]["defect"] for i in queries} == set(plan.classes)
+    assert plan.classes == ("blowhole", "break", "crack", "fray", "uneven")
+    assert len(normals) == 6
+    if split == "grouped":
+        assert not {rows[i]["group_id"] for i in pool} & {rows[i]["group_id"] for i in queries}
+
+
+def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> None:
+    whole, capped = (plan_task(config(pool_per_class=n), mtd) for n in (0, 2))
+    rows = rows_of(mtd)
+    assert [sum(rows[i]["defect"] == c for i in whole.pool_ids) for c in whole.classes] == [3] * 5
+    assert [sum(rows[i]["defect"] == c for i in capped.pool_ids) for c in capped.classes] == [2] * 5
+    assert set(capped.pool_ids) < set(whole.pool_ids)
+    assert capped.partition.query == whole.partition.query
+
+
+def test_normals_are_capped_and_differ_by_partition(mtd: pa.Table) -> None:
+    a, b = (plan_task(config(max_normals=3, partition=p), mtd) for p in (0, 1))
+    assert len(a.normal_ids) == len(b.normal_ids) == 3
+    assert a.normal_ids != b.normal_ids
+    assert plan_task(config(max_normals=0), mtd).normal_ids == ()
+
+
+def test_where_good_is_a_class_only_supports_serve_as_normals(elpv: pa.Table) -> None:
+    plan, rows = plan_task(config(dataset="elpv", pool_per_class=3), elpv), rows_of(elpv)
+    assert plan.classes == ("mono_defect", "mono_good", "poly_defect", "poly_good")
+    assert set(plan.normal_ids) == {i for i in plan.pool_ids if not rows[i]["is_defect"]}
+    assert len(plan.normal_ids) == 6
+    assert not set(plan.normal_ids) & set(plan.partition.query)
+    left_out = {i for i in plan.partition.pool if i not in plan.pool_ids}
+    assert left_out  # capped away: neither side, and no normals either
+    assert not left_out & {r.image_id for r in plan.requests()}
+
+
+def test_a_plan_does_not_depend_on_the_order_of_the_manifest(mtd: pa.Table) -> None:
+    turned = mtd.take(pa.array(np.random.default_rng(0).permutation(len(mtd))))
+    a, b = plan_task(config(), mtd), plan_task(config(), turned)
+    assert (a.pool_ids, a.partition, a.normal_ids) == (b.pool_ids, b.partition, b.normal_ids)
+    assert a.provenance() == b.provenance()
+
+
+def test_requests_ask_for_copies_of_supports_alone(mtd: pa.Table) -> None:
+    plan = plan_task(config(copies=2), mtd)
+    requests = {r.image_id: r for r in plan.requests()}
+    assert len(requests) == len(plan.requests()) == 36
+    assert {i for i, r in requests.items() if r.copies == 2} == set(plan.pool_ids)
+    assert {r.copies for r in requests.values()} == {0, 2}
+    rows = rows_of(mtd)
+    for image_id, request in requests.items():
+        expected = rows[image_id]["mask_id"] or FULL_REGION
+        assert request.mask_id == expected
+        assert (request.mask_uri == "") == (expected == FULL_REGION)
+
+
+def test_in_a_set_without_masks_nothing_is_said_of_regions(elpv: pa.Table) -> None:
+    plan = plan_task(config(dataset="elpv"), elpv)
+    assert not plan.uses_mask
+    assert {r.mask_id for r in plan.requests()} == {""}
+    assert image_requests(elpv, {}, False) == []
+
+
+def test_provenance_tells_partitions_pools_and_recipes_apart(mtd: pa.Table) -> None:
+    base = plan_task(config(), mtd).provenance()
+    assert base == plan_task(config(k_shot=2, copies=0), mtd).provenance()
+    for values, changed in [
+        ({"partition": 1}, {"partition", "partition_digest"}),
+        ({"split": "grouped"}, {"split", "partition_digest"}),
+        ({"pool_per_class": 2}, {"partition_digest", "pool_images"}),
+        ({"max_normals": 2}, {"normal_images"}),
+        ({"recipe": replace(RECIPE, aug_seed=1)}, {"feature_key"}),
+    ]:
+        other = plan_task(config(**values), mtd).provenance()
+        assert {name for name in base if base[name] != other[name]} == changed
+    fewer = plan_task(config(), mtd.slice(1)).provenance()
+    assert fewer["manifest_digest"] != base["manifest_digest"]
+    assert (base["pool_images"], base["query_images"], base["normal_images"]) == (15, 15, 6)
+
+
+def test_a_class_too_small_for_k_is_named(mtd: pa.Table) -> None:
+    with pytest.raises(DataError, match=r"class blowhole has 3 pool and 3 query images.*K = 4 needs 4"):
+        plan_task(config(k_shot=4), mtd)
+
+
+def test_one_class_is_no_task(tmp_path: Path) -> None:
+    manifest = ingest("folder", make_folder_tree(tmp_path, classes=1)).manifest
+    with pytest.raises(DataError, match=r"folder has 1 few-shot classes \(dent\); needs 2"):
+        plan_task(config(dataset="folder"), manifest)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"dataset": "mdt"}, "unknown dataset 'mdt'; did you mean 'mtd'"),
+        ({"backbone": "resnet"}, "unknown backbone 'resnet'"),
+        ({"k_shot": 0}, "k_shot must be at least 1, got 0"),
+        ({"copies": -1}, "copies must be at least 0"),
+        ({"max_normals": -1}, "max_normals must be at least 0"),
+        ({"partition": -1}, "partition must be at least 0"),
+        ({"k_shot": 5, "pool_per_class": 5}, "pool_per_class=5 leaves no validation query beside k_shot=5"),
+    ],
+)
+def test_task_settings_that_cannot_work_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config(**values)
+
+
+# ---- features ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def loaded(mtd: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskPlan, FewShotTask, Path]:
+    home = tmp_path_factory.mktemp("task_home")
+    plan = plan_task(config(split="grouped", copies=1), mtd)
+    extract(plan, home)
+    return plan, load_task(plan, home), home
+
+
+def test_a_task_holds_what_was_planned(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
+    plan, task, _ = loaded
+    rows = rows_of(mtd)
+    for side, ids, per_image in ((task.pool, plan.pool_ids, 2), (task.queries, plan.partition.query, 1)):
+        assert sorted(side.image_ids) == sorted(ids)
+        assert len(side.table) == per_image * len(ids)
+        for image_id, label, group in zip(side.image_ids, side.labels, side.groups, strict=True):
+            assert side.class_names[label] == rows[image_id]["defect"]
+            assert group == rows[image_id]["group_id"]
+    assert not set(task.pool.groups) & set(task.queries.groups)
+    assert task.normals is not None
+    assert {view: x.shape for view, x in task.normals.items()} == {view: (6, sum(plan.spec.dims)) for view in VIEWS}
+    assert task.block_dims == plan.spec.dims
+
+
+def test_features_are_those_of_the_image_they_stand_for(loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
+    plan, task, _ = loaded
+    request = next(r for r in plan.requests() if r.image_id == task.queries.image_ids[3])
+    image = read_image(Path(request.uri))
+    assert hashlib.sha256(Path(request.uri).read_bytes()).hexdigest() == request.image_id
+    mask, _ = read_mask(Path(request.mask_uri), image.shape[:2])
+    expected = RegionExtractor(Backbone(plan.spec), RECIPE)(image, mask)
+    batch = task.queries.batch(np.array([3]))
+    assert all(torch.equal(batch.views[view], expected[view]) for view in VIEWS)
+
+
+def test_the_transform_is_fitted_on_normals(loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
+    _, task, _ = loaded
+    assert task.normals is not None
+    few = task.transform(TransformConfig())
+    assert few.tensors == {}  # six are too few to whiten by
+    many = replace(task, normals={view: np.tile(x, (2, 1)) for view, x in task.normals.items()})
+    found = many.transform(TransformConfig()).tensors["whole/mean"].numpy()
+    np.testing.assert_allclose(found, task.normals["whole"].mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_a_store_without_all_rows_is_not_a_task(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
+    _, _, home = loaded
+    more = plan_task(config(split="grouped", copies=2), mtd)
+    with pytest.raises(ArtifactError, match=r"lacks 15 of 66 rows; run jobs/extract\.py"):
+        load_task(more, home)
+
+
+def test_without_normals_a_task_has_none(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
+    plan = plan_task(config(split="grouped", copies=1, max_normals=0), mtd)
+    assert load_task(plan, loaded[2]).normals is None
+
+
+# ---- the manifest --------------------------------------------------------------------------------------------------
+
+
+def test_an_unchanged_folder_is_read_once(tmp_path: Path) -> None:
+    root, home = make_folder_tree(tmp_path / "set", classes=2, per_class=3), tmp_path / "home"
+    calls: list[tuple[int, int]] = []
+    first = ingested("folder", root, home, lambda done, total: calls.append((done, total)))
+    assert not first.cached
+    assert calls[-1] == (9, 9)
+    again = ingested("folder", root, home, lambda *_: pytest.fail("read again"))
+    assert again.cached
+    assert again.path == first.path
+    assert again.table.equals(first.table)
+    assert again.quarantined == first.quarantined == 0
+    assert read_manifest(first.path).equals(first.table)
+
+
+@pytest.mark.parametrize("change", ["content", "touch", "new", "gone", "mask", "class"])
+def test_a_changed_folder_is_read_again(tmp_path: Path, change: str) -> None:
+    root, home = make_folder_tree(tmp_path / "set", classes=2, per_class=3), tmp_path / "home"
+    first = ingested("folder", root, home)
+    image = root / "dent" / "dent_0.png"
+    if change == "content":
+        image.write_bytes((root / "dent" / "dent_1.png").read_bytes())  # now a copy of another one: quarantined
+    elif change == "touch":
+        os.utime(image, ns=(0, 0))
+    elif change == "new":
+        (root / "dent" / "more.png").write_bytes((root / "good" / "good_0.png").read_bytes())
+    elif change == "gone":
+        image.unlink()
+    elif change == "mask":
+        (root / "dent" / "masks" / "dent_0.png").unlink()
+    else:
+        image.rename(root / "scratch" / "moved.png")
+    second = ingested("folder", root, home)
+    assert not second.cached
+    assert second.quarantined == (1 if change in ("content", "new") else 0)
+    assert second.table.num_rows == (8 if change in ("content", "gone") else 9)
+    assert second.table.equals(first.table) == (change == "touch")
+    assert read_manifest(first.path).equals(first.table)  # the old manifest is still what it was
+    assert ingested("folder", root, home).cached
+
+
+def test_a_lost_manifest_is_made_again(tmp_path: Path) -> None:
+    root, home = make_folder_tree(tmp_path / "set", classes=2, per_class=3), tmp_path / "home"
+    first = ingested("folder", root, home)
+    first.path.unlink()
+    second = ingested("folder", root, home)
+    assert not second.cached
+    assert second.table.equals(first.table)
+
+
+def test_the_quarantine_is_remembered(tmp_path: Path) -> None:
+    root, home = make_folder_tree(tmp_path / "set", classes=2, per_class=3), tmp_path / "home"
+    (root / "dent" / "dent_0.png").write_bytes(b"nothing")
+    assert [ingested("folder", root, home).quarantined for _ in range(2)] == [1, 1]
+    assert len(list((home / "manifests").glob("*.quarantine.parquet"))) == 1

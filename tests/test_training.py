@@ -1,0 +1,264 @@
+"""Meta-training: it learns, it resumes where it stopped, and its steps do not depend on the number of workers."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hypdefect.config import from_mapping, to_mapping
+from hypdefect.episodes import LabelledFeatures, build_episode
+from hypdefect.errors import ArtifactError, ConfigError, NumericsError
+from hypdefect.evaluation import RunConfig
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.training import TrainConfig, load_start, meta_train, write_run
+from hypdefect.types import EpisodeSpec
+from tests.toy_features import DIM, toy_batch, toy_pool
+
+METHOD = HypDFSConfig(steps=3, adapter_rank=4, ode_hidden=6, n_syn=3)
+SMALL = TrainConfig(method=METHOD, steps=6, episodes_per_step=2, n_way=3, n_query=3, report_every=2, lr=1e-2)
+Write = Callable[[Path], None] | None
+
+
+def setup_module() -> None:
+    torch.set_num_threads(1)  # so small tensors are slower, and on a busy machine far slower, on two
+
+
+def quiet(metrics: dict[str, float], write: Write) -> None:
+    pass
+
+
+def train(
+    config: TrainConfig = SMALL, pool: LabelledFeatures | None = None, **options: Any
+) -> tuple[HypDFS, list[float]]:
+    model = HypDFS(config.method, DIM)
+    losses = meta_train(model, toy_pool() if pool is None else pool, config, options.pop("report", quiet), **options)
+    return model, losses
+
+
+def test_the_loss_of_an_easy_pool_goes_down() -> None:
+    pool = toy_pool(n_way=6, per_class=10, spread=0.5)
+    episodes = [build_episode(pool, EpisodeSpec(k_shot=1, n_way=3, n_query=3, seed=99), i) for i in range(12)]
+
+    def judged(model: HypDFS) -> float:
+        with torch.no_grad():
+            return float(model(episodes, list(range(12))))
+
+    before = judged(HypDFS(METHOD, DIM))
+    model, losses = train(replace(SMALL, steps=25, episodes_per_step=2, lr=3e-2), pool)
+    assert len(losses) == 25
+    assert judged(model) < 0.9 * before
+
+
+def test_training_is_repeatable_and_depends_on_its_seed() -> None:
+    a, b, c = train(), train(), train(replace(SMALL, seed=1))
+    assert a[1] == b[1] != c[1]
+    assert all(torch.equal(x, y) for x, y in zip(a[0].core.parameters(), b[0].core.parameters(), strict=True))
+
+
+def test_training_moves_the_starting_weights_and_fits_no_task() -> None:
+    model, _ = train()
+    fresh = HypDFS(METHOD, DIM)
+    moved = [not torch.equal(a, b) for a, b in zip(model.core.parameters(), fresh.core.parameters(), strict=True)]
+    assert all(moved)
+    assert model.fitted is None
+
+
+def test_reports_carry_the_mean_loss_since_the_last_one() -> None:
+    seen: list[dict[str, float]] = []
+    _, losses = train(replace(SMALL, steps=5), report=lambda metrics, write: seen.append(metrics))
+    assert [m["step"] for m in seen] == [2, 4, 5]
+    assert seen[0]["train/loss/total"] == pytest.approx(sum(losses[:2]) / 2)
+    assert seen[1]["train/loss/total"] == pytest.approx(sum(losses[2:4]) / 2)
+
+
+@pytest.mark.parametrize("stop", [2, 4])
+def test_a_resumed_run_ends_where_an_uninterrupted_one_does(tmp_path: Path, stop: int) -> None:
+    def keep(metrics: dict[str, float], write: Write) -> None:
+        assert write is not None
+        write(tmp_path / str(int(metrics["step"])))
+
+    whole, losses = train(report=keep)
+    resumed, rest = train(resume=tmp_path / str(stop))
+    assert rest == pytest.approx(losses[stop:], abs=1e-6)
+    for a, b in zip(whole.core.parameters(), resumed.core.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+    _, none = train(resume=tmp_path / "6")
+    assert none == []
+
+
+def test_the_optimiser_is_resumed_too(tmp_path: Path) -> None:
+    """Weights alone give another run: AdamW's moments would start from zero."""
+
+    def keep(metrics: dict[str, float], write: Write) -> None:
+        if write is not None and metrics["step"] == 4:
+            write(tmp_path / "c")
+
+    whole, _ = train(report=keep)
+    saved = torch.load(tmp_path / "c" / "optimizer.pt", weights_only=True)
+    assert saved["state"][0]["step"] == 4
+    saved["state"] = {}
+    torch.save(saved, tmp_path / "c" / "optimizer.pt")
+    other, _ = train(resume=tmp_path / "c")
+    gap = max(
+        float((a - b).detach().abs().max())
+        for a, b in zip(whole.core.parameters(), other.core.parameters(), strict=True)
+    )
+    assert gap > 1e-4
+
+
+@pytest.mark.parametrize("damage", ["absent", "no weights", "cut weights", "cut optimizer", "no step", "other model"])
+def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path, damage: str) -> None:
+    folder = tmp_path / "ckpt"
+
+    def keep(metrics: dict[str, float], write: Write) -> None:
+        if write is not None:
+            write(folder)
+
+    train(replace(SMALL, steps=1), report=keep)
+    config = SMALL
+    if damage == "absent":
+        folder = tmp_path / "other"
+    elif damage == "no weights":
+        (folder / "core.safetensors").unlink()
+    elif damage == "no step":
+        (folder / "state.json").write_text("{}")
+    elif damage == "other model":
+        config = replace(SMALL, method=replace(METHOD, ode="none"))
+    else:
+        file = folder / ("core.safetensors" if damage == "cut weights" else "optimizer.pt")
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    with pytest.raises(ArtifactError, match=f"{folder.name} holds no finished training run or checkpoint"):
+        train(config, resume=folder)
+
+
+# ---- several workers -----------------------------------------------------------------------------------------------
+
+
+class Recorder(torch.nn.Module):
+    """Stands where DistributedDataParallel would, and keeps what a rank was asked and answered."""
+
+    def __init__(self, model: HypDFS) -> None:
+        super().__init__()
+        self.model = model
+        self.supports: list[tuple[str, ...]] = []
+        self.seeds: list[int] = []
+        self.losses: list[torch.Tensor] = []
+
+    def forward(self, episodes: list[Any], seeds: list[int]) -> torch.Tensor:
+        self.supports += [e.support.image_ids for e in episodes]
+        self.seeds += seeds
+        self.losses.append(self.model(episodes, seeds))
+        return self.losses[-1]
+
+
+def first_step(rank: int, world_size: int, config: TrainConfig) -> tuple[Recorder, list[torch.Tensor]]:
+    model = HypDFS(config.method, DIM)
+    with torch.no_grad():  # away from the zeros, so that every weight has a gradient
+        for i, p in enumerate(model.core.parameters()):
+            p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
+    recorder = Recorder(model)
+    meta_train(model, toy_pool(), replace(config, steps=1), quiet, wrapped=recorder, rank=rank, world_size=world_size)
+    return recorder, [p.grad for p in model.core.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_the_ranks_gradients_average_to_those_of_one_process(world_size: int) -> None:
+    config = replace(SMALL, episodes_per_step=4)
+    alone, whole = first_step(0, 1, config)
+    ranks = [first_step(rank, world_size, config) for rank in range(world_size)]
+    assert whole
+    for i, gradient in enumerate(whole):
+        mean = torch.stack([gradients[i] for _, gradients in ranks]).mean(0)
+        torch.testing.assert_close(mean, gradient, rtol=1e-4, atol=1e-6)
+        assert gradient.abs().max() > 0
+    assert sorted(s for recorder, _ in ranks for s in recorder.supports) == sorted(alone.supports)
+    assert sorted(s for recorder, _ in ranks for s in recorder.seeds) == sorted(alone.seeds)
+    assert len(set(alone.supports)) == len(set(alone.seeds)) == 4
+
+
+def test_every_step_has_episodes_of_its_own() -> None:
+    model = HypDFS(METHOD, DIM)
+    recorder = Recorder(model)
+    meta_train(model, toy_pool(), SMALL, quiet, wrapped=recorder)
+    assert len(set(recorder.seeds)) == SMALL.steps * SMALL.episodes_per_step
+    assert len(set(recorder.supports)) > SMALL.steps
+
+
+def test_only_rank_0_writes() -> None:
+    for rank in range(2):
+        writers: list[Write] = []
+        train(report=lambda metrics, write, seen=writers: seen.append(write), rank=rank, world_size=2)
+        assert [w is not None for w in writers] == [rank == 0] * 3
+
+
+def test_episodes_must_share_out_evenly() -> None:
+    with pytest.raises(ConfigError, match="episodes_per_step=2 is not a multiple of the 3 workers"):
+        train(world_size=3)
+
+
+# ---- configuration and results -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        *(({n: 0}, f"train.{n} must be at least 1, got 0") for n in ("steps", "episodes_per_step", "n_way", "k_shot")),
+        ({"report_every": 0}, "report_every"),
+        ({"n_query": 0}, "n_query"),
+        ({"lr": 0.0}, "train.lr must be positive"),
+        ({"method": replace(METHOD, adapter="none", ode="none")}, "nothing to meta-train"),
+        ({"method": replace(METHOD, adapter="real")}, "ODE learns through synthetic features"),
+    ],
+)  # fmt: skip
+def test_training_that_cannot_work_is_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(SMALL, **values)
+
+
+def test_a_training_config_survives_its_mapping() -> None:
+    assert from_mapping(TrainConfig, to_mapping(SMALL)) == SMALL
+
+
+def test_a_loss_that_leaves_the_numbers_stops_the_run() -> None:
+    pool = toy_pool()
+    pool.table.views["whole"][:] = math.nan
+    with pytest.raises(NumericsError):
+        train(pool=pool)
+    with pytest.raises(NumericsError):
+        train(replace(SMALL, lr=1e30))
+
+
+def test_a_run_directory_starts_a_classifier(tmp_path: Path) -> None:
+    model, losses = train()
+    write_run(tmp_path / "run", model, SMALL, {"losses": losses})
+    start, method = load_start(tmp_path / "run")
+    assert method == METHOD
+    assert {k: tuple(v.shape) for k, v in start.items()} == {
+        f"core.{k}": tuple(v.shape) for k, v in model.core.state_dict().items()
+    }
+    begun = RunConfig(name="hypdfs", method=method).classifier(DIM, start)
+    for classifier in (begun, model):
+        classifier.adapt(toy_batch(), 3)
+    queries = toy_batch(k_shot=5, seed=2)
+    assert torch.equal(begun.logits(queries), model.logits(queries))
+    scratch = HypDFS(METHOD, DIM)
+    scratch.adapt(toy_batch(), 3)
+    assert not torch.allclose(scratch.logits(queries), model.logits(queries))
+
+
+@pytest.mark.parametrize("missing", ["config.json", "checkpoint/core.safetensors"])
+@pytest.mark.parametrize("cut", [False, True])
+def test_an_unfinished_run_directory_is_named(tmp_path: Path, missing: str, cut: bool) -> None:
+    model, _ = train(replace(SMALL, steps=1))
+    write_run(tmp_path / "run", model, SMALL, {})
+    file = tmp_path / "run" / missing
+    if cut:
+        file.write_bytes(file.read_bytes()[:20])
+    else:
+        file.unlink()
+    with pytest.raises(ArtifactError, match="run holds no finished training run"):
+        load_start(tmp_path / "run")
