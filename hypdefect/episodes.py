@@ -142,11 +142,11 @@ def _support_side(pool: LabelledFeatures, own: np.ndarray, k_shot: int, rng: np.
     spare = [i for i in order if len(own) - sizes[i] >= k_shot]  # without such a group K are left
     if not spare:
         return own[:0]
-    order = [i for i in order if i != spare[-1]]
+    usable = [i for i in order if i != spare[-1]]
     enough = max(k_shot, (len(own) + 1) // 2)
     taken: list[str] = []
     count = 0
-    for i in order:
+    for i in usable:
         if count >= enough:
             break
         taken.append(names[i])
