@@ -43,6 +43,9 @@ class RunConfig:
         if start is not None and self.pretrained:
             if not isinstance(classifier, nn.Module):
                 raise ConfigError(f"method {self.name!r} has no weights to start from; drop --init")
+            own = {name for name in classifier.state_dict() if name.startswith("core.")}
+            if odd := sorted(own ^ set(start)):
+                raise ConfigError(f"starting weights do not fit this configuration: {', '.join(odd)} on one side only")
             try:
                 classifier.load_state_dict({**classifier.state_dict(), **start})
             except RuntimeError as error:

@@ -213,6 +213,7 @@ def select(
             method={"metric": metric},
             transform=TransformConfig(whitening=whitening),
             support_copies=copies,
+            pretrained=False,  # it has no weights
         )
         for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, job.copies))
     ]
@@ -231,9 +232,11 @@ def test(
     """Winner, its c = 0 twin and the nearest prototype on the same draws and the untouched queries."""
     _, winner, peer = best
     configs = {winner.name: winner}
+    starts = {winner.name: start}
     if winner.name == "hypdfs":
         flat = {"method.curvature": 0.0, "method.learn_curvature": False}
         configs["hypdfs, c = 0 twin"] = override(winner, flat)
+        starts["hypdfs, c = 0 twin"] = start and {k: v for k, v in start.items() if k != "core.log_c"}
     configs["nearest prototype"] = peer
     with progress("test draws") as advance:
         scores = evaluate(
@@ -242,7 +245,7 @@ def test(
             job.k_shot,
             draws=job.draws,
             seed=job.seed,
-            starts=dict.fromkeys(configs, start) | {"nearest prototype": None},
+            starts=starts,
             progress=advance,
         )
     clusters = [0] * job.draws

@@ -17,7 +17,7 @@ from rich.table import Table
 from hypdefect.config import home, parse_job, run_job, to_mapping, write_json
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import validate
-from hypdefect.distributed.train import train
+from hypdefect.distributed.train import check, train
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features import TransformConfig
@@ -53,9 +53,10 @@ def main() -> None:
     with connected():
         fill(plan)
         task = load_task(plan, home())
-        write_json(folder / "job.json", settings)
         transform = task.transform(job.transform)
         pool = task.pool.with_table(transform.table(task.pool.table))
+        check(pool, job.train, job.workers)
+        write_json(folder / "job.json", settings)
         say(f"run {job.name}: {job.train.steps} steps of {job.train.episodes_per_step} episodes, {job.workers} workers")
         begun = time.monotonic()
         model, losses = train(pool, job.train, workers=job.workers, name=job.name, folder=home() / "train")

@@ -56,6 +56,20 @@ def _loop(settings: dict[str, Any]) -> None:
         run(Path(folder))
 
 
+def check(pool: LabelledFeatures, config: TrainConfig, workers: int) -> None:
+    """What `train` would refuse, before anything is started.
+
+    Raises:
+        ConfigError, DataError: as `train`.
+    """
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    if workers > cpus:
+        raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
+    if config.episodes_per_step % workers:
+        raise ConfigError(f"train.episodes_per_step={config.episodes_per_step} is no multiple of {workers} workers")
+    sample_episode(pool, episode_spec(config, pool), 0)
+
+
 def train(
     pool: LabelledFeatures,
     config: TrainConfig,
@@ -71,17 +85,13 @@ def train(
         The trained model, and the loss of every step since the run was first started, whatever interrupted it.
 
     Raises:
-        ConfigError: more workers than the cluster has CPUs or GPUs for, or B is no multiple of them.
+        ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
         DataError: a class is too small for the episodes.
         HypdefectError: workers failed more often than `max_failures`; what the last of them raised, where it was ours.
     """
+    check(pool, config, workers)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     use_gpu = gpus >= workers
-    if workers > cpus:
-        raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
-    if config.episodes_per_step % workers:
-        raise ConfigError(f"train.episodes_per_step={config.episodes_per_step} is no multiple of {workers} workers")
-    sample_episode(pool, episode_spec(config, pool), 0)  # tell the user now, not after a start of all workers
     trainer = TorchTrainer(
         _loop,
         train_loop_config={

@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig, score_draw, validation_scores
 from hypdefect.methods import METHODS, Classifier, build, get_method
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.training import core_tensors
 from hypdefect.types import EpisodeSpec
 from tests.toy_features import DIM, permuted, toy_batch, toy_pool
 
@@ -177,7 +179,7 @@ def test_query_labels_change_no_prediction(name: str) -> None:
 
 
 def test_starting_weights_need_a_method_that_has_some() -> None:
-    start = {"core.adapter.up": torch.ones(DIM, 32)}
+    start = core_tensors(HypDFS(HypDFSConfig(), DIM)) | {"core.adapter.up": torch.ones(DIM, 32)}
     with pytest.raises(ConfigError, match="'prototype' has no weights to start from; drop --init"):
         RunConfig(name="prototype").classifier(DIM, start)
     started = RunConfig(name="hypdfs").classifier(DIM, start)
@@ -186,3 +188,5 @@ def test_starting_weights_need_a_method_that_has_some() -> None:
     assert not scratch.core.adapter.up.any()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="do not fit this configuration"):
         RunConfig(name="hypdfs", method={"adapter_rank": 3}).classifier(DIM, start)
+    with pytest.raises(ConfigError, match=r"core\.ode\.clock.* on one side only"):
+        RunConfig(name="hypdfs", method={"ode": "none"}).classifier(DIM, start)

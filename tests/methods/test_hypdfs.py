@@ -466,6 +466,16 @@ def test_gradients_reach_every_weight_through_synthesis(ode: Any) -> None:
     assert min(through.values()) > 1e-9, through
 
 
+def test_the_ode_learns_means_and_scales() -> None:
+    model, batch = hypdfs(), toy_batch()
+    model.terms(model.core, model.tangents(batch), batch.labels, torch.zeros(3, 12), rng()).total.backward()
+    assert model.core.ode is not None
+    gradient = model.core.ode.leave.bias.grad
+    assert gradient is not None
+    for half in gradient.chunk(2):
+        assert half.abs().max() > 1e-6
+
+
 # ---- adapter -------------------------------------------------------------------------------------------------------
 
 

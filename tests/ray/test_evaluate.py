@@ -89,7 +89,7 @@ def test_validation_is_that_of_plain_calls(ray_local: Any, task: FewShotTask, st
 
 
 def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: FewShotTask) -> None:
-    broken = override(BASE, {"method.lr": 1e38, "method.steps": 8})
+    broken = override(BASE, {"method.lr": 1e30, "method.steps": 8})
     scores = validate(task, [broken, CONFIGS["prototype"]], SPEC, range(3))
     assert scores[0] == [0.0] * 3
     assert min(scores[1]) > 0
