@@ -59,13 +59,13 @@ def data_dir() -> Path:
 
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[Any]:
-    """The module `ray`, connected to an instance of this run alone. 8 CPUs are accounting only: no deadlocks."""
+    """The module `ray`, connected to an instance of this run alone. 4 CPUs are accounting only: no deadlocks."""
     import ray
 
     temp_dir = tempfile.mkdtemp(prefix="hd-", dir="/tmp")  # short: socket paths end at 107 characters
     ray.init(
         address="local",
-        num_cpus=8,
+        num_cpus=4,
         include_dashboard=False,
         object_store_memory=256 * 2**20,
         log_to_driver=False,

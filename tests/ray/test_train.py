@@ -122,5 +122,5 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
 
 def test_an_error_of_a_worker_is_the_error_of_the_run(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     config = replace(CONFIG, lr=1e30)
-    with pytest.raises(NumericsError, match="meta-training loss at step"):
+    with pytest.raises(NumericsError, match=r"finite numbers|loss at step"):
         train(pool, config, workers=2, name="run", folder=tmp_path, max_failures=0)
