@@ -43,7 +43,8 @@ class BenchmarkJob:
     only: tuple[Part, ...] = ("geometry", "fit", "tune")
     rounds: int = 7
     """Interleaved rounds of each timing; the median is reported."""
-    tune_trials: int = 20
+    tune_trials: int = 60
+    """Enough that the start of the actors, paid once, is spread as in a sweep."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.tune_trials < 2:
