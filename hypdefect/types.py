@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hypdefect.errors import DataError
 
@@ -100,11 +100,3 @@ class FewShotClassifier(Protocol):
     def adapt(self, support: FeatureBatch, n_way: int) -> None: ...
 
     def logits(self, query: FeatureBatch) -> Tensor: ...
-
-
-class Trainable(Protocol):
-    """An `nn.Module` that can be meta-trained over episodes."""
-
-    def loss(self, batch: Episode, generator: torch.Generator) -> LossTerms: ...
-
-    def parameters(self) -> "nn.modules.module.Iterator[nn.Parameter]": ...

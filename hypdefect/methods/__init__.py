@@ -8,16 +8,12 @@ from torch import Tensor
 from hypdefect.errors import ConfigError
 from hypdefect.methods.baselines import NearestPrototype, PrototypeConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.types import FeatureBatch
+from hypdefect.types import FewShotClassifier
 
 
 @runtime_checkable
-class Classifier(Protocol):
+class Classifier(FewShotClassifier, Protocol):
     """A FewShotClassifier that can be published: `export` gives every tensor that `restore` needs."""
-
-    def adapt(self, support: FeatureBatch, n_way: int) -> None: ...
-
-    def logits(self, query: FeatureBatch) -> Tensor: ...
 
     def export(self) -> dict[str, Tensor]: ...
 
