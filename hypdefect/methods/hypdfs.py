@@ -5,7 +5,7 @@
 | f_w, f_c (whole and crop features) | `views["whole"]`, `views["crop"]`; their concatenation is f |
 | h = exp_0(f) (eq. 1) | `geometry.expmap0` |
 | prototypes, "sparse" | `Moments.proto_WPE`, farthest-point sampling |
-| P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | density: `geometry.WrappedNormal`; draws: `synthesize`, same coordinates |
+| P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | `geometry.WrappedNormal`; `synthesize`, in its coordinates |
 | ODE_mu, ODE_Sigma, RK (eq. 7) | `MomentODE`, `torchdiffeq.odeint(method="rk4")` |
 | W, f_out = SiLU(W f_in) + f_in (eq. 8) | `ResidualAdapter` |
 | L_s, m_d (eq. 9) | `HypDFS.spread_loss`, `margin` |
