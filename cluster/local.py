@@ -319,7 +319,9 @@ def ensure_head(num_cpus: int | None = None, timeout_s: float = 90) -> Record:
             print(f"the recorded head (pid {record.pid}) no longer answers: cleaning up", file=sys.stderr)
             stop_record(record)
         try:
-            return _start_head((6379, 8265, 10001, 52365), num_cpus, timeout_s)
+            # Only the dashboard's port is one that people type. Every Ray wants 6379, and two that take it at the same
+            # moment both fail, the second only after a minute: the others are free ones from the kernel.
+            return _start_head((0, 8265, 0, 0), num_cpus, timeout_s)
         except ClusterError as error:
             if not any(words in str(error) for words in _PORT_TAKEN):
                 raise
@@ -328,7 +330,13 @@ def ensure_head(num_cpus: int | None = None, timeout_s: float = 90) -> Record:
 
 
 # How Ray's log ends when somebody else binds a port between our look at it and Ray's own use of it.
-_PORT_TAKEN = ("does not match persisted value", "ddress already in use", "is already in use", "occupied")
+_PORT_TAKEN = (
+    "does not match persisted value",
+    "ddress already in use",
+    "is already in use",
+    "occupied",
+    "Failed to connect to GCS",
+)
 
 
 def _start_head(preferred: tuple[int, int, int, int], num_cpus: int | None, timeout_s: float) -> Record:

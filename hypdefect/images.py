@@ -115,12 +115,12 @@ def read_mask(
     raise EmptyMaskError(f"{name}: the mask is all zero; mark the defect, or leave the mask file out")
 
 
-def region_box(mask: Bool[np.ndarray, "H W"]) -> tuple[int, int, int, int]:
+def region_box(mask: Bool[np.ndarray, "H W"], name: str = "region_box") -> tuple[int, int, int, int]:
     """The smallest box round the marked pixels as `(x0, y0, x1, y1)`, x1 and y1 exclusive."""
     rows = np.flatnonzero(mask.any(axis=1))
     columns = np.flatnonzero(mask.any(axis=0))
     if not len(rows):
-        raise EmptyMaskError("region_box: the mask has no marked pixel")
+        raise EmptyMaskError(f"{name}: the mask has no marked pixel")
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 

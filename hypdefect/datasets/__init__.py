@@ -6,21 +6,27 @@ A data set is one file here (`scan(root) -> rows` and a `CARD`) and one line in 
 import difflib
 import hashlib
 import importlib
+import io
 import json
 import logging
 import os
+import re
+import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from jaxtyping import Bool
+from PIL import Image
 
+from hypdefect.config import home
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.images import EmptyMaskError, read_bytes, read_image, read_mask, region_box
 from hypdefect.types import SplitKind
@@ -29,11 +35,16 @@ logger = logging.getLogger(__name__)
 
 MANIFEST_SCHEMA = pa.schema(
     [
-        ("image_id", pa.string()),  # sha256 of the file's bytes
+        (
+            "image_id",
+            pa.string(),
+        ),  # names the row: file_id, or a hash with mask and intensity where one file has several
+        ("file_id", pa.string()),  # sha256 of the file's bytes
         ("mask_id", pa.string()),  # sha256 of the mask file's bytes, "" without a mask
         ("uri", pa.string()),  # absolute path
         ("dataset", pa.string()),
         ("product", pa.string()),
+        ("family", pa.string()),  # between product and defect in the label tree; the defect itself where none is known
         ("defect", pa.string()),  # the class; normal images have one too ("free", "good")
         ("is_defect", pa.bool_()),
         ("mask_uri", pa.string()),  # "" without a mask
@@ -42,27 +53,40 @@ MANIFEST_SCHEMA = pa.schema(
         ("width", pa.int32()),
         ("split", pa.string()),  # official split, "" where there is none
         ("group_id", pa.string()),  # images that must not be parted (one tile), "" where unknown
+        ("intensity", pa.string()),  # how other than 8-bit pixels become 8-bit (images.Intensity as JSON), "" for 8-bit
         ("note", pa.string()),
     ]
 )
 QUARANTINE_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
 SPLITS = ("", "train", "val", "test")
-_DIGEST_COLUMNS = ("image_id", "mask_id", "defect", "product", "is_defect", "split", "group_id")
-_FORMAT = "hypdefect manifest 1"
+_DIGEST_COLUMNS = ("image_id", "mask_id", "product", "family", "defect", "is_defect", "split", "group_id", "intensity")
+_FORMAT = "hypdefect manifest 2"
 EMPTY_MASK_NOTE = "mask is all zero, whole image used"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ManifestRow:
-    """One image as a scanner finds it, before anything is read."""
+    """One image of one class as a scanner finds it, before anything is read.
+
+    A file that shows several classes is several rows, each with the mask of its class.
+    """
 
     path: Path
     product: str
     defect: str
     is_defect: bool
+    family: str = ""
+    """The defect's family; "" where the set has no such level."""
     mask_path: Path | None = None
+    """A mask file: above 127 is marked."""
+    draw_mask: Callable[[int, int], Bool[np.ndarray, "H W"]] | None = None
+    """Instead of a mask file: gives the mask of an image of (height, width), or raises DataError. Ingestion stores it."""
+    label_file: Path | None = None
+    """The annotation this row was read from: when it changes, the set is read again."""
     split: str = ""
     group: str | None = None
+    refused: str = ""
+    """Why the annotation of this image cannot be used; such a row goes straight to the quarantine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,7 +99,7 @@ class DatasetCard:
     source: str
     layout: str
     expected: dict[str, int]
-    """Images of each class in the published set; empty where there is no such thing."""
+    """Images in the published set, by product, class or product/class; empty where there is no such thing."""
     good_is_class: bool
     """Whether normal images form few-shot classes of their own."""
     scan: Callable[[Path], Iterable[ManifestRow]]
@@ -109,51 +133,56 @@ def ingest(
     root: Path | None = None,
     progress: Callable[[int, int], None] | None = None,
     threads: int = 2,
+    mask_folder: Path | None = None,
 ) -> IngestResult:
     """Read every image of a data set once and describe it as a manifest.
 
-    An image that cannot be used (damaged, bad mask, a copy of another one) goes to the quarantine with the reason.
+    An image that cannot be used (damaged, bad mask, bad class name, a copy of another one) goes to the quarantine with
+    the reason; a class of which nothing is left is counted with 0 images.
 
     Args:
         name: a key of `DATASETS`.
         root: folder of the data set; None takes the default place of its card.
         progress: called with (images done, images in all) after each image.
         threads: decoding threads.
+        mask_folder: where masks that the set does not have as files are written; default `<home>/masks`.
 
     Raises:
         ConfigError: unknown data set, or no root given where there is no default.
-        DataError: the root is missing or laid out differently, or a class has no usable image.
+        DataError: the root is missing or laid out differently, or no image at all is usable.
     """
     card = get_dataset(name)
     root = dataset_root(card, root)
-    rows = sorted(card.scan(root), key=lambda row: str(row.path))
+    masks = mask_folder or home() / "masks"
+    rows = sorted(card.scan(root), key=lambda row: (str(row.path), row.product, row.defect))
     if not rows:
         raise DataError(f"dataset {name}: no images under {root}; expected {card.layout}")
 
     records: list[dict[str, object]] = []
     rejected: list[tuple[ManifestRow, str]] = []
-    kept: dict[str, ManifestRow] = {}
+    kept: dict[str, list[ManifestRow]] = defaultdict(list)  # by the hash of the file
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         for done, (row, outcome) in enumerate(
-            zip(rows, pool.map(lambda r: _read(card, r), rows), strict=True), start=1
+            zip(rows, pool.map(lambda r: _read(card, r, masks), rows), strict=True), start=1
         ):
             if isinstance(outcome, str):
                 rejected.append((row, outcome))
-            elif (twin := kept.get(str(outcome["image_id"]))) is not None:
-                labels = "" if twin.defect == row.defect else f" (class {row.defect} here, {twin.defect} there)"
-                rejected.append((row, f"{row.path}: the same bytes as {twin.path}{labels}; delete one of them"))
+            elif twin := _twin(row, kept[str(outcome["file_id"])]):
+                rejected.append((row, twin))
             else:
-                kept[str(outcome["image_id"])] = row
+                kept[str(outcome["file_id"])].append(row)
                 records.append(outcome)
             if progress is not None:
                 progress(done, len(rows))
-
-    usable = {row.defect for row in kept.values()}
-    for defect in sorted({row.defect for row in rows} - usable):
-        reasons = [reason for row, reason in rejected if row.defect == defect]
+    if not records:
         raise DataError(
-            f"dataset {name}: no usable image of class {defect!r} ({len(reasons)} refused; first: {reasons[0]})"
+            f"dataset {name}: no usable image under {root} ({len(rejected)} refused; first: {rejected[0][1]})"
         )
+    for record in records:  # a file that shows several classes is one row for each of them
+        several = len(kept[str(record["file_id"])]) > 1
+        if several or record["intensity"]:
+            parts = [record["file_id"], record["mask_id"] if several else "", record["intensity"]]
+            record["image_id"] = _sha256(json.dumps(parts).encode())
 
     manifest = pa.Table.from_pylist(records, schema=MANIFEST_SCHEMA)
     if card.group is not None:
@@ -167,6 +196,47 @@ def ingest(
     )
     logger.info("dataset %s: %d images, %d quarantined, root %s", name, manifest.num_rows, quarantine.num_rows, root)
     return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)))
+
+
+def _twin(row: ManifestRow, others: Sequence[ManifestRow]) -> str:
+    """Why a row cannot stand beside others whose file has the same bytes; "" where it can."""
+    for other in others:
+        if other.path != row.path:
+            labels = "" if other.defect == row.defect else f" (class {row.defect} here, {other.defect} there)"
+            return f"{row.path}: the same bytes as {other.path}{labels}; delete one of them"
+        if other.defect == row.defect:
+            return f"{row.path}: listed twice for class {row.defect}; put all its regions into one row"
+        if not (row.mask_path or row.draw_mask):
+            return f"{row.path}: of class {row.defect} and of class {other.defect}, without masks that tell where"
+    return ""
+
+
+_BAD_NAME = re.compile(r"[/\\\x00-\x1f\x7f]|^\.{1,2}$|^\s|\s$|^$")
+
+
+def _check_names(row: ManifestRow) -> None:
+    for level, name in (("product", row.product), ("family", row.family or row.defect), ("class", row.defect)):
+        if _BAD_NAME.search(name) or len(name) > 128:
+            raise DataError(
+                f"{row.path}: {level} name {name!r}; names have 1 to 128 characters without slashes, control "
+                f"characters or blanks at an end: rename it"
+            )
+
+
+def inside(root: Path, relative: str) -> Path:
+    """A path that an annotation or archive names, resolved under `root`.
+
+    Raises:
+        DataError: it is empty, absolute or leads out of `root`, by `..` or by a link.
+    """
+    path = PurePosixPath(relative.replace("\\", "/"))
+    drive = re.match(r"[A-Za-z]:", relative)
+    if not relative or "\0" in relative or path.is_absolute() or drive or ".." in path.parts:
+        raise DataError(f"{relative!r} does not name a file under {root}: paths are relative and without '..'")
+    full = root.joinpath(path)
+    if not full.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{relative!r} leads out of {root} by a link: copy the file into the folder")
+    return full
 
 
 def dataset_root(card: DatasetCard, root: Path | None) -> Path:
@@ -186,9 +256,12 @@ def dataset_root(card: DatasetCard, root: Path | None) -> Path:
     return root
 
 
-def _read(card: DatasetCard, row: ManifestRow) -> dict[str, object] | str:
+def _read(card: DatasetCard, row: ManifestRow, mask_folder: Path) -> dict[str, object] | str:
     """The manifest record of one image, or the reason why it cannot be used."""
+    if row.refused:
+        return row.refused
     try:
+        _check_names(row)
         data = read_bytes(row.path)
         height, width = read_image(data, name=str(row.path)).shape[:2]
         mask_id, mask_uri, note, bbox = "", "", "", (0, 0, width, height)
@@ -202,14 +275,21 @@ def _read(card: DatasetCard, row: ManifestRow) -> dict[str, object] | str:
                 note = EMPTY_MASK_NOTE
             else:
                 mask_id, mask_uri, bbox = _sha256(mask_data), str(row.mask_path), region_box(mask)
+        elif row.draw_mask is not None:
+            mask = row.draw_mask(height, width)
+            bbox = region_box(mask, name=str(row.label_file or row.path))
+            mask_id, mask_uri = _store_mask(mask, mask_folder)
     except DataError as error:
         return str(error)
+    file_id = _sha256(data)
     return {
-        "image_id": _sha256(data),
+        "image_id": file_id,
+        "file_id": file_id,
         "mask_id": mask_id,
         "uri": str(row.path),
         "dataset": card.name,
         "product": row.product,
+        "family": row.family or row.defect,
         "defect": row.defect,
         "is_defect": row.is_defect,
         "mask_uri": mask_uri,
@@ -218,8 +298,26 @@ def _read(card: DatasetCard, row: ManifestRow) -> dict[str, object] | str:
         "width": width,
         "split": row.split,
         "group_id": row.group or "",
+        "intensity": "",
         "note": note,
     }
+
+
+def _store_mask(mask: Bool[np.ndarray, "H W"], folder: Path) -> tuple[str, str]:
+    """Write a drawn mask as a PNG named by its hash; returns the hash and the path."""
+    buffer = io.BytesIO()
+    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
+    digest = _sha256(buffer.getvalue())
+    path = folder / f"{digest}.png"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f".{digest}.{uuid.uuid4().hex}.tmp"
+        try:
+            temporary.write_bytes(buffer.getvalue())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return digest, str(path)
 
 
 def _sha256(data: bytes) -> str:
@@ -234,7 +332,8 @@ def _counts(manifest: pa.Table, quarantined: Counter[str]) -> dict[str, ClassCou
         images[row["defect"]] += 1
         masks[row["defect"]] += row["mask_id"] != ""
         groups[row["defect"]] |= {row["group_id"]} - {""}
-    return {c: ClassCount(images[c], masks[c], len(groups[c]), quarantined[c]) for c in sorted(images)}
+    classes = sorted(images | quarantined)
+    return {c: ClassCount(images[c], masks[c], len(groups[c]), quarantined[c]) for c in classes}
 
 
 # --- the manifest as a file ------------------------------------------------------------------------------------------
@@ -243,9 +342,11 @@ def _counts(manifest: pa.Table, quarantined: Counter[str]) -> dict[str, ClassCou
 def validate_manifest(table: pa.Table) -> None:
     """Check what every reader of a manifest relies on.
 
+    A group may stand in two official splits (published ones leak); no grouped partition follows such a split.
+
     Raises:
-        DataError: other columns than `MANIFEST_SCHEMA`, a missing value, an id twice, an image or group in two
-            official splits, mask columns that contradict each other, a box outside its image.
+        DataError: other columns than `MANIFEST_SCHEMA`, a missing value, an id twice, a file in two official splits,
+            mask columns that contradict each other, a box outside its image.
     """
     if not table.schema.equals(MANIFEST_SCHEMA, check_metadata=False):
         expected, found = set(MANIFEST_SCHEMA.names), set(table.schema.names)
@@ -262,7 +363,7 @@ def validate_manifest(table: pa.Table) -> None:
             raise DataError(f"manifest: column {field.name!r} has {table[field.name].null_count} missing values")
 
     split_of: dict[str, str] = {}
-    split_of_group: dict[str, str] = {}
+    split_of_file: dict[str, str] = {}
     kind_of: dict[tuple[str, str], bool] = {}
     for row in table.to_pylist():
         uri, image_id, split = row["uri"], row["image_id"], row["split"]
@@ -272,10 +373,9 @@ def validate_manifest(table: pa.Table) -> None:
             twice = f"in splits {split_of[image_id]!r} and {split!r}" if split_of[image_id] != split else "twice"
             raise DataError(f"manifest: image {image_id[:12]} ({uri}) stands {twice}")
         split_of[image_id] = split
-        group = row["group_id"]
-        if group and split_of_group.setdefault(group, split) != split:
+        if split_of_file.setdefault(row["file_id"], split) != split:
             raise DataError(
-                f"manifest: group {group!r} stands in splits {split_of_group[group]!r} and {split!r} ({uri})"
+                f"manifest: one file stands in splits {split_of_file[row['file_id']]!r} and {split!r} ({uri})"
             )
         if kind_of.setdefault((row["product"], row["defect"]), row["is_defect"]) != row["is_defect"]:
             raise DataError(f"manifest: class {row['defect']!r} is a defect in one row and normal in another ({uri})")
@@ -374,9 +474,10 @@ def make_partition(
 ) -> Partition:
     """Split the images of the task's classes into a pool for supports and queries; the same for any row order.
 
-    An official split wins over `kind`: train is the pool, test the queries, val neither. Otherwise "random" takes
-    `pool_fraction` of each class by a seeded hash of the image id; "grouped" moves whole groups and gets as near to
-    that fraction of each class as the groups allow. An image without a group id is then a group of its own.
+    "random" follows an official split that has every class on both sides (train is the pool, test the queries, val
+    neither), and otherwise takes `pool_fraction` of each class by a seeded hash of the image id. "grouped" moves whole
+    groups, whatever official split there is, and gets as near to that fraction of each class as the groups allow; an
+    image without a group id is then a group of its own. The rows of one file are never parted.
 
     Raises:
         ConfigError: fraction not between 0 and 1.
@@ -391,16 +492,21 @@ def make_partition(
     if not classes:
         raise DataError(f"no classes to split; the manifest has {', '.join(known)}")
 
-    columns = ("image_id", "defect", "split", "group_id")
+    columns = ("image_id", "file_id", "defect", "split", "group_id")
     rows = manifest.select(columns).filter(pc.is_in(manifest["defect"], pa.array(sorted(set(classes))))).to_pylist()
     rows.sort(key=lambda row: row["image_id"])
-    if any(row["split"] for row in rows):
-        sides = {s: tuple(row["image_id"] for row in rows if row["split"] == s) for s in ("train", "test")}
-        return Partition(kind="official", seed=seed, pool=sides["train"], query=sides["test"])
-
     if kind == "random":
-        in_pool = _random_pool(rows, seed, pool_fraction)
+        sides = {s: [row for row in rows if row["split"] == s] for s in ("train", "test")}
+        if all({row["defect"] for row in side} == set(classes) for side in sides.values()):
+            ids = {s: tuple(row["image_id"] for row in side) for s, side in sides.items()}
+            return Partition(kind="official", seed=seed, pool=ids["train"], query=ids["test"])
+        if len({row["file_id"] for row in rows}) == len(rows):
+            in_pool = _random_pool(rows, seed, pool_fraction)
+        else:
+            in_pool = _grouped_pool([row | {"group_id": ""} for row in rows], seed, pool_fraction)
     else:
+        if not any(row["group_id"] for row in rows):
+            raise DataError("no image has a group id, so a grouped split would be a random one: use split random")
         in_pool = _grouped_pool(rows, seed, pool_fraction)
     return Partition(
         kind=kind,
@@ -447,11 +553,9 @@ def _grouped_pool(rows: list[dict[str, str]], seed: int, fraction: float) -> set
     The cost is the squared distance of each class's share in the pool from `fraction`, and a fine for a class that
     stands on one side only. A few orders are tried where groups spanning several classes make that hard.
     """
-    if not any(row["group_id"] for row in rows):
-        raise DataError("no image has a group id, so a grouped split would be a random one: use split random")
     groups: dict[tuple[str, str], list[dict[str, str]]] = defaultdict(list)
     for row in rows:
-        groups[("group", row["group_id"]) if row["group_id"] else ("image", row["image_id"])].append(row)
+        groups[("group", row["group_id"]) if row["group_id"] else ("file", row["file_id"])].append(row)
     classes = sorted({row["defect"] for row in rows})
     for defect in classes:
         holders = [key for key, members in groups.items() if any(m["defect"] == defect for m in members)]

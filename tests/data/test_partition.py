@@ -24,10 +24,14 @@ def table(rows: list[tuple[str, str]], **values: Any) -> pa.Table:
         "height": 8,
         "width": 8,
         "split": "",
+        "intensity": "",
         "note": "",
     }
     records = [
-        base | {"image_id": f"{i:064x}", "uri": f"/{i}.png", "defect": defect, "group_id": group} | values
+        base
+        | {"image_id": f"{i:064x}", "file_id": f"{i:064x}", "uri": f"/{i}.png"}
+        | {"family": defect, "defect": defect, "group_id": group}
+        | values
         for i, (defect, group) in enumerate(rows)
     ]
     return pa.Table.from_pylist(records, schema=MANIFEST_SCHEMA)
@@ -103,16 +107,34 @@ def test_rows_without_a_group_are_groups_of_their_own() -> None:
     check(manifest, make_partition(manifest, "grouped", 0, "ab"))
 
 
-def test_official_split_wins() -> None:
-    rows = table([("a", "")] * 6).to_pylist()
-    for row, split in zip(rows, ("train", "test", "val", "test", "train", "train"), strict=True):
-        row["split"] = split
-    manifest = pa.Table.from_pylist(rows, schema=MANIFEST_SCHEMA)
-    for kind in ("random", "grouped"):
-        partition = make_partition(manifest, kind, 1, "a")
-        assert partition.kind == "official"
-        assert partition.pool == tuple(rows[i]["image_id"] for i in (0, 4, 5))
-        assert partition.query == tuple(rows[i]["image_id"] for i in (1, 3))
+def test_random_follows_the_official_split_and_grouped_does_not() -> None:
+    manifest = table([(c, f"{c}{i % 4}") for c in ("a", "b") for i in range(12)])
+    splits = [("train", "val", "test")[i % 3] for i in range(24)]
+    manifest = manifest.set_column(manifest.schema.get_field_index("split"), MANIFEST_SCHEMA.field("split"), [splits])
+    ids = manifest["image_id"].to_pylist()
+    partition = make_partition(manifest, "random", 5, ("a", "b"))
+    assert partition.kind == "official"
+    assert partition.pool == tuple(i for i, s in zip(ids, splits, strict=True) if s == "train")
+    assert partition.query == tuple(i for i, s in zip(ids, splits, strict=True) if s == "test")
+    check(manifest, make_partition(manifest, "grouped", 5, ("a", "b")))
+
+
+def test_an_official_split_without_some_class_on_one_side_is_not_followed() -> None:
+    """As in MVTec AD, whose defects are all in the test part."""
+    manifest = table([(c, "") for c in ("a", "b") for i in range(12)], split="test")
+    partition = make_partition(manifest, "random", 5, ("a", "b"))
+    assert partition.kind == "random"
+    check(manifest, partition)
+
+
+def test_rows_of_one_file_stay_together() -> None:
+    manifest = table([(c, "") for c in ("a", "b") for i in range(12)])
+    files = [f"file{i % 12}" for i in range(24)]
+    manifest = manifest.set_column(1, MANIFEST_SCHEMA.field("file_id"), [files])
+    partition = make_partition(manifest, "random", 5, ("a", "b"))
+    check(manifest, partition)
+    file_of = dict(zip(manifest["image_id"].to_pylist(), files, strict=True))
+    assert not {file_of[i] for i in partition.pool} & {file_of[i] for i in partition.query}
 
 
 def test_groups_that_cannot_be_parted() -> None:

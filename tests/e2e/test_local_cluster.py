@@ -2,8 +2,10 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -122,6 +124,13 @@ def foreign_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Rec
     log = tmp_path_factory.mktemp("foreign") / "log"
     with log.open("wb") as file:
         process = subprocess.Popen(argv, stdout=file, stderr=file, start_new_session=True)
+    port = int(next(word for word in argv if word.startswith("--port=")).removeprefix("--port="))
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:  # theirs runs before ours starts
+        with socket.socket() as probe:
+            if probe.connect_ex(("", port)) == 0:
+                break
+        time.sleep(0.2)
     theirs = local.Record(
         name=local.HEAD, pid=process.pid, pgid=process.pid, started=local.start_time(process.pid) or "", mark=mark,
         argv=argv, url="", log=str(log), temp_dir=temp_dir,
@@ -133,7 +142,7 @@ def foreign_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Rec
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(180)
+@pytest.mark.timeout(400)
 def test_jobs_run_on_our_head_and_stop_spares_others(state: Path, tmp_path: Path, foreign_head: local.Record) -> None:
     code = tmp_path / "code"
     code.mkdir()
@@ -141,7 +150,7 @@ def test_jobs_run_on_our_head_and_stop_spares_others(state: Path, tmp_path: Path
     (code / "bad.py").write_text("import sys\nsys.exit('on purpose')\n")
 
     start = command("start")
-    output, _ = start.communicate(timeout=120)
+    output, _ = start.communicate(timeout=240)
     assert start.returncode == 0, output
     ours = local.read_record(local.HEAD)
     assert ours is not None
