@@ -41,7 +41,11 @@ class FeatureKey:
     backbone: str
     backbone_digest: str
     block_dims: tuple[int, ...]
-    recipe: RecipeConfig
+    recipe: RecipeConfig | None
+    """None for features that were made elsewhere and imported."""
+    views: tuple[str, ...] = VIEWS
+    grid: tuple[int, int] | None = None
+    """Rows and columns of patch features, whose views are `[N, H, W, D]`; None where a view is one vector an image."""
     extractor_version: int = EXTRACTOR_VERSION
     dtype: str = "float32"
 

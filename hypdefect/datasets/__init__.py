@@ -80,7 +80,7 @@ class ManifestRow:
     mask_path: Path | None = None
     """A mask file: above 127 is marked."""
     draw_mask: Callable[[int, int], Bool[np.ndarray, "H W"]] | None = None
-    """Instead of a mask file: gives the mask of an image of (height, width), or raises DataError. Ingestion stores it."""
+    """Instead of a mask file: the mask of an image of (height, width), or DataError. Ingestion stores it as a file."""
     label_file: Path | None = None
     """The annotation this row was read from: when it changes, the set is read again."""
     split: str = ""
