@@ -45,8 +45,13 @@ serve: .venv/.installed ## deploy a registered model (MODEL=name@alias) and wait
 stop: .venv/.installed ## stop the head and the dashboards this checkout started, and nothing else
 	@$(LOCAL) stop
 
-test: .venv/.installed ## all tests, the slow ones last (ARGS go to pytest)
+test: .venv/.installed ## all tests, the slow ones last (ARGS go to pytest, then in one process)
+ifeq ($(strip $(ARGS)),)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not e2e"
+	$(BIN)/python -m pytest -m "ray or e2e"
+else
 	$(BIN)/python -m pytest $(ARGS)
+endif
 
 lint: .venv/.installed ## ruff and mypy
 	$(BIN)/ruff check .

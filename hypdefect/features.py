@@ -1,37 +1,24 @@
-"""The feature store (immutable Parquet, read and written with pyarrow alone) and the transform fitted on normals.
+"""Which features there are, features in memory, and the transform fitted on normals.
 
-Layout: `<home>/features/<FeatureKey digest>/{key.json, part-*.parquet}`. A part holds the rows of some images, long
-form: one row per (image, mask, augmentation, view). Parts appear by an atomic rename and are never changed, so that
-the store is valid whenever a writer dies; what is missing is the difference between what is asked for and the rows
-that are there. Rows are addressed by content (sha256 of image and mask bytes): a longer manifest extracts only its new
-images.
-
-Shapes: N rows, D features of one view, M normal images.
+Shapes: N rows, D features of one view, H W rows and columns of a patch grid, M normal images.
 """
 
-import errno
-import logging
-import os
-import uuid
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hypdefect.config import digest, to_mapping, write_json
-from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.config import digest, to_mapping
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.types import VIEWS, FeatureBatch
 from hypdefect.views import EXTRACTOR_VERSION, RecipeConfig
 
-logger = logging.getLogger(__name__)
+TEXT_VIEWS = ("text",)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,11 +34,13 @@ class FeatureKey:
     grid: tuple[int, int] | None = None
     """Rows and columns of patch features, whose views are `[N, H, W, D]`; None where a view is one vector an image."""
     extractor_version: int = EXTRACTOR_VERSION
-    dtype: str = "float32"
+    dtype: Literal["float16", "float32"] = "float16"
+    """At rest: a feature keeps 11 or 24 significant bits. In memory it is float32."""
 
     @property
     def digest(self) -> str:
-        return digest(self)
+        """Of everything but the backbone's name, whose weights may lie elsewhere."""
+        return digest(to_mapping(replace(self, backbone="")))
 
     @property
     def dim(self) -> int:
@@ -67,15 +56,23 @@ class RowKey:
     aug_index: int
 
 
+def prompt_key(prompt: str) -> RowKey:
+    """The row of a prompt in a store of text features."""
+    return RowKey(hashlib.sha256(prompt.encode()).hexdigest(), "", 0)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRequest:
     """One image to extract: where it and its mask lie, what their bytes must hash to, how many augmented copies."""
 
     uri: str
     image_id: str
+    file_id: str
     mask_uri: str
     mask_id: str
     copies: int
+    intensity: str = ""
+    """How deep pixels become 8-bit (`images.Intensity` as JSON); "" for plain ones."""
 
     def row_keys(self) -> list[RowKey]:
         return [RowKey(self.image_id, self.mask_id, copy) for copy in range(self.copies + 1)]
@@ -113,128 +110,6 @@ class FeatureTable:
             labels=torch.tensor([label_of[i] for i in ids], dtype=torch.long),
             aug_index=torch.from_numpy(self.aug_index[rows].astype(np.int64)),
         )
-
-
-class FeatureStore:
-    """Rows of one FeatureKey on disk."""
-
-    def __init__(self, home: Path, key: FeatureKey) -> None:
-        self.key = key
-        self.path = Path(home) / "features" / key.digest
-        self.schema = pa.schema(
-            [
-                pa.field("image_id", pa.string(), nullable=False),
-                pa.field("mask_id", pa.string(), nullable=False),
-                pa.field("aug_index", pa.int16(), nullable=False),
-                pa.field("view", pa.string(), nullable=False),
-                pa.field("feature", pa.list_(pa.float32(), key.dim), nullable=False),
-            ],
-            metadata={"hypdefect.feature_key": key.digest, "hypdefect.backbone": key.backbone},
-        )
-
-    def create(self) -> None:
-        """Make the folder and its key file; harmless where they exist."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not (self.path / "key.json").exists():
-            write_json(self.path / "key.json", to_mapping(self.key))
-
-    def parts(self) -> list[Path]:
-        return sorted(self.path.glob("part-*.parquet"))
-
-    def rows(self) -> set[RowKey]:
-        """Which rows are there, both views of each being written together."""
-        found: set[RowKey] = set()
-        for part in self.parts():
-            table = self._read(part, ["image_id", "mask_id", "aug_index"])
-            found.update(map(RowKey, *(table[c].to_pylist() for c in table.column_names)))
-        return found
-
-    def missing(self, wanted: Iterable[RowKey]) -> list[RowKey]:
-        return sorted(set(wanted) - self.rows())
-
-    def write(self, keys: Sequence[RowKey], views: Mapping[str, np.ndarray]) -> Path:
-        """Commit one part: both views `[N, D]` of the given rows. It is there whole, or not at all.
-
-        Raises:
-            ArtifactError: the disk is full or not writable; what was committed before stays valid.
-            DataError: a feature is not finite.
-        """
-        for view, values in views.items():
-            bad = ~np.isfinite(values).all(1)
-            if bad.any():
-                raise DataError(f"{view} features of image {keys[int(np.argmax(bad))].image_id} are not finite")
-        table = pa.concat_tables(self._part(keys, view, views[view]) for view in VIEWS)
-        target = self.path / f"part-{uuid.uuid4().hex}.parquet"
-        temporary = target.with_name(f".{target.name}.tmp")
-        try:
-            with temporary.open("wb") as file:
-                pq.write_table(table, file, compression="zstd")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, target)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            cause = "no space left" if error.errno == errno.ENOSPC else str(error)
-            raise ArtifactError(
-                f"cannot write features to {self.path}: {cause}. Free some space or point HYPDEFECT_HOME at another "
-                "disk, then run the same command again: it continues from the rows already stored"
-            ) from error
-        return target
-
-    def load(self, keys: Sequence[RowKey]) -> FeatureTable:
-        """Read the given rows, in the given order.
-
-        Raises:
-            ArtifactError: rows are missing, or a part is damaged.
-        """
-        position = {key: i for i, key in enumerate(keys)}
-        views = {view: np.empty((len(keys), self.key.dim), np.float32) for view in VIEWS}
-        seen = {view: np.zeros(len(keys), bool) for view in VIEWS}
-        images = pa.array(sorted({k.image_id for k in keys}), pa.string())
-        for part in self.parts():
-            table = self._read(part, None)
-            table = table.filter(pc.is_in(table["image_id"], value_set=images))
-            if not len(table):
-                continue
-            ids = zip(*(table[c].to_pylist() for c in ("image_id", "mask_id", "aug_index")), strict=True)
-            target = np.array([position.get(RowKey(*i), -1) for i in ids])
-            values = table["feature"].combine_chunks().flatten().to_numpy().reshape(-1, self.key.dim)
-            view_of = np.array(table["view"].to_pylist())
-            for view in VIEWS:
-                chosen = (view_of == view) & (target >= 0)
-                views[view][target[chosen]] = values[chosen]
-                seen[view][target[chosen]] = True
-        absent = int((~np.logical_and.reduce(list(seen.values()))).sum())
-        if absent:
-            raise ArtifactError(f"feature store {self.path} lacks {absent} of {len(keys)} rows; run jobs/extract.py")
-        return FeatureTable(
-            image_ids=np.array([k.image_id for k in keys]),
-            aug_index=np.array([k.aug_index for k in keys], dtype=np.int64),
-            views=views,
-        )
-
-    def _part(self, keys: Sequence[RowKey], view: str, values: np.ndarray) -> pa.Table:
-        flat = pa.array(np.ascontiguousarray(values, np.float32).ravel())
-        columns: list[Any] = [
-            [k.image_id for k in keys],
-            [k.mask_id for k in keys],
-            [k.aug_index for k in keys],
-            [view] * len(keys),
-            pa.FixedSizeListArray.from_arrays(flat, self.key.dim),
-        ]
-        return pa.table(columns, schema=self.schema)
-
-    def _read(self, part: Path, columns: list[str] | None) -> pa.Table:
-        try:
-            table = pq.read_table(part, columns=columns)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ArtifactError(
-                f"{part} is damaged ({error}). Delete this file and run the extraction again: "
-                "only its rows are recomputed"
-            ) from error
-        if (table.schema.metadata or {}).get(b"hypdefect.feature_key") != self.key.digest.encode():
-            raise ArtifactError(f"{part} does not belong to this store; remove it")
-        return table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,30 @@
 """Reading images and masks: one door for ingestion, feature extraction and serving.
 
-What comes in is 8-bit greyscale or RGB, whole, of sane size and in one frame. Everything else is refused with the
-reason and the command that repairs it, because a silent conversion (16 to 8 bit, alpha dropped, first frame taken)
-changes what the model sees. The header is judged before a pixel is decoded.
+Plain pixels (8-bit, grey or RGB) are read as they are. Deep ones (more than 8 bits, signed, float, other numbers of
+channels; PNG and TIFF) are read without loss by `read_raw` and become 8-bit by an `Intensity`: a window per channel,
+fixed on the normal images of the product, so that no image is stretched by what it shows itself. Alpha is dropped with
+a note, palettes become RGB. What is left (CMYK, several frames, not finite) is refused with the reason and the
+command that repairs it. The header is judged before a pixel is decoded.
 
-Shapes: H W pixels.
+Images are turned upright by their EXIF orientation. A mask follows a tag of its own; one without lies in the image's
+stored pixel grid and is turned like the image, unless its size says that it is upright already.
+
+Shapes: H W pixels, C channels.
 """
 
 import io
+import json
+import math
 import struct
 import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
+import tifffile
 from jaxtyping import Bool, Shaped, UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -22,25 +34,193 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_SIDE = 20_000
 MAX_BYTES = 256 * 2**20
+MAX_DECODED_BYTES = 400_000_000
+MAX_SEGMENTS = 2**18  # strips or tiles of a TIFF
 MASK_THRESHOLD = 127
+ALPHA_NOTE = "alpha channel dropped"
+PIXELS_PER_IMAGE = 2**16  # drawn of each image to fit a window
 
+_ORIENTATION = 0x0112
+_HEAD = 32  # bytes that tell deep PNG and TIFF files
+_READ_AS = {"1": "L", "L": "L", "LA": "L", "RGB": "RGB", "RGBA": "RGB", "P": "RGB", "PA": "RGB"}
+_MASK_MODES = ("1", "L", "RGB")
 _REFUSED_MODES = {
-    "1": "a 1-bit image",
     "P": "a palette image",
     "PA": "a palette image",
     "LA": "an image with an alpha channel",
     "La": "an image with an alpha channel",
     "RGBA": "an image with an alpha channel",
     "RGBa": "an image with an alpha channel",
-    "RGBX": "a four-channel image",
     "CMYK": "a CMYK image",
 }
-# What Pillow's readers raise on damaged bytes, beside OSError and its own SyntaxError.
-_DAMAGED = (OSError, SyntaxError, ValueError, TypeError, IndexError, EOFError, OverflowError, struct.error, zlib.error)
+_PNG_CHANNELS = {0: 1, 2: 3, 4: 1, 6: 3}  # colour type -> channels without alpha
+_TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_TIFF_CODECS = {
+    tifffile.COMPRESSION.NONE,
+    tifffile.COMPRESSION.LZW,
+    tifffile.COMPRESSION.ADOBE_DEFLATE,
+    tifffile.COMPRESSION.DEFLATE,
+    tifffile.COMPRESSION.PACKBITS,
+    tifffile.COMPRESSION.ZSTD,
+}
+_TIFF_COLOURS = {tifffile.PHOTOMETRIC.MINISBLACK, tifffile.PHOTOMETRIC.MINISWHITE, tifffile.PHOTOMETRIC.RGB}
+# What the readers raise on damaged bytes, beside OSError and Pillow's own SyntaxError; RuntimeError is imagecodecs'.
+_DAMAGED = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    LookupError,
+    AttributeError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    tifffile.TiffFileError,
+)
 
 
 class EmptyMaskError(DataError):
     """A mask without a single marked pixel."""
+
+
+@dataclass(frozen=True, slots=True)
+class PixelKind:
+    """The pixels of a file: numpy type, and colour channels (alpha left out)."""
+
+    dtype: str
+    channels: int
+
+    @property
+    def plain(self) -> bool:
+        return self.dtype == "uint8" and self.channels in (1, 3)
+
+    def __str__(self) -> str:
+        text = f"{self.channels} channel{'s' * (self.channels > 1)} of {self.dtype}"
+        return text if self.dtype in ("uint8", "int8") else f"more than 8 bits a channel ({text})"
+
+
+@dataclass(frozen=True, slots=True)
+class Intensity:
+    """How deep pixels become 8-bit: `(x - low) / (high - low)`, clipped to [0, 1], times 255, rounded.
+
+    Args:
+        low, high: the window of each chosen channel, in the file's units.
+        channels: the one or three channels used, from 0; one is repeated three times.
+        dtype, num_channels: the kind of pixels it was fitted on; others are refused.
+
+    Raises:
+        DataError: not one or three channels, channels that are not there, or an empty or infinite window.
+    """
+
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    channels: tuple[int, ...]
+    dtype: str
+    num_channels: int
+
+    def __post_init__(self) -> None:
+        if len(self.channels) not in (1, 3) or not all(0 <= c < self.num_channels for c in self.channels):
+            raise DataError(f"channels {self.channels}: name 1 or 3 of the {self.num_channels} channels, from 0")
+        if not len(self.low) == len(self.high) == len(self.channels):
+            raise DataError(f"{len(self.low)} low and {len(self.high)} high ends for {len(self.channels)} channels")
+        for channel, low, high in zip(self.channels, self.low, self.high, strict=True):
+            if not (low < high and math.isfinite(high - low)):
+                raise DataError(
+                    f"channel {channel}: the intensity window from {low:g} to {high:g} is empty or infinite; the "
+                    f"normal images are constant or saturated: leave those out, or convert the images to 8 bits"
+                )
+
+    def to_json(self) -> str:
+        """Canonical text: equal rules give equal text."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> "Intensity":
+        """The rule that `to_json` wrote.
+
+        Raises:
+            DataError: another text.
+        """
+        try:
+            value = json.loads(text)
+            return cls(
+                low=tuple(map(float, value["low"])),
+                high=tuple(map(float, value["high"])),
+                channels=tuple(map(int, value["channels"])),
+                dtype=str(value["dtype"]),
+                num_channels=int(value["num_channels"]),
+            )
+        except (ValueError, TypeError, LookupError) as error:
+            if isinstance(error, DataError):
+                raise
+            raise DataError(f"{text[:80]!r} is not an intensity rule ({error}); run jobs/ingest.py again") from error
+
+    def apply(self, raw: Shaped[np.ndarray, "H W C"], name: str = "image") -> UInt8[np.ndarray, "H W 3"]:
+        """The 8-bit image of raw pixels.
+
+        Raises:
+            DataError: pixels of another kind than the rule was fitted on.
+        """
+        found, wanted = PixelKind(str(raw.dtype), raw.shape[2]), PixelKind(self.dtype, self.num_channels)
+        if found != wanted:
+            raise DataError(f"{name}: {found}, the intensity rule is for {wanted}: export the images alike")
+        out = np.empty((*raw.shape[:2], 3), np.uint8)
+        rows_at_once = max(1, 2**20 // raw.shape[1])
+        for start in range(0, len(raw), rows_at_once):
+            rows = slice(start, start + rows_at_once)
+            for i in range(3):
+                j = i % len(self.channels)
+                low, high = self.low[j], self.high[j]
+                x = np.clip(raw[rows, :, self.channels[j]].astype(np.float64), low, high)
+                out[rows, :, i] = np.rint((x - low) / (high - low) * 255)
+        return out
+
+
+def fit_intensity(
+    arrays: Iterable[Shaped[np.ndarray, "_ _ C"]],
+    lower: float = 0.5,
+    upper: float = 99.5,
+    channels: Sequence[int] | None = None,
+) -> Intensity:
+    """The window between two percentiles of the pixels of some images, at most `PIXELS_PER_IMAGE` of each.
+
+    One channel is grey and three are RGB, which share one window so that hues stay. Named channels have a window each.
+
+    Args:
+        arrays: what `read_raw` gave, all of one kind; consumed one at a time.
+        lower, upper: percentiles, 0 to 100.
+        channels: which one or three channels to use, from 0; needed where there are neither one nor three.
+
+    Raises:
+        DataError: no array, arrays of several kinds, another number of channels without names, or constant images.
+    """
+    kind: PixelKind | None = None
+    samples: list[np.ndarray] = []
+    for raw in arrays:
+        found = PixelKind(str(raw.dtype), raw.shape[2])
+        if kind is not None and found != kind:
+            raise DataError(f"images of several kinds ({kind}; {found}) have no common window: export them alike")
+        kind = found
+        pixels = raw.reshape(-1, raw.shape[2])
+        if len(pixels) > PIXELS_PER_IMAGE:
+            pixels = pixels[np.random.default_rng(len(samples)).integers(0, len(pixels), PIXELS_PER_IMAGE)]
+        samples.append(pixels)
+    if kind is None:
+        raise DataError("no image to fit an intensity window on")
+    if channels is None and kind.channels not in (1, 3):
+        raise DataError(
+            f"{kind.channels} channels: name 1 or 3 of them (--channels, from 0), or export those as an image"
+        )
+    chosen = tuple(range(kind.channels)) if channels is None else tuple(channels)
+    if not all(0 <= c < kind.channels for c in chosen):
+        raise DataError(f"channels {chosen}: the images have {kind.channels}, counted from 0")
+    window = np.percentile(np.concatenate(samples)[:, chosen], (lower, upper), axis=0, method="nearest")
+    low, high = window.tolist()
+    if channels is None:
+        low, high = [min(low)] * len(low), [max(high)] * len(high)
+    return Intensity(tuple(map(float, low)), tuple(map(float, high)), chosen, kind.dtype, kind.channels)
 
 
 def read_bytes(path: Path) -> bytes:
@@ -60,40 +240,123 @@ def read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from error
 
 
-def read_image(source: Path | bytes, name: str | None = None) -> UInt8[np.ndarray, "H W 3"]:
+def deep_kind(source: Path | bytes, name: str | None = None) -> PixelKind | None:
+    """What a file's pixels are where it needs an `Intensity`, by its header; None for plain ones.
+
+    Raises:
+        DataError: unreadable, or a TIFF that `read_raw` refuses.
+    """
+    if isinstance(source, Path):
+        try:
+            with source.open("rb") as file:
+                head = file.read(_HEAD)
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read ({error.strerror or error})") from error
+        if not (_is_deep_png(head) or head.startswith(_TIFF_STARTS)):
+            return None  # most files: no need to read them twice
+    kind = _raw_kind(*_open(source, name))
+    return None if kind is None or kind.plain else kind
+
+
+def exif_orientation(source: Path | bytes, name: str | None = None) -> int:
+    """The EXIF orientation of an image, 1 to 8; 0 where it has none.
+
+    Raises:
+        DataError: unreadable.
+    """
+    data, name = _open(source, name)
+    if data.startswith(_TIFF_STARTS):
+        with _tiff_page(data, name) as page:
+            return _known_orientation(page.tags.valueof(_ORIENTATION))
+    with _pillow(data, name, "image") as image:
+        return _known_orientation(image.getexif().get(_ORIENTATION))
+
+
+def read_raw(source: Path | bytes, name: str | None = None) -> tuple[Shaped[np.ndarray, "H W C"], str]:
+    """The stored pixels of an image without loss, upright, and a note on what was dropped ("" for nothing).
+
+    uint8, uint16, float32, ... as in the file; a white-is-zero TIFF is inverted. 1-bit becomes 0 and 255, a palette
+    RGB; alpha is dropped.
+
+    Raises:
+        DataError: damaged, CMYK or of another unsupported type, of several frames, with values that are not finite,
+            or too large; the message ends with the remedy.
+    """
+    data, name = _open(source, name)
+    kind = _raw_kind(data, name)
+    if kind is None:
+        return _decode_plain(data, name)
+    return (_decode_deep_png if _is_deep_png(data) else _decode_tiff)(data, name, kind)
+
+
+def read_image(
+    source: Path | bytes, name: str | None = None, intensity: Intensity | None = None
+) -> UInt8[np.ndarray, "H W 3"]:
     """An image as uint8 `[H, W, 3]`, upright (EXIF orientation applied); greyscale is repeated on the three channels.
 
     Args:
         source: a file, or the bytes of one.
         name: how messages call the image; default the path, or "upload" for bytes.
+        intensity: the rule for deep pixels; plain ones are read as they are with or without it.
 
     Raises:
-        DataError: damaged, of another format or pixel type than 8-bit greyscale / RGB in PNG, JPEG, BMP or TIFF, of
-            several frames, or too large; the message ends with the remedy.
+        DataError: what `read_raw` refuses; deep pixels without a rule, or of another kind than the rule's.
     """
     data, name = _open(source, name)
-    pixels = _decode(data, name, modes=("L", "RGB"))
-    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
+    if intensity is None and (kind := deep_kind(data, name)):
+        raise _without_window(name, kind)  # nothing decoded yet
+    raw, _ = read_raw(data, name)
+    return to_rgb(raw, intensity, name)
+
+
+def to_rgb(
+    raw: Shaped[np.ndarray, "H W C"], intensity: Intensity | None, name: str = "image"
+) -> UInt8[np.ndarray, "H W 3"]:
+    """What `read_raw` gave as 8-bit RGB.
+
+    Raises:
+        DataError: deep pixels without a rule, or of another kind than the rule's.
+    """
+    kind = PixelKind(str(raw.dtype), raw.shape[2])
+    if kind.plain:
+        return np.repeat(raw, 3, axis=2) if raw.shape[2] == 1 else raw
+    if intensity is None:
+        raise _without_window(name, kind)
+    return intensity.apply(raw, name)
 
 
 def read_mask(
-    path: Path | bytes, size_hw: tuple[int, int], threshold: int = MASK_THRESHOLD, name: str | None = None
+    path: Path | bytes,
+    size_hw: tuple[int, int],
+    threshold: int = MASK_THRESHOLD,
+    name: str | None = None,
+    orientation: int = 0,
 ) -> tuple[Bool[np.ndarray, "H W"], str]:
     """The marked pixels as bool `[H, W]`, and a note on how they were found ("" where nothing needs saying).
 
     Marked is `> threshold`. A mask that is empty so but not all zero (faint, or drawn in 0 and 1) is read as `> 0`,
-    and the note says so.
+    and the note says so. A mask without an EXIF orientation of its own is turned like its image, and the note says so.
 
     Args:
         path: 1-bit, greyscale or RGB (three equal channels) image file, or the bytes of one.
-        size_hw: height and width of the image the mask belongs to.
+        size_hw: height and width of the upright image the mask belongs to.
+        orientation: `exif_orientation` of the image; matters for a mask without one that has the stored image's size.
 
     Raises:
         EmptyMaskError: no pixel is above 0.
         DataError: unreadable, of another pixel type, or not of the image's size.
     """
     data, name = _open(path, name)
-    pixels = _decode(data, name, modes=("1", "L", "RGB"), what="mask")
+    with _pillow(data, name, "mask") as image:
+        _judge_header(image, name, _MASK_MODES)
+        own = _known_orientation(image.getexif().get(_ORIENTATION))
+        image.load()
+        pixels = np.array(ImageOps.exif_transpose(image))
+    notes = []
+    stored_hw = tuple(size_hw)[:: -1 if orientation >= 5 else 1]
+    if not own and orientation > 1 and pixels.shape[:2] == stored_hw:
+        pixels = _TURNS[orientation](pixels)
+        notes.append(f"turned like its image (EXIF orientation {orientation})")
     if pixels.ndim == 3:
         if not (pixels == pixels[:, :, :1]).all():
             raise DataError(f"{name}: a coloured mask; {_remedy(name, '-threshold 0 -colorspace Gray')}")
@@ -107,12 +370,12 @@ def read_mask(
     if pixels.dtype == bool:
         pixels = pixels.astype(np.uint8) * 255
     marked = pixels > threshold
-    if marked.any():
-        return marked, ""
-    marked = pixels > 0
-    if marked.any():
-        return marked, f"empty at {threshold}, used > 0"
-    raise EmptyMaskError(f"{name}: the mask is all zero; mark the defect, or leave the mask file out")
+    if not marked.any():
+        marked = pixels > 0
+        notes.append(f"empty at {threshold}, used > 0")
+    if not marked.any():
+        raise EmptyMaskError(f"{name}: the mask is all zero; mark the defect, or leave the mask file out")
+    return marked, "; ".join(notes)
 
 
 def region_box(mask: Bool[np.ndarray, "H W"], name: str = "region_box") -> tuple[int, int, int, int]:
@@ -130,15 +393,99 @@ def _open(source: Path | bytes, name: str | None) -> tuple[bytes, str]:
     return source, name or "upload"
 
 
-def _decode(data: bytes, name: str, modes: tuple[str, ...], what: str = "image") -> Shaped[np.ndarray, "H W *C"]:
+# --- decoding --------------------------------------------------------------------------------------------------------
+
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {  # stored -> upright
+    0: lambda x: x,
+    1: lambda x: x,
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, -1),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+
+
+def _known_orientation(value: object) -> int:
+    return value if isinstance(value, int) and 1 <= value <= 8 else 0
+
+
+def _is_deep_png(data: bytes) -> bool:
+    return data.startswith(b"\x89PNG\r\n\x1a\n") and data[12:16] == b"IHDR" and data[24:25] == b"\x10"
+
+
+def _raw_kind(data: bytes, name: str) -> PixelKind | None:
+    """The pixels of a file that Pillow does not read without loss; None where it does, or refuses it."""
+    if _is_deep_png(data[:_HEAD]):
+        channels = _PNG_CHANNELS.get(data[25])
+        return None if channels is None else PixelKind("uint16", channels)
+    if not data.startswith(_TIFF_STARTS):
+        return None
+    with _tiff_page(data, name) as page:
+        return None if _pillow_reads(page) else _judge_tiff(page, data, name)
+
+
+def _decode_plain(data: bytes, name: str) -> tuple[UInt8[np.ndarray, "H W C"], str]:
+    with _pillow(data, name, "image") as image:
+        _judge_header(image, name, tuple(_READ_AS))
+        has_alpha = image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info
+        image.load()
+        upright = ImageOps.exif_transpose(image)
+        upright.info.pop("transparency", None)
+        pixels = np.array(upright.convert(_READ_AS[image.mode]))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels, ALPHA_NOTE if has_alpha else ""
+
+
+def _decode_deep_png(data: bytes, name: str, kind: PixelKind) -> tuple[Shaped[np.ndarray, "H W C"], str]:
+    with _pillow(data, name, "image") as image:
+        _judge_size(*image.size, name)
+        _judge_frames(getattr(image, "n_frames", 1), name)
+        has_alpha = data[25] in (4, 6) or "transparency" in image.info
+        turn = _TURNS[_known_orientation(image.getexif().get(_ORIENTATION))]
+        pixels = imagecodecs.png_decode(data)
+        pixels = pixels.reshape(*image.size[::-1], -1)[:, :, : kind.channels]
+    return np.ascontiguousarray(turn(pixels)), ALPHA_NOTE if has_alpha else ""
+
+
+def _decode_tiff(data: bytes, name: str, kind: PixelKind) -> tuple[Shaped[np.ndarray, "H W C"], str]:
+    with _tiff_page(data, name) as page:
+        stored = page.asarray(squeeze=False, maxworkers=1)[:, 0]  # planes, rows, columns, samples of a plane
+        pixels = np.moveaxis(stored, 0, 2).reshape(*stored.shape[1:3], -1)
+        if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+            pixels = ~pixels
+        alpha = _alpha_samples(page)
+        pixels = np.delete(pixels, alpha, axis=2).astype(kind.dtype, copy=False)
+        pixels = np.ascontiguousarray(_TURNS[_known_orientation(page.tags.valueof(_ORIENTATION))](pixels))
+    if not np.isfinite(pixels).all():
+        bad = int((~np.isfinite(pixels)).sum())
+        raise DataError(
+            f"{name}: {bad} values are NaN or infinite; replace them by a number of the sensor's range and export the "
+            f"image again"
+        )
+    return pixels, ALPHA_NOTE if alpha else ""
+
+
+@contextmanager
+def _pillow(data: bytes, name: str, what: str) -> Iterator[Image.Image]:
     if not data:
         raise DataError(f"{name}: the file is empty (0 bytes); copy or export it again")
+    with _damage_reported(name, what), Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
+        yield image
+
+
+@contextmanager
+def _tiff_page(data: bytes, name: str) -> Iterator[tifffile.TiffPage]:
+    with _damage_reported(name, "image"), tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages.first
+        yield page
+
+
+@contextmanager
+def _damage_reported(name: str, what: str) -> Iterator[None]:
     try:
-        with Image.open(io.BytesIO(data), formats=list(FORMATS)) as image:
-            _judge_header(image, name, modes)
-            image.load()
-            upright = ImageOps.exif_transpose(image)
-            return np.array(upright)
+        yield
     except DataError:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
@@ -151,15 +498,12 @@ def _decode(data: bytes, name: str, modes: tuple[str, ...], what: str = "image")
         raise DataError(f"{name}: the {what} is damaged or cut short ({reason}); copy or export it again") from error
 
 
+# --- judging the header ----------------------------------------------------------------------------------------------
+
+
 def _judge_header(image: Image.Image, name: str, modes: tuple[str, ...]) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise DataError(f"{name}: {width} x {height} pixels, there is nothing in it; export it again")
-    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
-        raise _too_large(name, f"{width} x {height} pixels")
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1:
-        raise DataError(f"{name}: {frames} frames in one file; take one of them: {_magick(name, frame='[0]')}")
+    _judge_size(*image.size, name)
+    _judge_frames(getattr(image, "n_frames", 1), name)
     if image.mode.startswith(("I", "F")) or ";16" in str(getattr(image, "tile", "")):
         raise DataError(f"{name}: more than 8 bits a channel (mode {image.mode}); {_remedy(name)}")
     if image.mode not in modes:
@@ -167,10 +511,86 @@ def _judge_header(image: Image.Image, name: str, modes: tuple[str, ...]) -> None
         raise DataError(f"{name}: {reason} (mode {image.mode}); {_remedy(name)}")
 
 
+def _judge_size(width: int, height: int, name: str) -> None:
+    if width < 1 or height < 1:
+        raise DataError(f"{name}: {width} x {height} pixels, there is nothing in it; export it again")
+    if width * height > MAX_PIXELS or max(width, height) > MAX_SIDE:
+        raise _too_large(name, f"{width} x {height} pixels")
+
+
+def _judge_frames(frames: int, name: str) -> None:
+    if frames != 1:
+        raise DataError(f"{name}: {frames} frames in one file; take one of them: {_magick(name, frame='[0]')}")
+
+
+def _alpha_samples(page: tifffile.TiffPage) -> list[int]:
+    """Positions of the samples that the ExtraSamples tag calls alpha."""
+    first = page.samplesperpixel - len(page.extrasamples)
+    return [first + i for i, extra in enumerate(page.extrasamples) if extra in (1, 2)]
+
+
+def _pillow_reads(page: tifffile.TiffPage) -> bool:
+    """Whether Pillow reads a TIFF whole (or refuses it): 8-bit, unsigned, one or three colour channels."""
+    if np.max(page.bitspersample) > 8 or page.sampleformat != tifffile.SAMPLEFORMAT.UINT:
+        return False
+    colours = page.samplesperpixel - len(_alpha_samples(page))
+    return page.photometric not in _TIFF_COLOURS or colours == (3 if page.photometric == 2 else 1)
+
+
+def _judge_tiff(page: tifffile.TiffPage, data: bytes, name: str) -> PixelKind:
+    """What a TIFF holds, where it is whole and all of it fits."""
+    _judge_size(page.imagewidth, page.imagelength, name)
+    frames = page.imagedepth * int((page.parent.imagej_metadata or {}).get("images", 1))
+    layout = page.parent.tiff
+    (tags,) = struct.unpack_from(layout.tagnoformat, data, page.offset)
+    (more,) = struct.unpack_from(layout.offsetformat, data, page.offset + layout.tagnosize + tags * layout.tagsize)
+    if more:
+        frames = max(frames, 2)
+    _judge_frames(frames, name)
+    if page.photometric not in _TIFF_COLOURS or page.dtype is None or page.dtype.kind not in "uif":
+        raise DataError(f"{name}: of an unsupported pixel type ({_tiff_type(page)}); {_remedy(name)}")
+    if page.photometric == tifffile.PHOTOMETRIC.MINISWHITE and page.dtype.kind != "u":
+        raise DataError(f"{name}: white is zero in signed or float pixels; {_remedy(name)}")
+    if page.compression not in _TIFF_CODECS:
+        raise DataError(
+            f"{name}: {_tiff_type(page)} is not read compressed like this; write it without: "
+            f"magick {_quote(name)} -compress none out.tif"
+        )
+    sample = page.dtype.itemsize * (page.samplesperpixel if page.planarconfig == 1 else 1)
+    rows, columns = (page.tilelength, page.tilewidth) if page.is_tiled else (page.rowsperstrip, page.imagewidth)
+    if max(math.prod(page.shaped) * page.dtype.itemsize, rows * columns * sample) > MAX_DECODED_BYTES:
+        raise _too_large(
+            name, f"{page.imagewidth} x {page.imagelength} pixels of {page.samplesperpixel} x {page.dtype}"
+        )
+    segments = -(-page.imagelength // rows) * -(-page.imagewidth // columns)
+    segments *= page.samplesperpixel if page.planarconfig == 2 else 1
+    if segments > MAX_SEGMENTS:
+        raise _too_large(name, f"{segments} strips or tiles")
+    places = list(zip(page.dataoffsets, page.databytecounts, strict=True))
+    if len(places) != segments or not all(0 < at < at + count <= len(data) for at, count in places):
+        raise ValueError("strips are missing")
+    return PixelKind(page.dtype.name, page.samplesperpixel - len(_alpha_samples(page)))
+
+
+def _tiff_type(page: tifffile.TiffPage) -> str:
+    names = (getattr(x, "name", x) for x in (page.photometric, page.sampleformat, page.compression))
+    return f"TIFF of {page.samplesperpixel} x {page.bitspersample} bits, " + ", ".join(map(str, names))
+
+
 def _too_large(name: str, reason: str) -> DataError:
-    limits = f"at most {MAX_PIXELS / 1e6:.0f} megapixels and {MAX_SIDE} pixels a side are read"
+    limits = (
+        f"at most {MAX_PIXELS / 1e6:.0f} megapixels, {MAX_SIDE} pixels a side and {MAX_DECODED_BYTES / 1e6:.0f} MB "
+        f"decoded are read"
+    )
     remedy = _magick(name, f"-resize {MAX_PIXELS}@ -resize '{MAX_SIDE}x{MAX_SIDE}>'")
     return DataError(f"{name}: too large: {reason}; {limits}: cut it into tiles, or {remedy}")
+
+
+def _without_window(name: str, kind: PixelKind) -> DataError:
+    return DataError(
+        f"{name}: {kind}, and no intensity window to make 8 bits of it: jobs/ingest.py fits one on the normal images "
+        f"of a set; or {_remedy(name)}"
+    )
 
 
 def _remedy(name: str, options: str = "-alpha off -colorspace sRGB") -> str:

@@ -16,20 +16,21 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, UInt8
+from jaxtyping import Bool, Shaped, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hypdefect.backbones import Backbone, get_backbone
+from hypdefect.backbones import get_backbone
 from hypdefect.config import from_mapping, to_mapping, write_json
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features import FeatureTransform
+from hypdefect.images import Intensity, to_rgb
 from hypdefect.methods import Classifier
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import EXTRACTOR_VERSION, RecipeConfig, RegionExtractor
+from hypdefect.views import EXTRACTOR_VERSION, Extractor, RecipeConfig, extractor_for
 
 FORMAT_VERSION = 1
 Region = Literal["mask", "whole image"]
@@ -47,6 +48,8 @@ class ModelCard:
     recipe: RecipeConfig
     uses_mask: bool
     """Whether the supports had masks; features with and without one are not comparable."""
+    intensities: tuple[str, ...] = ()
+    """How deep pixels become 8-bit (`images.Intensity` as JSON), one rule for each kind of pixels of the image set."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: digests of data and code, metrics, seeds; free JSON."""
 
@@ -76,6 +79,7 @@ def save_model(
     recipe: RecipeConfig,
     uses_mask: bool,
     provenance: dict[str, Any],
+    intensities: Sequence[str] = (),
 ) -> None:
     """Write a fitted classifier and all it needs; `lambda folder: save_model(folder, ...)` fits `registry.publish`.
 
@@ -101,6 +105,7 @@ def save_model(
         "dim": sum(transform.block_dims),
         "recipe": to_mapping(recipe),
         "uses_mask": uses_mask,
+        "intensities": list(intensities),
         "provenance": provenance,
     }
     tensors = {f"transform.{name}": value for name, value in transform.tensors.items()}
@@ -120,7 +125,7 @@ class Predictor:
     def __init__(
         self,
         card: ModelCard,
-        extractor: RegionExtractor,
+        extractor: Extractor,
         transform: FeatureTransform,
         classifier: Classifier,
         entry: ModelEntry | None = None,
@@ -159,7 +164,7 @@ class Predictor:
             classifier.restore(_below("method.", tensors))
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(f"{folder}: its tensors do not fit method {card.run.name!r}: {error}") from error
-        extractor = RegionExtractor(Backbone(spec), card.recipe, device)
+        extractor = extractor_for(spec, card.recipe, device)
         predictor = cls(card, extractor, transform, classifier, source if isinstance(source, ModelEntry) else None)
         predictor._check_logits(folder)
         return predictor
@@ -174,6 +179,17 @@ class Predictor:
             NumericsError: a probability is not finite.
         """
         return [self._predict(image, mask) for image, mask in images]
+
+    def rgb(self, raw: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
+        """Decoded pixels as 8-bit RGB, deep ones by the window that was fitted on the normals of the model's set.
+
+        Raises:
+            DataError: deep pixels of a kind that the model's set did not have.
+        """
+        for rule in map(Intensity.from_json, self.card.intensities):
+            if (rule.dtype, rule.num_channels) == (str(raw.dtype), raw.shape[2]):
+                return to_rgb(raw, rule)
+        return to_rgb(raw, None)
 
     def probe(self) -> None:
         """One small forward through everything, for health checks."""

@@ -2,16 +2,18 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
-from hypdefect.backbones import BackboneSpec, get_backbone
+from hypdefect.backbones import BackboneSpec, check_name, get_backbone, patch_grid
 from hypdefect.config import digest, write_json
 from hypdefect.datasets import (
+    MANIFEST_FORMAT,
     DatasetCard,
     Partition,
     check_task,
@@ -27,9 +29,11 @@ from hypdefect.datasets import (
 )
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features import FeatureKey, FeatureStore, FeatureTransform, ImageRequest, TransformConfig
-from hypdefect.types import SplitKind
-from hypdefect.views import FULL_REGION, RecipeConfig
+from hypdefect.features import FeatureKey, FeatureTransform, ImageRequest, TransformConfig
+from hypdefect.imported import Imported, card_of, is_imported
+from hypdefect.store import FeatureStore
+from hypdefect.types import VIEWS, SplitKind
+from hypdefect.views import FULL_REGION, PATCH_VIEWS, RecipeConfig
 
 logger = logging.getLogger(__name__)
 
@@ -39,9 +43,14 @@ class TaskConfig:
     """The data side of a few-shot job."""
 
     dataset: str = "elpv"
-    """Image set: elpv, mtd, or folder for one of your own (with --root)."""
+    """Image set (jobs/ingest.py --describe all lists them; folder, with --root, is one of your own), or imported:NAME
+    for features imported with jobs/extract.py --import."""
     root: Path | None = None
-    """Folder of the image set; default: the place its card names."""
+    """Folder (or archive) of the image set; default: the place its card names."""
+    channels: tuple[int, ...] = ()
+    """Which 1 or 3 channels of multi-channel images to use, from 0."""
+    product: str = ""
+    """Which product of a set that has several: a few-shot task tells the defects of one product apart."""
     k_shot: int = 5
     """Support images a class."""
     split: SplitKind = "random"
@@ -58,8 +67,9 @@ class TaskConfig:
     recipe: RecipeConfig = RecipeConfig()
 
     def __post_init__(self) -> None:
-        get_dataset(self.dataset)
-        get_backbone(self.backbone)
+        if not is_imported(self.dataset):
+            get_dataset(self.dataset)
+        check_name(self.backbone)
         for name, least in (("k_shot", 1), ("partition", 0), ("pool_per_class", 0), ("copies", 0), ("max_normals", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -91,24 +101,31 @@ class TaskPlan:
     pool_ids: tuple[str, ...]
     normal_ids: tuple[str, ...]
     uses_mask: bool
+    imported: Imported | None = None
 
     @property
     def spec(self) -> BackboneSpec:
         return get_backbone(self.config.backbone)
 
     @property
+    def intensities(self) -> tuple[str, ...]:
+        """The rules by which deep pixels become 8-bit, as text."""
+        return tuple(sorted(set(self.manifest["intensity"].to_pylist()) - {""}))
+
+    @property
+    def label(self) -> str:
+        """The task's set and product, for names of files and models."""
+        return task_label(self.config)
+
+    @property
     def key(self) -> FeatureKey:
-        return FeatureKey(
-            backbone=self.spec.name,
-            backbone_digest=self.spec.digest,
-            block_dims=self.spec.dims,
-            recipe=self.config.recipe,
-        )
+        return self.imported.key if self.imported else extraction_key(self.spec, self.config.recipe)
 
     def requests(self) -> list[ImageRequest]:
         """Every image once: support candidates with their copies, queries and normals without."""
         copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0)
-        copies |= dict.fromkeys(self.pool_ids, self.config.copies)
+        most = self.config.copies if self.imported is None else min(self.config.copies, self.imported.copies)
+        copies |= dict.fromkeys(self.pool_ids, most)
         return image_requests(self.manifest, copies, self.uses_mask)
 
     def provenance(self) -> dict[str, object]:
@@ -125,6 +142,23 @@ class TaskPlan:
         }
 
 
+def task_label(config: TaskConfig) -> str:
+    return "-".join(part for part in (config.dataset.replace(":", "-"), config.product) if part)
+
+
+def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
+    """The key of what a backbone gives under a recipe."""
+    patches = spec.family == "patchcore"
+    return FeatureKey(
+        backbone=spec.name,
+        backbone_digest=spec.digest,
+        block_dims=spec.dims,
+        recipe=recipe,
+        views=PATCH_VIEWS if patches else VIEWS,
+        grid=patch_grid(spec, recipe.whole_size) if patches else None,
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FewShotTask:
     """Features of a task. Everything that selects or trains is handed `pool` and `normals` only."""
@@ -138,7 +172,13 @@ class FewShotTask:
         return FeatureTransform.fit(self.normals, self.block_dims, config)
 
 
-def ingested(name: str, root: Path | None, home: Path, progress: Callable[[int, int], None] | None = None) -> Ingested:
+def ingested(
+    name: str,
+    root: Path | None,
+    home: Path,
+    progress: Callable[[int, int], None] | None = None,
+    channels: Sequence[int] = (),
+) -> Ingested:
     """The manifest of an image set: the stored one where no file was added, removed or touched, else a new one.
 
     Raises:
@@ -146,18 +186,12 @@ def ingested(name: str, root: Path | None, home: Path, progress: Callable[[int, 
     """
     card = get_dataset(name)
     folder = dataset_root(card, root)
-    listing = []
-    for row in card.scan(folder):
-        for path in (row.path, row.mask_path):
-            if path is not None:
-                stat = path.stat()
-                listing.append([str(path), stat.st_size, stat.st_mtime_ns, row.defect])
-    note = home / "manifests" / f"{name}-{digest(sorted(listing))[:16]}.json"
+    note = _note(card, folder, home, channels)
     if note.is_file():
         known = json.loads(note.read_text())
         if Path(known["manifest"]).is_file():
             return Ingested(read_manifest(Path(known["manifest"])), Path(known["manifest"]), True, known["quarantined"])
-    result = ingest(name, folder, progress)
+    result = ingest(name, folder, progress, channels=channels or None)
     path = home / "manifests" / f"{name}-{manifest_digest(result.manifest)[:12]}-{note.stem[-6:]}.parquet"
     write_manifest(result.manifest, path)
     quarantined = result.quarantine.num_rows
@@ -167,12 +201,38 @@ def ingested(name: str, root: Path | None, home: Path, progress: Callable[[int, 
     return Ingested(result.manifest, path, False, quarantined)
 
 
+def note_manifest(
+    name: str, root: Path | None, home: Path, manifest: Path, quarantined: int, channels: Sequence[int] = ()
+) -> None:
+    """Make a written manifest what `ingested` gives for an image set, until one of its files changes."""
+    card = get_dataset(name)
+    note = _note(card, dataset_root(card, root), home, channels)
+    write_json(note, {"manifest": str(manifest), "quarantined": quarantined})
+
+
+def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) -> Path:
+    """The file that names the manifest of a folder; another one after any file was added, removed or touched."""
+    files: dict[Path, tuple[int, int]] = {}
+    listing = []
+    for row in card.scan(folder):
+        for path in (row.path, row.mask_path, row.label_file):
+            if path is not None and path not in files:
+                try:
+                    stat = path.stat()
+                    files[path] = (stat.st_size, stat.st_mtime_ns)
+                except OSError:  # ingestion says so
+                    files[path] = (-1, -1)
+            listing.append([str(path), *files.get(path, ()), row.product, row.defect] if path else [])
+    key = [MANIFEST_FORMAT, list(channels), sorted(listing)]
+    return home / "manifests" / f"{card.name}-{digest(key)[:16]}.json"
+
+
 def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) -> list[ImageRequest]:
     """Extraction requests for some images of a manifest.
 
     Where other images of the set have masks, one without is seen through the same views with everything as region.
     """
-    columns = ("uri", "image_id", "mask_uri", "mask_id")
+    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
     requests = []
     for row in manifest.select(columns).to_pylist():
         if row["image_id"] in copies:
@@ -182,27 +242,34 @@ def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) 
     return requests
 
 
-def plan_task(config: TaskConfig, manifest: pa.Table) -> TaskPlan:
+def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> TaskPlan:
     """Decide which images take which part.
 
     Raises:
+        ConfigError: the set has several products and none, or an unknown one, is named.
         DataError: a class is too small for K supports and a query.
     """
-    card = get_dataset(config.dataset)
+    card = card_of(config.dataset) if imported else get_dataset(config.dataset)
+    manifest = of_product(config, manifest)
     classes = task_classes(manifest, card.good_is_class)
     if len(classes) < 2:
         raise DataError(f"dataset {config.dataset} has {len(classes)} few-shot classes ({', '.join(classes)}); needs 2")
     partition = make_partition(manifest, config.split, config.partition, classes)
     check_task(manifest, partition, config.k_shot)
-    columns = (manifest[c].to_pylist() for c in ("image_id", "defect", "is_defect", "mask_id"))
-    rows = list(zip(*columns, strict=True))
-    defect_of = {image_id: defect for image_id, defect, _, _ in rows}
+    rows = manifest.select(["image_id", "file_id", "defect", "is_defect", "mask_id", "group_id"]).to_pylist()
+    defect_of = {row["image_id"]: row["defect"] for row in rows}
     pool: list[str] = []
     for name in classes:
         own = _shuffled((i for i in partition.pool if defect_of[i] == name), config.partition)
         pool += own[: config.pool_per_class or None]
     queries, in_pool = set(partition.query), set(pool)
-    normals = [i for i, defect, is_defect, _ in rows if not is_defect and i not in queries]
+    unit = "group_id" if partition.kind == "grouped" else "file_id"
+    tested = {row[unit] for row in rows if row["image_id"] in queries} - {""}
+    normals = [
+        row["image_id"]
+        for row in rows
+        if not row["is_defect"] and row["image_id"] not in queries and row[unit] not in tested
+    ]
     if card.good_is_class:  # supports stand for the normals a factory has anyway; what is in neither side stays out
         normals = [i for i in normals if i in in_pool]
     return TaskPlan(
@@ -213,8 +280,24 @@ def plan_task(config: TaskConfig, manifest: pa.Table) -> TaskPlan:
         partition=partition,
         pool_ids=tuple(sorted(pool)),
         normal_ids=tuple(_shuffled(normals, config.partition)[: config.max_normals]),
-        uses_mask=any(mask for _, defect, _, mask in rows if defect in classes),
+        uses_mask=any(row["mask_id"] for row in rows if row["defect"] in classes),
+        imported=imported,
     )
+
+
+def of_product(config: TaskConfig, manifest: pa.Table) -> pa.Table:
+    """The rows of the task's product.
+
+    Raises:
+        ConfigError: several products and none named, or an unknown one.
+    """
+    products = sorted(set(manifest["product"].to_pylist()))
+    if config.product in products:
+        return manifest.filter(pc.equal(manifest["product"], config.product))
+    if not config.product and len(products) == 1:
+        return manifest
+    what = f"no product {config.product!r}" if config.product else f"{len(products)} products"
+    raise ConfigError(f"dataset {config.dataset} has {what}; choose one with --product: {', '.join(products)}")
 
 
 def _shuffled(ids: Iterable[str], seed: int) -> list[str]:
@@ -225,8 +308,13 @@ def load_task(plan: TaskPlan, home: Path) -> FewShotTask:
     """Read a task's features from the store.
 
     Raises:
+        ConfigError: patch features, which no few-shot method reads.
         ArtifactError: rows are missing (run the extraction first) or a part is damaged.
     """
+    if plan.key.grid is not None:
+        raise ConfigError(
+            f"{plan.spec.name} gives patch features, which no few-shot method reads; use another backbone"
+        )
     store = FeatureStore(home, plan.key)
     requests = {r.image_id: r for r in plan.requests()}
     table = store.load([key for r in requests.values() for key in r.row_keys()])

@@ -1,29 +1,40 @@
-"""Region-aware features of one image: views, augmentation, masked pooling. Extraction and serving share this path.
+"""Region-aware features of one image: views, augmentation, pooling. Extraction and serving share this path.
 
 Recipe R*: the whole image and a fixed-size window round the region (fixed, because scale tells classes apart), the
 stage and head maps of the backbone pooled under the mask, averaged over the four mirror images. Where there is no mask
 the whole image is the region: its window would miss most of it, so the crop view is then the mean of the four quadrants
 at twice the scale, each seen in one of the four mirrorings (the same cost, the whole region covered).
 
-Shapes: A copies (0 the image itself, 1.. its augmentations), D features of one view, H W pixels.
+`context="multiview"` is the region context of MVREC (Lyu et al., AAAI 2025): windows of three sizes, each at nine
+offsets of a third of its side about the region's centre, in place of one window; the crop view is their mean, and the
+copies of an image are its single windows.
+
+Backbones that give an embedding instead of a map (CLIP) are not pooled; AlphaCLIP sees the region itself.
+
+Shapes: A copies (0 the image itself, 1.. its augmentations), V inputs averaged to one view, D features of one view,
+H W pixels, S network input side.
 """
 
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
-from torch import Tensor
+from torch import Tensor, nn
 
-from hypdefect.backbones import Backbone
+from hypdefect.backbones import Backbone, BackboneSpec
 from hypdefect.errors import ConfigError
+from hypdefect.patches import patch_features
 from hypdefect.types import VIEWS
 
-EXTRACTOR_VERSION = 1
+EXTRACTOR_VERSION = 2
 """Raise when the same inputs and recipe give other numbers: stores made by another version are then other stores."""
+
+PATCH_VIEWS = ("patch",)
 
 FULL_REGION = "full"
 """Mask id of an image without a mask in a set whose other images have one: everything is region, seen as they are."""
@@ -41,6 +52,12 @@ class RecipeConfig:
     """Side in source pixels of the window round the region."""
     crop_size: int = 224
     """Side in pixels to which the window is resized."""
+    context: Literal["window", "multiview"] = "window"
+    """One window round the region, or MVREC's 27."""
+    context_sizes: tuple[int, ...] = (96, 128, 192)
+    """Sides in source pixels of the windows of context "multiview"."""
+    flips: bool = True
+    """Average over the four mirror images; without, each view of a masked image is one forward instead of four."""
     rotation: float = 10.0
     """Augmentation: rotation about the region's centre, degrees to either side."""
     scale: float = 0.1
@@ -55,6 +72,8 @@ class RecipeConfig:
                 raise ConfigError(f"recipe.{name} must be at least 32 pixels, got {getattr(self, name)}")
         if not 0 <= self.scale < 1:
             raise ConfigError(f"recipe.scale must lie in [0, 1), got {self.scale}")
+        if not self.context_sizes or min(self.context_sizes) < 32:
+            raise ConfigError(f"recipe.context_sizes must be at least 32 pixels each, got {self.context_sizes}")
 
 
 def pixels_of(image: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "3 H W"]:
@@ -103,28 +122,52 @@ def resize(pixels: Float[Tensor, "3 H W"], side: int) -> Float[Tensor, "3 S S"]:
 
 def views_of(
     pixels: Float[Tensor, "3 H W"], mask: Bool[Tensor, "H W"] | None, recipe: RecipeConfig
-) -> dict[str, tuple[Float[Tensor, "4 3 S S"], Float[Tensor, "4 h w"]]]:
-    """View name -> (four mirrored network inputs, their region weight maps at source resolution)."""
+) -> dict[str, tuple[Float[Tensor, "_ 3 _ _"], Float[Tensor, "_ _ _"]]]:
+    """View name -> (network inputs that are averaged, their region weight maps at source resolution)."""
+    if recipe.context == "multiview":
+        return context_views(pixels, mask, recipe)
     size = (pixels.shape[1], pixels.shape[2])
+    whole = mirrored(resize(pixels, recipe.whole_size), recipe)
     if mask is None:
-        everything = torch.ones(4, 1, 1)
         quadrants = [resize(q.flip(f), recipe.crop_size) for q, f in zip(quarter(pixels), FLIPS, strict=True)]
         return {
-            "whole": (mirrored(resize(pixels, recipe.whole_size)), everything),
-            "crop": (torch.stack(quadrants), everything),
+            "whole": (whole, torch.ones(len(whole), 1, 1)),
+            "crop": (torch.stack(quadrants), torch.ones(4, 1, 1)),
         }
     rows, columns = window_slices(region_center(mask), size, recipe.window)
     window = square(pixels[:, rows, columns], recipe.window, reflect=True)
     inside = square(mask[None, rows, columns].float(), recipe.window, reflect=False)[0]
     return {
-        "whole": (mirrored(resize(pixels, recipe.whole_size)), mirrored(mask.float())),
-        "crop": (mirrored(resize(window, recipe.crop_size)), mirrored(inside)),
+        "whole": (whole, mirrored(mask.float(), recipe)),
+        "crop": (mirrored(resize(window, recipe.crop_size), recipe), mirrored(inside, recipe)),
     }
 
 
-def mirrored(x: Float[Tensor, "*C H W"]) -> Float[Tensor, "4 *C H W"]:
-    """The image and its three mirror images."""
-    return torch.stack([x.flip(f) for f in FLIPS])
+def context_views(
+    pixels: Float[Tensor, "3 H W"], mask: Bool[Tensor, "H W"] | None, recipe: RecipeConfig
+) -> dict[str, tuple[Float[Tensor, "_ 3 _ _"], Float[Tensor, "_ _ _"]]]:
+    """As `views_of`, the crop view being windows of every size of `context_sizes` at nine offsets (size by size, row by
+    row); a window that would leave the image is moved inside it."""
+    size = (pixels.shape[1], pixels.shape[2])
+    region = torch.ones(size, dtype=torch.bool) if mask is None else mask
+    cy, cx = region_center(region)
+    inputs, insides = [], []
+    for side in recipe.context_sizes:
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                rows, columns = window_slices((cy + dy * side / 3, cx + dx * side / 3), size, side)
+                inputs.append(resize(square(pixels[:, rows, columns], side, reflect=True), recipe.crop_size))
+                inside = square(region[None, rows, columns].float(), side, reflect=False)
+                insides.append(F.adaptive_avg_pool2d(inside, min(recipe.context_sizes))[0])
+    return {
+        "whole": (mirrored(resize(pixels, recipe.whole_size), recipe), mirrored(region.float(), recipe)),
+        "crop": (torch.stack(inputs), torch.stack(insides)),
+    }
+
+
+def mirrored(x: Float[Tensor, "*C H W"], recipe: RecipeConfig) -> Float[Tensor, "V *C H W"]:
+    """The image and its three mirror images, or the image alone."""
+    return torch.stack([x.flip(f) for f in (FLIPS if recipe.flips else FLIPS[:1])])
 
 
 def quarter(pixels: Float[Tensor, "3 H W"]) -> list[Tensor]:
@@ -162,6 +205,20 @@ def augmentation_generator(image_id: str, copy: int, recipe: RecipeConfig) -> to
     return torch.Generator().manual_seed(seed)
 
 
+def tensors_of(
+    image: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "H W"] | None
+) -> tuple[Float[Tensor, "3 H W"], Bool[Tensor, "H W"] | None]:
+    return pixels_of(image), None if mask is None else torch.from_numpy(np.ascontiguousarray(mask))
+
+
+def copies_of(
+    pixels: Float[Tensor, "3 H W"], mask: Bool[Tensor, "H W"] | None, recipe: RecipeConfig, image_id: str, n_aug: int
+) -> list[tuple[Tensor, Tensor | None]]:
+    """The image and its augmented copies, each with its mask."""
+    generators = [augmentation_generator(image_id, copy, recipe) for copy in range(1, n_aug + 1)]
+    return [(pixels, mask), *(augment(pixels, mask, recipe, generator) for generator in generators)]
+
+
 def masked_pool(maps: Float[Tensor, "B C h w"], weight: Float[Tensor, "B H W"]) -> Float[Tensor, "B C"]:
     """Mean of a feature map under a region, each cell weighted by the share of it that the region covers.
 
@@ -173,17 +230,78 @@ def masked_pool(maps: Float[Tensor, "B C h w"], weight: Float[Tensor, "B H W"]) 
     return torch.einsum("bchw,bhw->bc", maps, cells / cells.sum((1, 2), keepdim=True))
 
 
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Network inputs of one image: for each copy, view -> (inputs, region weight maps).
+
+    The first `windows` inputs of the crop view become copies of their own.
+    """
+
+    copies: list[dict[str, tuple[Tensor, Tensor]]]
+    windows: int = 0
+
+
+def load_tower(spec: BackboneSpec) -> nn.Module:
+    """The frozen network of a spec whose features are one vector a view."""
+    if spec.family in ("openclip", "alphaclip"):
+        from hypdefect import clip  # open_clip takes seconds to import
+
+        return clip.AlphaTower(spec) if spec.family == "alphaclip" else clip.ClipTower(spec)
+    return Backbone(spec)
+
+
+def at_rest(x: Tensor) -> Tensor:
+    """Rounded to float16, as the store keeps them: features of a served image are then the stored ones, bit for bit."""
+    return x.half().float().cpu()
+
+
 class RegionExtractor:
-    """Backbone and recipe together: image and mask in, features of both views out.
+    """The features described at the top of this file.
 
     Each image is a forward batch of its own, so that its features do not depend on its neighbours.
     """
 
-    def __init__(self, backbone: Backbone, recipe: RecipeConfig, device: str | torch.device = "cpu") -> None:
+    views: tuple[str, ...] = VIEWS
+
+    def __init__(self, backbone: nn.Module, recipe: RecipeConfig, device: str | torch.device = "cpu") -> None:
         self.backbone, self.recipe, self.device = backbone.to(device), recipe, torch.device(device)
-        self.block_dims = backbone.spec.dims
 
     @torch.inference_mode()
+    def prepare(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        mask: Bool[np.ndarray, "H W"] | None,
+        image_id: str = "",
+        n_aug: int = 0,
+    ) -> Prepared:
+        """Network inputs of the image and of its copies.
+
+        Raises:
+            ConfigError: more copies than context "multiview" has windows.
+        """
+        if self.recipe.context == "multiview":
+            windows = 9 * len(self.recipe.context_sizes)
+            if n_aug > windows:
+                raise ConfigError(f"context multiview has {windows} windows an image, not {n_aug}: lower --copies")
+            return Prepared([views_of(*tensors_of(image, mask), self.recipe)], n_aug)
+        copies = copies_of(*tensors_of(image, mask), self.recipe, image_id, n_aug)
+        return Prepared([views_of(*copy, self.recipe) for copy in copies])
+
+    @torch.inference_mode()
+    def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A D"]]:
+        """Features of the image (row 0) and of its copies (rows 1..), float32 on the CPU."""
+        rows: dict[str, list[Tensor]] = {view: [] for view in VIEWS}
+        for views in prepared.copies:
+            for view, (inputs, weight) in views.items():
+                inputs, weight = inputs.to(self.device), weight.to(self.device)
+                blocks = [x if x.dim() == 2 else masked_pool(x, weight) for x in self.backbone(inputs, weight)]
+                single = torch.cat(blocks, 1)
+                rows[view].append(single.mean(0))
+                if prepared.windows:
+                    alike = rows[view] * prepared.windows
+                    rows[view] += list(single[: prepared.windows]) if view == "crop" else alike
+        return {view: at_rest(torch.stack(features)) for view, features in rows.items()}
+
     def __call__(
         self,
         image: UInt8[np.ndarray, "H W 3"],
@@ -191,18 +309,57 @@ class RegionExtractor:
         image_id: str = "",
         n_aug: int = 0,
     ) -> dict[str, Float[Tensor, "A D"]]:
-        """Features of the image (row 0) and of `n_aug` augmented copies (rows 1..), float32 on the CPU."""
-        pixels = pixels_of(image)
-        region = None if mask is None else torch.from_numpy(np.ascontiguousarray(mask))
-        copies = [(pixels, region)]
-        for copy in range(1, n_aug + 1):
-            generator = augmentation_generator(image_id, copy, self.recipe)
-            copies.append(augment(pixels, region, self.recipe, generator))
-        rows: dict[str, list[Tensor]] = {view: [] for view in VIEWS}
-        for copy_pixels, copy_mask in copies:
-            for view, (inputs, weight) in views_of(copy_pixels, copy_mask, self.recipe).items():
-                blocks = [
-                    masked_pool(maps, weight.to(self.device)).mean(0) for maps in self.backbone(inputs.to(self.device))
-                ]
-                rows[view].append(torch.cat(blocks).cpu())
-        return {view: torch.stack(features) for view, features in rows.items()}
+        """`forward` of `prepare`."""
+        return self.forward(self.prepare(image, mask, image_id, n_aug))
+
+
+class PatchExtractor:
+    """PatchCore's patches of the whole image, `[A, h, w, D]`; a region plays no part in them."""
+
+    views: tuple[str, ...] = PATCH_VIEWS
+
+    def __init__(self, backbone: Backbone, recipe: RecipeConfig, device: str | torch.device = "cpu") -> None:
+        self.backbone, self.recipe, self.device = backbone.to(device), recipe, torch.device(device)
+
+    @torch.inference_mode()
+    def prepare(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        mask: Bool[np.ndarray, "H W"] | None,
+        image_id: str = "",
+        n_aug: int = 0,
+    ) -> Prepared:
+        """The resized image and its augmented copies."""
+        copies = copies_of(*tensors_of(image, None), self.recipe, image_id, n_aug)
+        inputs = [resize(pixels, self.recipe.whole_size)[None] for pixels, _ in copies]
+        return Prepared([{"patch": (x, torch.ones(1, 1, 1))} for x in inputs])
+
+    @torch.inference_mode()
+    def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A h w D"]]:
+        """Patches of the image (row 0) and of its copies (rows 1..), float32 on the CPU."""
+        inputs = torch.cat([views["patch"][0] for views in prepared.copies]).to(self.device)
+        return {"patch": torch.cat([at_rest(patch_features(self.backbone(x[None]))) for x in inputs])}
+
+    def __call__(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        mask: Bool[np.ndarray, "H W"] | None,
+        image_id: str = "",
+        n_aug: int = 0,
+    ) -> dict[str, Float[Tensor, "A h w D"]]:
+        """`forward` of `prepare`."""
+        return self.forward(self.prepare(image, mask, image_id, n_aug))
+
+
+Extractor = RegionExtractor | PatchExtractor
+
+
+def extractor_for(spec: BackboneSpec, recipe: RecipeConfig, device: str | torch.device = "cpu") -> Extractor:
+    """Backbone and recipe together.
+
+    Raises:
+        ArtifactError: the backbone's weights are absent, damaged or those of another network.
+    """
+    if spec.family == "patchcore":
+        return PatchExtractor(Backbone(spec), recipe, device)
+    return RegionExtractor(load_tower(spec), recipe, device)

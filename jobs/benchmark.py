@@ -2,10 +2,12 @@
 
 python jobs/benchmark.py: everything
 
-python jobs/benchmark.py --only fit
+python jobs/benchmark.py store geometry: these sections
 """
 
+import hashlib
 import os
+import random
 import statistics
 import tempfile
 import time
@@ -20,35 +22,48 @@ import geoopt
 import numpy as np
 import optuna
 import torch
+from PIL import Image
 from ray import tune
 from rich.table import Table
+from tyro.conf import Positional
 
 from hypdefect import geometry
+from hypdefect.backbones import BackboneSpec, get_backbone
 from hypdefect.config import parse_job, run_job, write_json
 from hypdefect.distributed.cluster import connected
+from hypdefect.distributed.extract import extract
 from hypdefect.distributed.tune import SearchConfig, SearchData, search
 from hypdefect.episodes import LabelledFeatures
-from hypdefect.errors import ConfigError
+from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTable
+from hypdefect.features import FeatureKey, FeatureTable, ImageRequest, RowKey
+from hypdefect.images import read_image
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.store import FeatureStore
 from hypdefect.types import VIEWS, EpisodeSpec, FeatureBatch
+from hypdefect.views import RecipeConfig, extractor_for
 from jobs.display import configure_logging, say, table_console
 
-Part = Literal["geometry", "fit", "tune"]
+Section = Literal["geometry", "fit", "tune", "store"]
+BATCH = 16  # images an actor takes at once, as jobs/extract.py
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkJob:
-    only: tuple[Part, ...] = ("geometry", "fit", "tune")
+    sections: Positional[tuple[Section, ...]] = ("geometry", "fit", "tune", "store")
+    """What to time; default: everything."""
     rounds: int = 7
     """Interleaved rounds of each timing; the median is reported."""
     tune_trials: int = 60
     """Enough that the start of the actors, paid once, is spread as in a sweep."""
+    store_rows: int = 100_000
+    """Rows of 768 features loaded from the store."""
+    images: int = 192
+    """Images extracted by Ray Data and by a bare loop."""
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.tune_trials < 2:
-            raise ConfigError("benchmark needs rounds >= 1 and tune_trials >= 2")
+        if self.rounds < 1 or self.tune_trials < 2 or self.store_rows < 1 or self.images < 4 * BATCH:
+            raise ConfigError(f"benchmark needs rounds, store_rows >= 1, tune_trials >= 2 and images >= {4 * BATCH}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +83,16 @@ def main() -> None:
     configure_logging()
     job, options = parse_job(BenchmarkJob, description=__doc__)
     torch.set_num_threads(1)
-    parts: dict[str, Callable[[BenchmarkJob], list[Row]]] = {"geometry": distances, "fit": fits, "tune": trials}
+    sections: dict[Section, Callable[[BenchmarkJob], list[Row]]] = {
+        "geometry": distances,
+        "fit": fits,
+        "tune": trials,
+        "store": storage,
+    }
     rows = []
-    for part in job.only:
-        say(f"{part} ...")
-        rows += parts[part](job)
+    for section in job.sections:
+        say(f"{section} ...")
+        rows += sections[section](job)
     table = Table(title=f"benchmark, one thread, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     for column in ("what", "s", "baseline", "baseline, s", "times faster", "note"):
         table.add_column(column, justify="left" if column in ("what", "baseline", "note") else "right")
@@ -195,6 +215,124 @@ def trials(job: BenchmarkJob) -> list[Row]:
         packed = (time.perf_counter() - begun) / job.tune_trials
     note = f"{job.tune_trials} trials, wall seconds each; limit 0.3 s"
     return [Row("packed trial (sweep)", "plain function trial", plain, packed, note)]
+
+
+def storage(job: BenchmarkJob) -> list[Row]:
+    """Reading the feature store, extracting what is there already, and what Ray Data costs an extraction."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = loads(job, Path(folder) / "load")
+        requests = generated_images(Path(folder) / "images", job.images)
+        with connected():
+            rows += extractions(requests, Path(folder) / "twice")
+            rows += throughput(requests, Path(folder) / "throughput")
+    return rows
+
+
+def loads(job: BenchmarkJob, home: Path) -> list[Row]:
+    """Rows of 768 features into torch: from the store, by their keys, against a copy of one memory-mapped array."""
+    dim, generator = 768, np.random.default_rng(0)
+    key = FeatureKey(backbone="random", backbone_digest="", block_dims=(dim,), recipe=None, views=("whole",))
+    keys = [RowKey(hashlib.sha256(str(i).encode()).hexdigest(), "", 0) for i in range(job.store_rows)]
+    store = FeatureStore(home, key)
+    store.create()
+    array = np.empty((len(keys), dim), np.float32)
+    for start in range(0, len(keys), 10_000):
+        chosen = slice(start, start + 10_000)
+        array[chosen] = generator.standard_normal((len(keys[chosen]), dim)).astype(key.dtype)
+        store.write(keys[chosen], {"whole": array[chosen]})
+    np.save(home / "array.npy", array)
+    shuffled = random.Random(0).sample(keys, len(keys))
+
+    def mapped() -> torch.Tensor:
+        return torch.from_numpy(np.array(np.load(home / "array.npy", mmap_mode="r")))
+
+    def stored(wanted: list[RowKey]) -> torch.Tensor:
+        return torch.from_numpy(FeatureStore(home, key).load(wanted).views["whole"])
+
+    begun = time.process_time()
+    if not torch.equal(stored(keys), torch.from_numpy(array)):
+        raise NumericsError("the store gives other rows than were written")
+    first = time.process_time() - begun
+    del array
+    plain, ordered, random_order = interleaved(job.rounds, mapped, partial(stored, keys), partial(stored, shuffled))
+    what, baseline = f"load {len(keys)} x {dim}", "np.load(mmap_mode) + copy"
+    return [
+        Row(what, baseline, plain, ordered, "every row's sum checked; limit 0.5"),
+        Row("  in random order", baseline, plain, random_order),
+        Row("  first load, which makes the float32 copy", baseline, plain, first, "once a node and change"),
+    ]
+
+
+def generated_images(folder: Path, count: int) -> list[ImageRequest]:
+    """Smooth noise of a tile's size, as requests for extraction."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    requests = []
+    for i in range(count):
+        path = folder / f"{i:04d}.png"
+        Image.fromarray(generator.integers(0, 256, (30, 30, 3), np.uint8)).resize((300, 300)).save(path)
+        name = hashlib.sha256(path.read_bytes()).hexdigest()
+        requests.append(ImageRequest(uri=str(path), image_id=name, file_id=name, mask_uri="", mask_id="", copies=0))
+    return requests
+
+
+def extraction_key(spec: BackboneSpec) -> FeatureKey:
+    return FeatureKey(backbone=spec.name, backbone_digest=spec.digest, block_dims=spec.dims, recipe=RecipeConfig())
+
+
+def extractions(requests: list[ImageRequest], home: Path) -> list[Row]:
+    """Extracting an image set, and extracting it again."""
+    spec = get_backbone("tiny_random")
+    key = extraction_key(spec)
+    seconds, reports = [], []
+    for _ in range(2):
+        begun = time.perf_counter()
+        reports.append(extract(requests, home, key, spec, workers=1, batch_size=BATCH))
+        seconds.append(time.perf_counter() - begun)
+    note = f"{reports[1].extracted} forward passes, {reports[1].cached} images cached; limit 100"
+    return [Row(f"second extraction, {len(requests)} images", "the first", seconds[0], seconds[1], note)]
+
+
+def throughput(requests: list[ImageRequest], home: Path) -> list[Row]:
+    """Steady state of Ray Data actors against a bare loop over the same images, which stores nothing.
+
+    The loop runs with one thread and with all, before and after; the faster counts. Each actor has one thread for the
+    network and one that makes the next image ready.
+    """
+    cores = min(2, os.cpu_count() or 1)
+    spec = get_backbone("efficientnet_lite0")
+    key = extraction_key(spec)
+    extractor = extractor_for(spec, RecipeConfig(), "cuda" if torch.cuda.is_available() else "cpu")
+
+    def bare(threads: int, chosen: list[ImageRequest]) -> float:
+        torch.set_num_threads(threads)
+        begun = time.perf_counter()
+        for request in chosen:
+            prepared = extractor.prepare(read_image(Path(request.uri)), None, request.image_id, 0)
+            extractor.forward(prepared)
+        return (time.perf_counter() - begun) / len(chosen)
+
+    half = len(requests) // 2
+    bare(1, requests[:1])
+    loops: dict[int, list[float]] = {threads: [bare(threads, requests[:half])] for threads in {1, cores}}
+    begun, marks = time.perf_counter(), []
+    extract(
+        requests,
+        home,
+        key,
+        spec,
+        workers=cores,
+        batch_size=BATCH,
+        progress=lambda done, _: marks.append((time.perf_counter(), done)),
+    )
+    for threads, seconds in loops.items():
+        seconds.append(bare(threads, requests[half:]))
+    torch.set_num_threads(1)
+    baseline, threads = min((statistics.mean(seconds), threads) for threads, seconds in loops.items())
+    (start, first), (end, last) = marks[cores - 1], marks[-1]  # every actor is at work by then
+    note = f"an image; {start - begun:.1f} s to the first {first}, start of the actors included; limit 0.9"
+    what = f"extraction by Ray Data, {cores} actors"
+    return [Row(what, f"bare loop, {threads} threads", baseline, (end - start) / (last - first), note)]
 
 
 if __name__ == "__main__":

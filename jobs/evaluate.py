@@ -26,7 +26,7 @@ from hypdefect.features import TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.metrics import clustered_interval, paired
-from hypdefect.task import TaskConfig, load_task, plan_task
+from hypdefect.task import TaskConfig, load_task, plan_task, task_label
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
 
@@ -62,7 +62,8 @@ def main() -> None:
     with connected():
         prepared = prepare(job)
         for partition in range(job.partition, job.partition + job.partitions):
-            plan = plan_task(replace(job, partition=partition, k_shot=max(job.shots)), prepared.manifest)
+            own_job = replace(job, partition=partition, k_shot=max(job.shots))
+            plan = plan_task(own_job, prepared.manifest, prepared.imported)
             fill(plan)
             task = load_task(plan, home())
             for k_shot in job.shots:
@@ -75,7 +76,7 @@ def main() -> None:
                             for column, cell in zip(rows, values, strict=True):
                                 rows[column].append(cell)
     table = pa.table(rows)
-    out = home() / "evaluations" / f"{job.dataset}-{job.split}-{digest(to_mapping(job))[:12]}.parquet"
+    out = home() / "evaluations" / f"{task_label(job)}-{job.split}-{digest(to_mapping(job))[:12]}.parquet"
     write_table(
         table, out, {"hypdefect.job": json.dumps(to_mapping(job)), "hypdefect.task": json.dumps(plan.provenance())}
     )
@@ -136,7 +137,7 @@ def summarise(table: pa.Table, job: EvaluateJob, names: list[str]) -> list[dict[
         return [r["value"] for r in own], [r["partition"] for r in own]
 
     what = f"{job.partitions} partitions x {job.draws} draws" if job.partitions > 1 else f"{job.draws} draws"
-    shown = Table(title=f"test accuracy, %: {job.dataset}, {job.split} split, {what} (± is the 95 % interval)")
+    shown = Table(title=f"test accuracy, %: {task_label(job)}, {job.split} split, {what} (± is the 95 % interval)")
     columns = ("K", "method", "accuracy", "std", "class-balanced", "paired to prototype", "paired to c = 0", "fit, s")
     for column in columns:
         shown.add_column(column, justify="left" if column == "method" else "right")

@@ -5,21 +5,27 @@ python jobs/ingest.py: the solar cells that came with the installation
 python jobs/ingest.py --dataset mtd: magnetic tiles under $HYPDEFECT_DATA
 
 python jobs/ingest.py --dataset folder --root my_images: a folder of your own, one sub-folder per class
+
+python jobs/ingest.py --dataset mtd --audit: near-duplicates too, so that --split grouped keeps them together
+
+python jobs/ingest.py --describe: the image sets there are; --describe mtd: one of them
 """
 
-import logging
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+from matplotlib.figure import Figure
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from hypdefect.config import home, parse_job, run_job, write_json
 from hypdefect.datasets import (
+    DATASETS,
     ClassCount,
     DatasetCard,
     IngestResult,
@@ -29,33 +35,47 @@ from hypdefect.datasets import (
     write_manifest,
     write_table,
 )
+from hypdefect.datasets.twins import SYMMETRIES, Twin, turn
+from hypdefect.images import Intensity, read_image
+from jobs.display import configure_logging, progress, table_console
 
 SHOWN_REASONS = 5
+SHOWN_PAIRS = 6
+"""Strongest and weakest pairs in the picture of an audit, each."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class IngestJob:
     dataset: str = "elpv"
-    """Which image set: elpv, mtd, or folder for one of your own (with --root)."""
+    """Which image set (see --describe); folder is one of your own (with --root)."""
     root: Path | None = None
-    """Folder of the image set; default: the place its card names (see --describe)."""
+    """Folder or archive of the image set; default: the place its card names (see --describe)."""
+    channels: tuple[int, ...] = ()
+    """The one or three channels to use, from 0, of images that are not plain 8-bit; default: grey or RGB as stored."""
     out: Path | None = None
     """Manifest file to write; default: $HYPDEFECT_HOME/manifests/<dataset>-<digest>.parquet."""
-    describe: bool = False
-    """Print what is known of the image set (source, licence, layout) and stop."""
+    audit: bool = False
+    """Look for near-duplicates (copies, turned ones, several shots of one part), make them groups, and draw some. Later
+    jobs on this set use the manifest so written."""
+    describe: str = ""
+    """Print what is known of an image set (source, licence, layout) and stop; all, or nothing: a table of them."""
 
 
 def main() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    job, options = parse_job(IngestJob, description=__doc__)
-    card = get_dataset(job.dataset)
+    configure_logging()
+    argv = sys.argv[1:]
+    job, options = parse_job(IngestJob, [*argv, "all"] if argv[-1:] == ["--describe"] else argv, description=__doc__)
+    if job.describe == "all":
+        table_console().print(overview())
+        return
     if job.describe:
-        describe(card)
+        describe(get_dataset(job.describe))
         return
 
+    card = get_dataset(job.dataset)
     errors = Console(stderr=True)
-    with progress_bar(errors, job.dataset) as progress:
-        result = ingest(job.dataset, job.root, progress)
+    with progress(f"reading {job.dataset}") as advance:
+        result = ingest(job.dataset, job.root, advance, channels=job.channels or None, audit=job.audit)
     digest = manifest_digest(result.manifest)
     out = (job.out or home() / "manifests" / f"{job.dataset}-{digest[:12]}.parquet").expanduser().absolute()
     write_manifest(result.manifest, out)
@@ -66,6 +86,12 @@ def main() -> None:
     else:
         quarantine.unlink(missing_ok=True)
     report(card, result, quarantine, errors)
+    if result.twins is not None:
+        report_twins(result.manifest, result.twins, out.with_name(f"{out.stem}.twins.png"))
+    if job.audit:
+        from hypdefect.task import note_manifest  # brings torch, which nothing else here waits for
+
+        note_manifest(job.dataset, job.root, home(), out, result.quarantine.num_rows, job.channels)
     if options.json is not None:
         summary = {
             "dataset": job.dataset,
@@ -75,22 +101,10 @@ def main() -> None:
             "quarantined": result.quarantine.num_rows,
             "quarantine": str(quarantine) if result.quarantine.num_rows else None,
             "classes": {name: asdict(count) for name, count in result.counts.items()},
+            "twins": None if result.twins is None else twin_summary(result.manifest, result.twins),
         }
         write_json(options.json, summary)
     print(out)
-
-
-@contextmanager
-def progress_bar(console: Console, label: str) -> Iterator[Callable[[int, int], None]]:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(f"reading {label}", total=None)
-
-        def update(done: int, total: int) -> None:
-            text = f"reading {label}" if done < total else f"grouping {label}"
-            bar.update(task, completed=done, total=total, description=text)
-
-        yield update
 
 
 def report(card: DatasetCard, result: IngestResult, quarantine: Path, errors: Console) -> None:
@@ -105,13 +119,10 @@ def report(card: DatasetCard, result: IngestResult, quarantine: Path, errors: Co
         if name == "all":
             table.add_section()
         table.add_row(name, str(count.images), str(count.masks), str(count.groups or "-"), str(count.quarantined))
-    Console().print(table)
+    table_console().print(table)
 
-    for name in sorted(card.expected.keys() | result.counts.keys()) if card.expected else ():
-        found = result.counts[name].images if name in result.counts else 0
-        expected = card.expected.get(name, 0)
-        if found != expected:
-            warn(errors, f"class {name}: {found} images, the published set has {expected}")
+    for text in other_counts(card, result.manifest):
+        warn(errors, text)
     for note, rows in sorted(_notes(result).items()):
         warn(errors, f"{rows} images: {note}")
     reasons = result.quarantine["reason"].to_pylist()
@@ -123,21 +134,128 @@ def report(card: DatasetCard, result: IngestResult, quarantine: Path, errors: Co
             errors.print(f"  and {len(reasons) - SHOWN_REASONS} more", highlight=False)
 
 
+def other_counts(card: DatasetCard, manifest: pa.Table) -> list[str]:
+    """Where the images read are not those of the published set; a key of the card is a product, class or both."""
+    files: dict[str, set[str]] = defaultdict(set)
+    unknown: Counter[str] = Counter()
+    for row in manifest.select(["product", "defect", "file_id"]).to_pylist():
+        product, defect = row["product"], row["defect"]
+        keys = {product, defect, f"{product}/{defect}"}
+        for key in keys & card.expected.keys():
+            files[key].add(row["file_id"])
+        if not keys & card.expected.keys():
+            unknown[f"{product}/{defect}"] += 1
+    lines = [
+        f"{key}: {len(files[key])} images, the published set has {expected}"
+        for key, expected in sorted(card.expected.items())
+        if len(files[key]) != expected
+    ]
+    if card.expected:
+        lines += [f"{key}: {count} images, the published set has none" for key, count in sorted(unknown.items())]
+    return lines
+
+
+# --- near-duplicates -------------------------------------------------------------------------------------------------
+
+
+def twin_summary(manifest: pa.Table, twins: Iterable[Twin]) -> dict[str, object]:
+    """What the groups of an audited manifest are, and what they mean for a split."""
+    members: dict[str, list[dict[str, str]]] = defaultdict(list)
+    for row in manifest.select(["group_id", "file_id", "defect", "split"]).to_pylist():
+        members[row["group_id"]].append(row)
+    files = {group: {row["file_id"] for row in rows} for group, rows in members.items()}
+    several = [group for group in members if len(files[group]) > 1]
+    torn = [group for group in several if {"train", "test"} <= {row["split"] for row in members[group]}]
+    tests = {row["file_id"] for rows in members.values() for row in rows if row["split"] == "test"}
+    leaked = tests & {file for group in torn for file in files[group]}
+    grouped: dict[str, set[str]] = defaultdict(set)
+    for group in several:
+        for row in members[group]:
+            grouped[row["defect"]].add(row["file_id"])
+    return {
+        "groups": len(several),
+        "images in groups": sum(len(files[group]) for group in several),
+        "images alone": len(members) - len(several),
+        "largest group": max((len(files[group]) for group in several), default=0),
+        "groups of several classes": sum(len({row["defect"] for row in members[group]}) > 1 for group in several),
+        **({"groups in train and test": len(torn), "test images with a twin in train": len(leaked)} if tests else {}),
+        "pairs": dict(sorted(Counter(twin.kind for twin in twins).items())),
+        "images in groups by class": {name: len(ids) for name, ids in sorted(grouped.items())},
+    }
+
+
+def report_twins(manifest: pa.Table, twins: tuple[Twin, ...], picture: Path) -> None:
+    table = Table(title="near-duplicates", show_header=False)
+    for key, value in twin_summary(manifest, twins).items():
+        table.add_row(key, ", ".join(f"{k} {n}" for k, n in value.items()) if isinstance(value, dict) else str(value))
+    if twins:
+        draw_twins(manifest, twins, picture)
+        table.add_row("pairs drawn in", str(picture))
+    table_console().print(table)
+
+
+def draw_twins(manifest: pa.Table, twins: tuple[Twin, ...], path: Path) -> None:
+    """The strongest (above) and the weakest pairs, the second picture of each turned upon the first."""
+    ordered = sorted(twins, key=lambda twin: -twin.correlation)
+    weakest = ordered[max(SHOWN_PAIRS, len(ordered) - SHOWN_PAIRS) :]
+    figure = Figure(figsize=(4.4 * SHOWN_PAIRS, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2 * SHOWN_PAIRS)
+    for panel in axes.flat:
+        panel.axis("off")
+    for line, pairs in zip(axes, (ordered[:SHOWN_PAIRS], weakest), strict=True):
+        for i, twin in enumerate(pairs):
+            for panel, row, symmetry in (
+                (line[2 * i], twin.first, 0),
+                (line[2 * i + 1], twin.second, twin.symmetry),
+            ):
+                panel.imshow(turn(_pixels(manifest, row).transpose(2, 0, 1), symmetry).transpose(1, 2, 0))
+                panel.set_title(f"{manifest['defect'][row].as_py()}\n{Path(manifest['uri'][row].as_py()).stem}", size=8)
+            line[2 * i].text(
+                0, -0.05, f"{twin.kind} {SYMMETRIES[twin.symmetry]}, {twin.correlation:.2f}", size=9, va="top",
+                transform=line[2 * i].transAxes,
+            )  # fmt: skip
+    figure.savefig(path, dpi=80)
+
+
+def _pixels(manifest: pa.Table, row: int) -> np.ndarray:
+    text = manifest["intensity"][row].as_py()
+    return read_image(Path(manifest["uri"][row].as_py()), intensity=Intensity.from_json(text) if text else None)
+
+
+# --- what there is ---------------------------------------------------------------------------------------------------
+
+
+def overview() -> Table:
+    table = Table(title="image sets: python jobs/ingest.py --describe NAME says more")
+    for column in ("name", "what", "licence", "where"):
+        table.add_column(column)
+    for name, card in DATASETS.items():
+        table.add_row(name, card.title, card.licence, _place(card))
+    return table
+
+
 def describe(card: DatasetCard) -> None:
-    root = card.default_root()
-    place = "none: pass --root DIR" if root is None else f"{root}{'' if root.is_dir() else ' (not there)'}"
+    if card.always_audit:
+        groups = "near-duplicates, found whenever the set is read"
+    else:
+        groups = "found from the images" if card.group is not None else "as the set names them; --audit finds more"
     lines = {
         "title": card.title,
         "licence": card.licence,
         "source": card.source,
         "layout": card.layout,
-        "default root": place,
+        "default root": _place(card),
         "expected": ", ".join(f"{name} {n}" for name, n in card.expected.items()) or "whatever is there",
         "normal images": "classes of the few-shot task" if card.good_is_class else "not classes of the few-shot task",
-        "groups": "found from the images" if card.group is not None else "none",
+        "groups": groups,
     }
     for key, value in lines.items():
         print(f"{key:14} {value}")
+
+
+def _place(card: DatasetCard) -> str:
+    root = card.default_root()
+    return "pass --root" if root is None else f"{root}{'' if root.is_dir() else ' (not there)'}"
 
 
 def warn(console: Console, text: str) -> None:

@@ -32,7 +32,7 @@ from hypdefect.features import TransformConfig
 from hypdefect.metrics import Interval, interval, paired
 from hypdefect.predictor import save_model
 from hypdefect.registry import ModelEntry, publish
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task
+from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, task_label
 from hypdefect.training import load_start
 from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, progress, say, table_console
@@ -108,7 +108,7 @@ def main() -> None:
         searched = time.monotonic()
         best = select(job, task, base, trials, start)
         outcomes = test(job, task, best, start)
-        entry = publish_model(job, plan, task, best, start, outcomes)
+        entry = None if plan.imported else publish_model(job, plan, task, best, start, outcomes)
     leaderboard(trials, best[0])
     results_table(job, plan, outcomes)
     times = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
@@ -117,11 +117,18 @@ def main() -> None:
         write_json(options.json, summary)
     print(f"times: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in times.items())}")
     print(f"picture: {folder / 'sweep.png'}")
-    print(f"serve it: make serve MODEL={entry.name}@{job.alias}")
+    if entry:
+        print(f"serve it: make serve MODEL={entry.name}@{job.alias}")
+    else:
+        print("nothing published: the features were imported, and what makes them from an image is not known here")
     if dashboard:
         print(f"Ray dashboard: {dashboard}")
     print(f"Tune dashboard: make dashboard (optuna-dashboard sqlite:///{home() / 'sweeps' / 'study.db'})")
-    print(entry.path)
+    print(entry.path if entry else folder)
+
+
+def _same_set(stored: dict[str, Any], job: SweepJob) -> bool:
+    return stored["dataset"] == job.dataset and stored.get("product", "") == job.product
 
 
 def named(job: SweepJob) -> SweepJob:
@@ -132,13 +139,13 @@ def named(job: SweepJob) -> SweepJob:
     """
     sweeps = home() / "sweeps"
     if not job.resume:
-        name = job.name or f"{job.dataset}-k{job.k_shot}-{job.split}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = job.name or f"{task_label(job)}-k{job.k_shot}-{job.split}-{time.strftime('%Y%m%d-%H%M%S')}"
         if (sweeps / name / "sweep.json").exists():
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
         # a resumed sweep may be started in another folder
         return replace(job, name=name, root=_absolute(job.root), init=_absolute(job.init))
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
-    mine = {n: k for n, k in known.items() if k["job"]["dataset"] == job.dataset and not k["finished"]}
+    mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], job)}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
     if name not in known:
         raise ConfigError(
@@ -293,7 +300,7 @@ def publish_model(
     }
     return publish(
         home(),
-        job.model or f"hypdefect-{job.dataset}",
+        job.model or f"hypdefect-{plan.label}",
         lambda folder: save_model(
             folder,
             method=config.name,
@@ -305,6 +312,7 @@ def publish_model(
             recipe=job.recipe,
             uses_mask=plan.uses_mask,
             provenance=provenance,
+            intensities=plan.intensities,
         ),
         job.alias,
     )
@@ -336,7 +344,7 @@ def _cell(value: object) -> str:
 
 def results_table(job: SweepJob, plan: TaskPlan, outcomes: dict[str, Outcome]) -> None:
     title = (
-        f"test accuracy, %: {job.dataset}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.partition.kind} split "
+        f"test accuracy, %: {plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.partition.kind} split "
         f"{job.partition}, {len(plan.partition.query)} queries, {job.draws} draws"
     )
     table = Table(title=title)
@@ -361,7 +369,7 @@ def record(
     trials: list[TrialResult],
     best: tuple[TrialResult, RunConfig, RunConfig],
     outcomes: dict[str, Outcome],
-    entry: ModelEntry,
+    entry: ModelEntry | None,
     times: dict[str, float],
 ) -> dict[str, Any]:
     """Write what the sweep found: result.json, predictions.parquet, sweep.png."""
@@ -382,7 +390,7 @@ def record(
         "selected": to_mapping(best[1]),
         "prototype": to_mapping(best[2]),
         "test": results,
-        "model": {"name": entry.name, "version": entry.version, "path": str(entry.path), "alias": job.alias},
+        "model": entry and {"name": entry.name, "version": entry.version, "path": str(entry.path), "alias": job.alias},
         "seconds": times,
     }
     write_json(folder / "result.json", summary)

@@ -22,7 +22,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features import TransformConfig
 from hypdefect.metrics import interval, paired
-from hypdefect.task import TaskConfig, load_task
+from hypdefect.task import TaskConfig, load_task, task_label
 from hypdefect.training import TrainConfig, core_tensors, write_run
 from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, say, table_console
@@ -44,7 +44,7 @@ class TrainJob(TaskConfig):
 def main() -> None:
     configure_logging()
     job, options = parse_job(TrainJob, description=__doc__)
-    job = replace(job, name=job.name or f"train-{job.dataset}-{time.strftime('%Y%m%d-%H%M%S')}")
+    job = replace(job, name=job.name or f"train-{task_label(job)}-{time.strftime('%Y%m%d-%H%M%S')}")
     folder = home() / "runs" / job.name
     settings = to_mapping(replace(job, workers=1))  # a run may continue on another number of them
     if (folder / "job.json").exists() and settings != json.loads((folder / "job.json").read_text()):
@@ -84,7 +84,8 @@ def main() -> None:
         "base_class_accuracy": {"before": float(np.mean(before)), "after": float(np.mean(after)), "gain": gain.mean},
     }
     write_run(folder, model, job.train, summary)
-    table = Table(title=f"base-class episodes of {job.dataset}, {spec.n_way}-way {spec.k_shot}-shot, not trained on")
+    way = f"{spec.n_way}-way {spec.k_shot}-shot"
+    table = Table(title=f"base-class episodes of {plan.label}, {way}, not trained on")
     for column in ("", "accuracy, % (mean ± 95 %)"):
         table.add_column(column)
     table.add_row("starting weights", interval(before).percent())

@@ -32,7 +32,7 @@ from starlette.responses import JSONResponse, Response
 import hypdefect
 from hypdefect import config, registry
 from hypdefect.errors import DataError
-from hypdefect.images import FORMATS, read_image, read_mask
+from hypdefect.images import FORMATS, exif_orientation, read_mask, read_raw
 from hypdefect.predictor import Prediction, Predictor
 from serve.schemas import Classification, Health, ModelInfo, Problem, ServedModel
 
@@ -113,7 +113,7 @@ class Classifier:
         for image, mask in items:
             try:  # arrays from Ray's object store are read-only, which torch warns of
                 own = None if mask is None else np.require(mask, requirements="W")
-                found += self.predictor.predict([(np.require(image, requirements="W"), own)])
+                found += self.predictor.predict([(self.predictor.rgb(np.require(image, requirements="W")), own)])
             except DataError as error:
                 found.append(error)
         return found
@@ -272,7 +272,7 @@ async def _read_form(request: Request) -> tuple[bytes, bytes | None]:
 
 
 def decode(upload: bytes, mask_upload: bytes | None) -> tuple[np.ndarray, np.ndarray | None, list[str]]:
-    """Pixels, marked region and notes.
+    """Pixels as they are in the file, marked region and notes.
 
     Raises:
         Refusal: 400 empty or damaged, 415 of another format, 422 readable but not usable.
@@ -288,11 +288,13 @@ def decode(upload: bytes, mask_upload: bytes | None) -> tuple[np.ndarray, np.nda
                 f"the {name} is not {', '.join(FORMATS[:-1])} or {FORMATS[-1]}: its first bytes are {data[:8]!r}",
             )
     try:
-        image = read_image(upload, name="image")
+        raw, dropped = read_raw(upload, name="image")
+        notes = [f"image: {dropped}"] if dropped else []
         if mask_upload is None:
-            return image, None, []
-        mask, note = read_mask(mask_upload, (image.shape[0], image.shape[1]), name="mask")
-        return image, mask, [f"mask: {note}"] if note else []
+            return raw, None, notes
+        turned = exif_orientation(upload, name="image")
+        mask, note = read_mask(mask_upload, (raw.shape[0], raw.shape[1]), name="mask", orientation=turned)
+        return raw, mask, notes + ([f"mask: {note}"] if note else [])
     except DataError as error:
         raise Refusal(_status_of(error), str(error)) from error
 

@@ -14,10 +14,11 @@ from hypdefect import registry
 from hypdefect.backbones import BACKBONES, Backbone, get_backbone
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureKey, FeatureStore, FeatureTransform, RowKey, TransformConfig
+from hypdefect.features import FeatureKey, FeatureTransform, RowKey, TransformConfig
 from hypdefect.methods import METHODS
 from hypdefect.predictor import Predictor, save_model
 from hypdefect.registry import write_checksums
+from hypdefect.store import FeatureStore
 from hypdefect.types import VIEWS, FeatureBatch
 from hypdefect.views import RecipeConfig, RegionExtractor
 from tests.tiny_dataset import draw
@@ -46,9 +47,9 @@ class Fitted:
             for view, rows in self.extractor(picture(5, 900 + tile)[0], None).items():
                 normals[view].append(rows.numpy())
         stacked = {view: np.concatenate(rows) for view, rows in normals.items()}
-        self.transform = FeatureTransform.fit(stacked, self.extractor.block_dims, TransformConfig())
+        self.transform = FeatureTransform.fit(stacked, get_backbone("tiny_random").dims, TransformConfig())
         self.run = RunConfig(name=method, method=CONFIGS[method])
-        self.classifier = self.run.classifier(sum(self.extractor.block_dims))
+        self.classifier = self.run.classifier(sum(get_backbone("tiny_random").dims))
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
         support = FeatureBatch(

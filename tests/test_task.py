@@ -15,8 +15,9 @@ import torch
 from hypdefect.backbones import Backbone
 from hypdefect.datasets import ingest, read_manifest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features import FeatureStore, ImageRequest, TransformConfig
+from hypdefect.features import ImageRequest, TransformConfig
 from hypdefect.images import read_image, read_mask
+from hypdefect.store import FeatureStore
 from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, image_requests, ingested, load_task, plan_task
 from hypdefect.types import VIEWS
 from hypdefect.views import FULL_REGION, RecipeConfig, RegionExtractor
@@ -295,3 +296,37 @@ def test_the_quarantine_is_remembered(tmp_path: Path) -> None:
     (root / "dent" / "dent_0.png").write_bytes(b"nothing")
     assert [ingested("folder", root, home).quarantined for _ in range(2)] == [1, 1]
     assert len(list((home / "manifests").glob("*.quarantine.parquet"))) == 1
+
+
+def test_a_set_of_several_products_needs_one_named(elpv: pa.Table) -> None:
+    position = elpv.schema.get_field_index("product")
+    products = [f"panel_{i % 2}" for i in range(elpv.num_rows)]
+    several = elpv.set_column(position, elpv.schema.field("product"), [products])
+    with pytest.raises(ConfigError, match=r"dataset elpv has 2 products; choose one with --product: panel_0, panel_1"):
+        plan_task(config(dataset="elpv"), several)
+    with pytest.raises(ConfigError, match=r"has no product 'panel'; choose one with --product: panel_0, panel_1"):
+        plan_task(config(dataset="elpv", product="panel"), several)
+    plan = plan_task(config(dataset="elpv", product="panel_1"), several)
+    assert plan.label == "elpv-panel_1"
+    wanted = {i for i, p in zip(several["image_id"].to_pylist(), products, strict=True) if p == "panel_1"}
+    assert {*plan.pool_ids, *plan.partition.query} <= wanted
+
+
+def test_normals_never_share_a_group_with_a_query(mtd: pa.Table) -> None:
+    """As where a defect and a good patch were cut from one photograph."""
+    rows = mtd.to_pylist()
+    defects = sorted({row["group_id"] for row in rows if row["is_defect"]})
+    for i, row in enumerate(row for row in rows if not row["is_defect"]):
+        row["group_id"] = defects[i % len(defects)]
+    manifest = pa.Table.from_pylist(rows, schema=mtd.schema)
+    group_of = {row["image_id"]: row["group_id"] for row in rows}
+    plan = plan_task(config(split="grouped"), manifest)
+    assert plan.normal_ids
+    assert not {group_of[i] for i in plan.normal_ids} & {group_of[i] for i in plan.partition.query}
+
+
+def test_patch_features_are_no_task(elpv: pa.Table, tmp_path: Path) -> None:
+    plan = plan_task(config(dataset="elpv", backbone="patchcore_lite0"), elpv)
+    assert (plan.key.views, plan.key.grid) == (("patch",), (4, 4))
+    with pytest.raises(ConfigError, match="patchcore_lite0 gives patch features, which no few-shot method reads"):
+        load_task(plan, tmp_path)

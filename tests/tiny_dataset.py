@@ -9,6 +9,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from tests.annotated_trees import ANNOTATED_TREES
+from tests.trees import READER_TREES
+
 HEIGHT, WIDTH = 80, 96
 MTD_CLASSES = ("Blowhole", "Break", "Crack", "Fray", "Uneven", "Free")
 FOLDER_CLASSES = ("dent", "scratch", "stain", "chip", "rust", "burr")
@@ -62,7 +65,7 @@ def make_elpv_tree(root: Path, per_class: int = 6, seed: int = 0) -> Path:
     return root
 
 
-TREES = {"elpv": make_elpv_tree, "mtd": make_mtd_tree, "folder": make_folder_tree}
+TREES = {"elpv": make_elpv_tree, "mtd": make_mtd_tree, "folder": make_folder_tree, **READER_TREES, **ANNOTATED_TREES}
 """A builder for each entry of DATASETS."""
 
 

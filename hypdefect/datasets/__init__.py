@@ -13,7 +13,7 @@ import os
 import re
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -24,11 +24,25 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from jaxtyping import Bool
-from PIL import Image
+from PIL import ExifTags, Image
 
 from hypdefect.config import home
+from hypdefect.datasets.archive import archive_kind, unpack
+from hypdefect.datasets.twins import Twin, find_manifest_twins, unite
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.images import EmptyMaskError, read_bytes, read_image, read_mask, region_box
+from hypdefect.images import (
+    EmptyMaskError,
+    Intensity,
+    PixelKind,
+    deep_kind,
+    exif_orientation,
+    fit_intensity,
+    read_bytes,
+    read_mask,
+    read_raw,
+    region_box,
+    to_rgb,
+)
 from hypdefect.types import SplitKind
 
 logger = logging.getLogger(__name__)
@@ -60,7 +74,10 @@ MANIFEST_SCHEMA = pa.schema(
 QUARANTINE_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
 SPLITS = ("", "train", "val", "test")
 _DIGEST_COLUMNS = ("image_id", "mask_id", "product", "family", "defect", "is_defect", "split", "group_id", "intensity")
-_FORMAT = "hypdefect manifest 2"
+MANIFEST_FORMAT = "hypdefect manifest 2"
+WINDOW_IMAGES = 64
+"""Normal images of a product that an intensity window is fitted on, evenly spread over those there are."""
+NO_NORMALS_NOTE = "intensity window fitted on all images: no normal ones of this pixel type"
 EMPTY_MASK_NOTE = "mask is all zero, whole image used"
 
 
@@ -106,6 +123,8 @@ class DatasetCard:
     default_root: Callable[[], Path | None]
     group: Callable[[pa.Table], list[str]] | None = None
     """Group id of each row, where it must be computed from the images read."""
+    always_audit: bool = False
+    """Look for near-duplicates whenever the set is read: no honest split exists without."""
     keep_empty_masks: bool = False
     """Keep a defect image whose mask is all zero, with the whole image as its region, instead of quarantining it."""
 
@@ -123,6 +142,8 @@ class IngestResult:
     manifest: pa.Table
     quarantine: pa.Table
     counts: dict[str, ClassCount]
+    twins: tuple[Twin, ...] | None = None
+    """Near-duplicates, by rows of the manifest; None where nothing looked for them."""
 
 
 # --- ingestion -------------------------------------------------------------------------------------------------------
@@ -134,18 +155,25 @@ def ingest(
     progress: Callable[[int, int], None] | None = None,
     threads: int = 2,
     mask_folder: Path | None = None,
+    channels: Sequence[int] | None = None,
+    audit: bool = False,
 ) -> IngestResult:
-    """Read every image of a data set once and describe it as a manifest.
+    """Read every image of a data set and describe it as a manifest.
+
+    Where images are not plain 8-bit, each product gets one intensity window for each kind of pixels, fitted on its
+    normal images alone.
 
     An image that cannot be used (damaged, bad mask, bad class name, a copy of another one) goes to the quarantine with
     the reason; a class of which nothing is left is counted with 0 images.
 
     Args:
         name: a key of `DATASETS`.
-        root: folder of the data set; None takes the default place of its card.
-        progress: called with (images done, images in all) after each image.
+        root: folder or archive of the data set; None takes the default place of its card.
+        progress: called with (images done, images in all) after each image; an audit begins a second count.
         threads: decoding threads.
         mask_folder: where masks that the set does not have as files are written; default `<home>/masks`.
+        channels: the one or three channels to use, from 0, of images that are not plain 8-bit.
+        audit: look for near-duplicates and unite them with the groups that the set has already.
 
     Raises:
         ConfigError: unknown data set, or no root given where there is no default.
@@ -162,9 +190,9 @@ def ingest(
     rejected: list[tuple[ManifestRow, str]] = []
     kept: dict[str, list[ManifestRow]] = defaultdict(list)  # by the hash of the file
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
-        for done, (row, outcome) in enumerate(
-            zip(rows, pool.map(lambda r: _read(card, r, masks), rows), strict=True), start=1
-        ):
+        windows = _fit_windows(rows, list(pool.map(_deep_kind, rows)), channels)
+        outcomes = pool.map(lambda pair: _read(card, pair[0], pair[1], masks), zip(rows, windows, strict=True))
+        for done, (row, outcome) in enumerate(zip(rows, outcomes, strict=True), start=1):
             if isinstance(outcome, str):
                 rejected.append((row, outcome))
             elif twin := _twin(row, kept[str(outcome["file_id"])]):
@@ -181,21 +209,75 @@ def ingest(
     for record in records:  # a file that shows several classes is one row for each of them
         several = len(kept[str(record["file_id"])]) > 1
         if several or record["intensity"]:
-            parts = [record["file_id"], record["mask_id"] if several else "", record["intensity"]]
+            which = [record["mask_id"], record["defect"]] if several else []
+            parts = [record["file_id"], *which, record["intensity"]]
             record["image_id"] = _sha256(json.dumps(parts).encode())
 
     manifest = pa.Table.from_pylist(records, schema=MANIFEST_SCHEMA)
     if card.group is not None:
-        column = manifest.schema.get_field_index("group_id")
-        manifest = manifest.set_column(
-            column, MANIFEST_SCHEMA.field("group_id"), pa.array(card.group(manifest), pa.string())
-        )
+        manifest = _with_groups(manifest, card.group(manifest))
+    twins = find_manifest_twins(manifest, progress) if audit or card.always_audit else None
+    if twins is not None:
+        manifest = _with_groups(manifest, unite(manifest, twins))
     validate_manifest(manifest)
     quarantine = pa.Table.from_pylist(
         [{"uri": str(row.path), "reason": reason} for row, reason in rejected], schema=QUARANTINE_SCHEMA
     )
     logger.info("dataset %s: %d images, %d quarantined, root %s", name, manifest.num_rows, quarantine.num_rows, root)
-    return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)))
+    return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)), twins)
+
+
+def _with_groups(manifest: pa.Table, groups: list[str]) -> pa.Table:
+    column = manifest.schema.get_field_index("group_id")
+    return manifest.set_column(column, MANIFEST_SCHEMA.field("group_id"), pa.array(groups, pa.string()))
+
+
+def _deep_kind(row: ManifestRow) -> PixelKind | None:
+    """None also for what cannot be read: `_read` says why."""
+    try:
+        return None if row.refused else deep_kind(row.path)
+    except DataError:
+        return None
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """How the images of one product and pixel kind become 8-bit, or why they cannot."""
+
+    intensity: Intensity | None = None
+    note: str = ""
+    reason: str = ""
+
+
+def _fit_windows(
+    rows: Sequence[ManifestRow], kinds: Sequence[PixelKind | None], channels: Sequence[int] | None
+) -> list[_Window]:
+    """The window of each row: one a product and pixel kind, from its normal images where there are any."""
+    members: dict[tuple[str, PixelKind], list[ManifestRow]] = defaultdict(list)
+    for row, kind in zip(rows, kinds, strict=True):
+        if kind is not None:
+            members[row.product, kind].append(row)
+    windows = {}
+    for key, group in members.items():
+        normals = sorted({row.path for row in group if not row.is_defect})
+        paths = normals or sorted({row.path for row in group})
+        spread = paths[:: -(-len(paths) // WINDOW_IMAGES)]
+        try:
+            intensity = fit_intensity(_readable(spread), channels=channels)
+            windows[key] = _Window(intensity, note="" if normals else NO_NORMALS_NOTE)
+        except DataError as error:
+            windows[key] = _Window(reason=str(error))
+    return [_Window() if kind is None else windows[row.product, kind] for row, kind in zip(rows, kinds, strict=True)]
+
+
+def _readable(paths: Iterable[Path]) -> Iterator[np.ndarray]:
+    """Raw pixels of the files that can be read; the others go to the quarantine later."""
+    for path in paths:
+        try:
+            raw, _ = read_raw(path)
+        except DataError:
+            continue
+        yield raw
 
 
 def _twin(row: ManifestRow, others: Sequence[ManifestRow]) -> str:
@@ -240,6 +322,13 @@ def inside(root: Path, relative: str) -> Path:
 
 
 def dataset_root(card: DatasetCard, root: Path | None) -> Path:
+    """The folder of a data set: the given one, or its default place; an archive is unpacked below `home()`.
+
+    Raises:
+        ConfigError: no root given where there is no default.
+        DataError: nothing there, neither a folder nor a zip, tar, tar.gz or tar.xz archive, or one that `unpack`
+            refuses.
+    """
     looked = "given with --root"
     if root is None:
         looked = f"its default place; HYPDEFECT_DATA is {os.environ.get('HYPDEFECT_DATA') or 'not set'}"
@@ -247,8 +336,12 @@ def dataset_root(card: DatasetCard, root: Path | None) -> Path:
     if root is None:
         raise ConfigError(f"dataset {card.name} has no default place on this machine ({card.source}); pass --root DIR")
     root = root.expanduser().absolute()
+    if root.is_file() and archive_kind(root):
+        root = unpack(root, home() / "unpacked")
+        inside_it = list(root.iterdir())
+        return inside_it[0] if len(inside_it) == 1 and inside_it[0].is_dir() else root
     if not root.is_dir():
-        state = "is not a folder" if root.exists() else "does not exist"
+        state = "is not a folder or a zip, tar, tar.gz or tar.xz archive" if root.exists() else "does not exist"
         raise DataError(
             f"dataset {card.name}: {root} {state} ({looked}); pass --root DIR, or set HYPDEFECT_DATA to the folder "
             f"that holds the image sets"
@@ -256,19 +349,27 @@ def dataset_root(card: DatasetCard, root: Path | None) -> Path:
     return root
 
 
-def _read(card: DatasetCard, row: ManifestRow, mask_folder: Path) -> dict[str, object] | str:
+def _read(card: DatasetCard, row: ManifestRow, window: _Window, mask_folder: Path) -> dict[str, object] | str:
     """The manifest record of one image, or the reason why it cannot be used."""
     if row.refused:
         return row.refused
     try:
         _check_names(row)
         data = read_bytes(row.path)
-        height, width = read_image(data, name=str(row.path)).shape[:2]
+        raw, pixel_note = read_raw(data, name=str(row.path))
+        if window.reason:
+            raise DataError(f"{row.path}: {window.reason}")
+        height, width = to_rgb(raw, window.intensity, name=str(row.path)).shape[:2]
         mask_id, mask_uri, note, bbox = "", "", "", (0, 0, width, height)
         if row.mask_path is not None:
             mask_data = read_bytes(row.mask_path)
             try:
-                mask, note = read_mask(mask_data, (height, width), name=str(row.mask_path))
+                mask, note = read_mask(
+                    mask_data,
+                    (height, width),
+                    name=str(row.mask_path),
+                    orientation=exif_orientation(data, name=str(row.path)),
+                )
             except EmptyMaskError:
                 if not card.keep_empty_masks:
                     raise
@@ -298,15 +399,20 @@ def _read(card: DatasetCard, row: ManifestRow, mask_folder: Path) -> dict[str, o
         "width": width,
         "split": row.split,
         "group_id": row.group or "",
-        "intensity": "",
-        "note": note,
+        "intensity": window.intensity.to_json() if window.intensity else "",
+        "note": "; ".join(filter(None, (pixel_note, window.note, note))),
     }
 
 
 def _store_mask(mask: Bool[np.ndarray, "H W"], folder: Path) -> tuple[str, str]:
-    """Write a drawn mask as a PNG named by its hash; returns the hash and the path."""
+    """Write a drawn mask as a PNG named by its hash; returns the hash and the path.
+
+    It is drawn on the upright image and says so: `read_mask` does not turn a mask that has an orientation of its own.
+    """
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 1
     buffer = io.BytesIO()
-    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG")
+    Image.fromarray(mask.astype(np.uint8) * 255).save(buffer, "PNG", exif=exif)
     digest = _sha256(buffer.getvalue())
     path = folder / f"{digest}.png"
     if not path.is_file():
@@ -395,7 +501,7 @@ def validate_manifest(table: pa.Table) -> None:
 def write_manifest(table: pa.Table, path: Path) -> None:
     """Write a valid manifest atomically, its format and digest in the file's metadata."""
     validate_manifest(table)
-    write_table(table, path, {"hypdefect.format": _FORMAT, "hypdefect.digest": manifest_digest(table)})
+    write_table(table, path, {"hypdefect.format": MANIFEST_FORMAT, "hypdefect.digest": manifest_digest(table)})
 
 
 def write_table(table: pa.Table, path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -430,9 +536,10 @@ def read_manifest(path: Path) -> pa.Table:
         ) from error
     metadata = table.schema.metadata or {}
     found = metadata.get(b"hypdefect.format", b"").decode()
-    if found != _FORMAT:
+    if found != MANIFEST_FORMAT:
         raise ArtifactError(
-            f"{path} is not a manifest of this version (format {found or 'unknown'!r}, not {_FORMAT!r}); {again}"
+            f"{path} is not a manifest of this version (format {found or 'unknown'!r}, not {MANIFEST_FORMAT!r}); "
+            f"{again}"
         )
     table = table.replace_schema_metadata(None)
     try:
@@ -506,7 +613,11 @@ def make_partition(
             in_pool = _grouped_pool([row | {"group_id": ""} for row in rows], seed, pool_fraction)
     else:
         if not any(row["group_id"] for row in rows):
-            raise DataError("no image has a group id, so a grouped split would be a random one: use split random")
+            name = manifest["dataset"][0].as_py()
+            raise DataError(
+                "no image has a group id, so a grouped split would be a random one: use split random, or look for "
+                f"near-duplicates first: python jobs/ingest.py --dataset {name} --audit"
+            )
         in_pool = _grouped_pool(rows, seed, pool_fraction)
     return Partition(
         kind=kind,
@@ -609,6 +720,19 @@ _MODULES = (
     "elpv",
     "mtd",
     "folder",
+    "mvtec_ad",
+    "mvtec_3d_ad",
+    "visa",
+    "mvtec_fs",
+    "neu_seg",
+    "fssd_12",
+    "dtd",
+    "ucf_el",
+    "manifest",
+    "coco",
+    "labelme",
+    "label_studio",
+    "cvat",
 )
 DATASETS: dict[str, DatasetCard] = {name: importlib.import_module(f"{__name__}.{name}").CARD for name in _MODULES}
 

@@ -20,11 +20,10 @@ import numpy as np
 import pyarrow as pa
 import scipy.fft
 from jaxtyping import Float32, UInt8
-from PIL import Image
-from scipy.ndimage import gaussian_filter
 
 from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.twins import DisjointSets, Plate, correlation, high_pass
 from hypdefect.errors import DataError
 from hypdefect.images import read_image
 
@@ -34,12 +33,10 @@ NORMAL = "free"
 MAX_GAP = 150
 SAME_TILE = 0.45
 SAME_PHOTO = 0.90
-REDUCTION = 4
+REDUCTION = 4.0
 """Pixels of the file for one pixel of the correlation."""
 MAX_SHIFT = 40
 """Largest shift in reduced pixels; the exposures of a tile were cropped separately."""
-MIN_OVERLAP = 0.5
-"""Smallest overlap of a shifted pair, as a part of the smaller image."""
 
 _NAME = re.compile(r"exp(\d+)_num_(\d+)")
 
@@ -85,11 +82,8 @@ def tiles(manifest: pa.Table) -> list[str]:
         for group in correlation_groups(pictures, [exposure(stems[r]) for r in rows]):
             tile.union([rows[i] for i in group])
 
-    members: dict[int, list[int]] = defaultdict(list)
-    for row in range(len(stems)):
-        members[tile.find(row)].append(row)
     names = [""] * len(stems)
-    for rows in members.values():
+    for rows in tile.groups():
         first = min(rows, key=lambda r: (_number(stems[r]), classes[r], stems[r]))
         for row in rows:
             names[row] = f"{classes[first]}/{stems[first]}"
@@ -115,10 +109,9 @@ def correlation_groups(
     pictures: Sequence[UInt8[np.ndarray, "_ _"]], exposures: Sequence[int | None]
 ) -> list[list[int]]:
     """Rule b: positions of the greyscale pictures that show one tile."""
-    correlation = correlate(pictures)
     n = len(pictures)
     first, second = np.triu_indices(n, 1)
-    values = correlation[first, second]
+    values = correlate(pictures)[first, second]
     order = [int(k) for k in np.argsort(-values, kind="stable") if values[k] >= SAME_TILE]
     sets = DisjointSets(n)
     seen = {i: {e} - {None} for i, e in enumerate(exposures)}
@@ -128,59 +121,20 @@ def correlation_groups(
             continue
         sets.union([a, b])
         seen[sets.find(a)] = seen[a] | seen[b]
-    groups: dict[int, list[int]] = defaultdict(list)
-    for i in range(n):
-        groups[sets.find(i)].append(i)
-    return list(groups.values())
+    return sets.groups()
 
 
 def correlate(pictures: Sequence[UInt8[np.ndarray, "_ _"]]) -> Float32[np.ndarray, "N N"]:
-    """Highest normalised cross-correlation of each pair over all allowed shifts, float32 `[N, N]`, 1 on the diagonal.
-
-    For a shift s, with sums over the overlap of x and the shifted y:
-    `ncc(s) = sum_t x(t + s) y(t) / sqrt(sum_t x(t + s)^2 sum_t y(t)^2)`.
-    The numerator comes from one FFT per picture, the energies from summed-area tables.
-    """
-    flat = [_high_pass(picture) for picture in pictures]
+    """`twins.correlation` of each pair of high-passed pictures, float32 `[N, N]`, 1 on the diagonal."""
+    flat = [high_pass(picture, REDUCTION) for picture in pictures]
     result = np.eye(len(flat), dtype=np.float32)
-    if len(flat) < 2:
-        return result
-    shape = tuple(scipy.fft.next_fast_len(max(x.shape[axis] for x in flat) + MAX_SHIFT, True) for axis in (0, 1))
-    spectra = [scipy.fft.rfft2(x, shape) for x in flat]
-    energy = [np.pad((x.astype(np.float64) ** 2).cumsum(0).cumsum(1), ((1, 0), (1, 0))) for x in flat]
-    for i, x in enumerate(flat):
-        for j in range(i + 1, len(flat)):
-            y = flat[j]
-            sy, y_low, y_high = _overlap(x.shape[0], y.shape[0])
-            sx, x_low, x_high = _overlap(x.shape[1], y.shape[1])
-            product = scipy.fft.irfft2(spectra[i] * spectra[j].conj(), shape)[np.ix_(sy, sx)]
-            of_x = _box_sums(energy[i], y_low, y_high, x_low, x_high)
-            of_y = _box_sums(energy[j], y_low - sy, y_high - sy, x_low - sx, x_high - sx)
-            ncc = product / np.sqrt(np.maximum(of_x * of_y, 1e-9))
-            area = np.outer(y_high - y_low, x_high - x_low)
-            ncc[area < MIN_OVERLAP * min(x.size, y.size)] = -1
-            result[i, j] = result[j, i] = ncc.max()
+    sizes = [max((x.shape[axis] for x in flat), default=0) + MAX_SHIFT for axis in (0, 1)]
+    frame = (scipy.fft.next_fast_len(sizes[0], real=True), scipy.fft.next_fast_len(sizes[1], real=True))
+    plates = [Plate.of(x, frame) for x in flat]
+    for i, x in enumerate(plates):
+        for j in range(i + 1, len(plates)):
+            result[i, j] = result[j, i] = correlation(x, plates[j], frame, MAX_SHIFT)
     return result
-
-
-def _high_pass(picture: UInt8[np.ndarray, "H W"]) -> Float32[np.ndarray, "h w"]:
-    """Reduced, without slow shading and with even local contrast: what is left is the grain of the tile's surface."""
-    height, width = picture.shape
-    size = (max(1, round(width / REDUCTION)), max(1, round(height / REDUCTION)))
-    x = np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BOX), dtype=np.float32)
-    x = x - gaussian_filter(x, 3, mode="reflect")
-    x = x / (np.sqrt(gaussian_filter(x * x, 4, mode="reflect")) + 0.5 * x.std() + 1e-3)
-    return np.clip(x / (x.std() + 1e-6), -3, 3)
-
-
-def _overlap(n: int, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Allowed shifts of a length m along a length n, and the overlap `[low, high)` of each."""
-    shifts = np.arange(-min(MAX_SHIFT, m - 1), min(MAX_SHIFT, n - 1) + 1)
-    return shifts, np.maximum(0, shifts), np.minimum(n, m + shifts)
-
-
-def _box_sums(table: np.ndarray, y0: np.ndarray, y1: np.ndarray, x0: np.ndarray, x1: np.ndarray) -> np.ndarray:
-    return table[np.ix_(y1, x1)] - table[np.ix_(y0, x1)] - table[np.ix_(y1, x0)] + table[np.ix_(y0, x0)]
 
 
 def exposure(stem: str) -> int | None:
@@ -192,24 +146,6 @@ def exposure(stem: str) -> int | None:
 def _number(stem: str) -> int:
     match = _NAME.fullmatch(stem)
     return int(match[2]) if match else -1
-
-
-class DisjointSets:
-    """Union-find over 0..n-1; the smallest member stands for its set."""
-
-    def __init__(self, n: int) -> None:
-        self._parent = list(range(n))
-
-    def find(self, i: int) -> int:
-        while self._parent[i] != i:
-            self._parent[i] = self._parent[self._parent[i]]
-            i = self._parent[i]
-        return i
-
-    def union(self, members: Sequence[int]) -> None:
-        roots = {self.find(i) for i in members}
-        for root in roots:
-            self._parent[root] = min(roots)
 
 
 CARD = DatasetCard(

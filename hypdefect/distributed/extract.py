@@ -1,8 +1,12 @@
-"""Fill a feature store with Ray Data: a pool of actors, each with the backbone loaded once, each image decoded once."""
+"""Fill a feature store with Ray Data: a pool of actors, each with the backbone loaded once, each image decoded once.
+
+Inside an actor a thread reads, decodes and resizes the next image while the network sees the present one.
+"""
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +16,12 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from hypdefect.backbones import Backbone, BackboneSpec
+from hypdefect.backbones import BackboneSpec
 from hypdefect.errors import DataError
-from hypdefect.features import FeatureKey, FeatureStore, ImageRequest, RowKey
-from hypdefect.images import read_bytes, read_image, read_mask
-from hypdefect.types import VIEWS
-from hypdefect.views import FULL_REGION, RegionExtractor
+from hypdefect.features import FeatureKey, ImageRequest, RowKey
+from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.store import FeatureStore
+from hypdefect.views import FULL_REGION, Prepared, extractor_for
 
 logger = logging.getLogger(__name__)
 
@@ -37,37 +41,55 @@ class Extractor:
     def __init__(self, home: str, key: FeatureKey, spec: BackboneSpec) -> None:
         torch.set_num_threads(1)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.extractor = RegionExtractor(Backbone(spec), key.recipe, device)
+        assert key.recipe is not None  # imported features are never extracted
+        self.extractor = extractor_for(spec, key.recipe, device)
         self.store = FeatureStore(Path(home), key)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, list[Any]]:
-        fields = ("uri", "image_id", "mask_uri", "mask_id", "copies")
+        fields = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "copies", "intensity")
         requests = [
             ImageRequest(**dict(zip(fields, row, strict=True)))
             for row in zip(*(batch[name].tolist() for name in fields), strict=True)
         ]
         keys: list[RowKey] = []
-        rows: dict[str, list[np.ndarray]] = {view: [] for view in VIEWS}
+        rows: dict[str, list[np.ndarray]] = {view: [] for view in self.extractor.views}
         errors = []
-        for request in requests:
-            try:
-                views = self.extract(request)
-            except DataError as error:
-                errors.append(str(error))
+        for request, prepared in zip(requests, self.prepared(requests), strict=True):
+            if isinstance(prepared, DataError):
+                errors.append(str(prepared))
                 continue
             errors.append("")
             keys.extend(request.row_keys())
-            for view in VIEWS:
-                rows[view].append(views[view])
+            for view, features in self.extractor.forward(prepared).items():
+                rows[view].append(features.numpy())
         if keys:
             self.store.write(keys, {view: np.concatenate(values) for view, values in rows.items()})
         return {"uri": [r.uri for r in requests], "error": errors}
 
-    def extract(self, request: ImageRequest) -> dict[str, np.ndarray]:
+    def prepared(self, requests: Sequence[ImageRequest]) -> Iterator[Prepared | DataError]:
+        """Network inputs of each image, or why it has none; the next image is made ready while one is used."""
+        with ThreadPoolExecutor(1) as thread:
+            coming = thread.submit(self.prepare, requests[0])
+            for following in [*requests[1:], None]:
+                ready = coming.result()
+                if following is not None:
+                    coming = thread.submit(self.prepare, following)
+                yield ready
+
+    def prepare(self, request: ImageRequest) -> Prepared | DataError:
+        try:
+            image, mask = self.read(request)
+        except DataError as error:
+            return error
+        return self.extractor.prepare(image, mask, request.image_id, request.copies)
+
+    def read(self, request: ImageRequest) -> tuple[np.ndarray, np.ndarray | None]:
+        """Image and mask, their bytes checked against the manifest's hashes."""
         data = read_bytes(Path(request.uri))
-        if hashlib.sha256(data).hexdigest() != request.image_id:
+        if hashlib.sha256(data).hexdigest() != request.file_id:
             raise DataError(f"{request.uri} changed since its manifest was written; run jobs/ingest.py again")
-        image = read_image(data, name=request.uri)
+        intensity = Intensity.from_json(request.intensity) if request.intensity else None
+        image = read_image(data, name=request.uri, intensity=intensity)
         mask = None
         if request.mask_id == FULL_REGION:
             mask = np.ones(image.shape[:2], dtype=bool)
@@ -75,9 +97,9 @@ class Extractor:
             mask_data = read_bytes(Path(request.mask_uri))
             if hashlib.sha256(mask_data).hexdigest() != request.mask_id:
                 raise DataError(f"{request.mask_uri} changed since its manifest was written; run jobs/ingest.py again")
-            mask, _ = read_mask(mask_data, image.shape[:2], name=request.mask_uri)
-        views = self.extractor(image, mask, request.image_id, request.copies)
-        return {view: features.numpy() for view, features in views.items()}
+            turned = exif_orientation(data, name=request.uri)
+            mask, _ = read_mask(mask_data, image.shape[:2], name=request.mask_uri, orientation=turned)
+        return image, mask
 
 
 def extract(

@@ -104,14 +104,25 @@ def test_the_random_backbone_is_the_same_every_time_and_leaves_the_global_genera
 
 @pytest.mark.parametrize("spec", BACKBONES.values(), ids=lambda s: s.name)
 def test_every_field_of_a_spec_is_in_its_digest(spec: BackboneSpec) -> None:
-    changed = [replace(spec, mean=0.4), replace(spec, stage=2), replace(spec, sha256="1"), replace(spec, init_seed=9)]
-    assert len({s.digest for s in [spec, *changed]}) == 5
-    assert replace(spec).digest == spec.digest
+    third = (0.4, 0.5, 0.5)
+    changed = [
+        *(replace(spec, mean=third), replace(spec, std=third), replace(spec, layers=(1,)), replace(spec, sha256="1")),
+        *(replace(spec, init_seed=9), replace(spec, details="x"), replace(spec, architecture="test_vit")),
+    ]
+    assert len({s.digest for s in [spec, *changed]}) == 1 + len(changed)
+    moved = "elsewhere.pth" if spec.sha256 else spec.weights
+    assert replace(spec, name="another", weights=moved).digest == spec.digest
 
 
 def test_an_unknown_backbone_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"'resnet'; known: efficientnet_lite0, tiny_random"):
+    with pytest.raises(ConfigError, match=r"'resnet'; known: efficientnet_lite0, .*, or FAMILY:ARCHITECTURE@WEIGHTS"):
         get_backbone("resnet")
+    with pytest.raises(ConfigError, match=r"timm has no 'resnet51'; near: "):
+        get_backbone("timm:resnet51@random")
+    with pytest.raises(ConfigError, match="name the checkpoint: alphaclip:ViT-B-16@FILE"):
+        get_backbone("alphaclip:ViT-B-16")
+    with pytest.raises(ConfigError, match=r"PatchCore reads a pyramid"):
+        get_backbone("patchcore:test_vit@random")
 
 
 def test_other_bytes_than_the_pinned_ones_are_not_loaded(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_counts_other_than_published_are_warned_of(tmp_path: Path) -> None:
     done = run(tmp_path / "home", "--root", make_elpv_tree(tmp_path / "t", per_class=3), "--out", out)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(out)
-    assert "class mono_good: 3 images, the published set has 588" in done.stderr
+    assert "mono_good: 3 images, the published set has 588" in done.stderr
     assert [p.name for p in out.parent.iterdir()] == ["cells.parquet"]
 
 
@@ -78,7 +78,7 @@ def test_errors_are_one_line(args: tuple[str, ...], message: str, tmp_path: Path
 
 @pytest.mark.e2e
 def test_describe(tmp_path: Path) -> None:
-    done = run(tmp_path / "home", "--dataset", "mtd", "--describe")
+    done = run(tmp_path / "home", "--describe", "mtd")
     assert done.returncode == 0, done.stderr
     for word in ("licence", "Magnetic-tile", "MT_<Class>/Imgs", "blowhole 115"):
         assert word in done.stdout

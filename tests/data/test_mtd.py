@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from sklearn.metrics import adjusted_rand_score
 
 from hypdefect.datasets import EMPTY_MASK_NOTE, ingest, make_partition, mtd, task_classes
+from hypdefect.datasets.twins import DisjointSets, find_manifest_twins, twin_groups, unite
 from tests.tiny_dataset import draw, make_mtd_tree
 
 
@@ -123,3 +125,17 @@ def test_real_grouped_partitions(real: pa.Table) -> None:
         share = Counter(rows[i]["defect"] for i in partition.pool)
         assert all(0.35 < share[c] / total[c] < 0.65 for c in classes), share
     assert len(pools) == 10
+
+
+@pytest.mark.data
+def test_twins_alone_find_the_real_tiles(real: pa.Table) -> None:
+    defects = real.filter(real["is_defect"])
+    tiles: list[str] = defects["group_id"].to_pylist()
+    assert len(set(tiles)) == 67
+    twins = find_manifest_twins(defects)
+    found = DisjointSets(len(tiles))
+    for group in twin_groups(twins):
+        found.union(group)
+        assert len({tiles[i] for i in group}) == 1  # never two tiles in one group
+    assert adjusted_rand_score(tiles, [found.find(i) for i in range(len(tiles))]) > 0.9
+    assert unite(defects, twins) == tiles

@@ -17,7 +17,8 @@ import pytest
 import hypdefect
 from hypdefect.distributed import extract as module
 from hypdefect.distributed.extract import extract
-from hypdefect.features import FeatureKey, FeatureStore, ImageRequest
+from hypdefect.features import FeatureKey, ImageRequest
+from hypdefect.store import FeatureStore
 from hypdefect.task import TaskConfig, TaskPlan, image_requests, ingested, plan_task
 from hypdefect.types import VIEWS
 from hypdefect.views import RecipeConfig
