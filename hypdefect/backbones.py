@@ -215,8 +215,10 @@ def _create(architecture: str) -> Any:
 def patch_grid(spec: BackboneSpec, side: int) -> tuple[int, int]:
     """Rows and columns of the patch features of a `side` x `side` input."""
     with torch.device("meta"):
-        maps = _create(spec.architecture).eval().forward_intermediates(
-            torch.zeros(1, 3, side, side), indices=list(spec.layers), intermediates_only=True
+        maps = (
+            _create(spec.architecture)
+            .eval()
+            .forward_intermediates(torch.zeros(1, 3, side, side), indices=list(spec.layers), intermediates_only=True)
         )
     return maps[0].shape[2], maps[0].shape[3]
 

@@ -64,6 +64,7 @@ class TaskConfig:
     max_normals: int = 400
     """Normal images used for whitening."""
     backbone: str = "efficientnet_lite0"
+    """Where features come from: a name or FAMILY:ARCHITECTURE@WEIGHTS (docs/data.md lists them)."""
     recipe: RecipeConfig = RecipeConfig()
 
     def __post_init__(self) -> None:

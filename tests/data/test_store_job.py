@@ -4,13 +4,18 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from hypdefect.config import run_job
-from hypdefect.store import FeatureStore
+from hypdefect.features import prompt_key
+from hypdefect.store import FeatureStore, open_store
 from jobs import extract
 from tests.data.test_store import KEY, flip, keys_of, write
+from tests.tiny_clip import clip_model, open_clip, write_config
 
 
 @pytest.fixture
@@ -23,7 +28,7 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FeatureStore:
     return store
 
 
-def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str) -> tuple[int, list[dict[str, object]]]:
+def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *flags: str) -> tuple[int, Any]:
     """Exit status, and what was written for machines."""
     report = tmp_path / "report.json"
     report.unlink(missing_ok=True)
@@ -87,3 +92,30 @@ def test_flags_that_make_no_sense_together_are_refused(
 ) -> None:
     assert run(monkeypatch, tmp_path, *flags) == (1, [])
     assert "ConfigError: " in capsys.readouterr().err
+
+
+def test_prompts_and_features_made_elsewhere_are_stored_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    torch.save(clip_model().state_dict(), tmp_path / "w.pt")
+    flags = ("--backbone", f"openclip:{write_config(tmp_path)}@{tmp_path / 'w.pt'}", "--prompts", "good", "a crack")
+    status, report = run(monkeypatch, tmp_path, *flags)
+    assert status == 0
+    assert isinstance(report, dict)
+    store = open_store(tmp_path / "home" / "features" / report["key"])
+    table = store.load([prompt_key(prompt) for prompt in ("good", "a crack")])
+    tokens = open_clip.SimpleTokenizer()(["good", "a crack"])
+    with torch.inference_mode():
+        expected = clip_model().encode_text(tokens).numpy()
+    np.testing.assert_allclose(table.views["text"], expected, rtol=1e-3, atol=1e-5)
+    assert run(monkeypatch, tmp_path, *flags) == (0, report)
+    assert "2 prompts cached, 0 embedded" in capsys.readouterr().err
+
+    np.savez(tmp_path / "f.npz", features=np.eye(6, 4, dtype=np.float32), labels=np.arange(6) % 2)
+    status, report = run(monkeypatch, tmp_path, "--import", str(tmp_path / "f.npz"), "--name", "mine")
+    assert (status, report["classes"]) == (0, {"0": 3, "1": 3})
+    assert "--dataset imported:mine" in capsys.readouterr().err
+    status, _ = run(monkeypatch, tmp_path, "--import", str(tmp_path / "absent.npz"))
+    assert status == 1
+    assert "absent.npz: no such file" in capsys.readouterr().err

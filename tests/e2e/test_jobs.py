@@ -155,7 +155,7 @@ def test_ingest(user: User) -> None:
 def test_extract(user: User, extracted: Done) -> None:
     assert extracted.path.parent == user.home / "features"
     assert str(extracted.path) == extracted.result["store"]
-    assert list(extracted.path.glob("part-*.parquet"))
+    assert list((extracted.path / "parts").glob("part-*.parquet"))
     assert (extracted.result["cached"], extracted.result["extracted"]) == (0, 60)
 
 
@@ -284,23 +284,26 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(user: User) -> None:
         if done.code == 1:
             assert message in done.stderr.splitlines()[-1], (name, done.stderr)
     left = [p for p in clumsy.home.rglob("*") if p.is_file()]
-    assert {p.relative_to(clumsy.home).parts[0] for p in left} <= {"manifests", "features"}
+    assert {p.relative_to(clumsy.home).parts[0] for p in left} <= {"manifests", "features", "cache"}
     assert not [p for p in left if p.name.endswith(".tmp")]
 
 
-def test_a_truncated_part_is_named_and_replaced(user: User, data: tuple[object, ...], extracted: Done) -> None:
+def test_a_truncated_part_is_named_and_mended(user: User, data: tuple[object, ...], extracted: Done) -> None:
     other = User(user.place / "other", user.cluster)
     shutil.copytree(user.home / "features", other.home / "features")
     shutil.copytree(user.tree, other.tree)
     part = sorted((other.home / "features").rglob("part-*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:1000])
-    sweep, extract = other.run_many(("sweep", *data, *SEARCH), ("extract", *data))
-    for done in (sweep, extract):
+    sweep, verify = other.run_many(("sweep", *data, *SEARCH), ("extract", "--verify"))
+    for done in (sweep, verify):
         assert done.code == 1
-        assert f"{part} is damaged" in done.stderr.splitlines()[-1]
+        assert "python jobs/extract.py --verify --repair" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
+    assert f"{part} is damaged" in sweep.stderr.splitlines()[-1]
+    assert part.name in verify.stdout.replace("\n", "") or "problems" in verify.stderr
     assert not (other.home / "sweeps").exists()
-    part.unlink()  # as the message says
+    (mended,) = other.run_many(("extract", "--verify", "--repair"))  # as the message says
+    assert mended.code == 0, mended.stderr
     (again,) = other.run_many(("extract", *data, "--json", "again.json"))
     assert again.code == 0, again.stderr
     report = json.loads((other.place / "again.json").read_text())
