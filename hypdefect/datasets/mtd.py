@@ -25,7 +25,7 @@ from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow
 from hypdefect.datasets.twins import DisjointSets, Plate, correlation, high_pass
 from hypdefect.errors import DataError
-from hypdefect.images import read_image
+from hypdefect.images import Intensity, read_image
 
 CLASSES = {name: f"MT_{name.capitalize()}" for name in ("blowhole", "break", "crack", "fray", "uneven", "free")}
 NORMAL = "free"
@@ -78,7 +78,7 @@ def tiles(manifest: pa.Table) -> list[str]:
             tile.union([rows[i] for i in run])
     for defect in sorted(set(classes) - {NORMAL}):
         rows = rows_of[defect]
-        pictures = [read_image(Path(manifest["uri"][r].as_py()))[:, :, 0] for r in rows]
+        pictures = [_picture(manifest["uri"][r].as_py(), manifest["intensity"][r].as_py()) for r in rows]
         for group in correlation_groups(pictures, [exposure(stems[r]) for r in rows]):
             tile.union([rows[i] for i in group])
 
@@ -88,6 +88,10 @@ def tiles(manifest: pa.Table) -> list[str]:
         for row in rows:
             names[row] = f"{classes[first]}/{stems[first]}"
     return names
+
+
+def _picture(uri: str, intensity: str) -> UInt8[np.ndarray, "H W"]:
+    return read_image(Path(uri), intensity=Intensity.from_json(intensity) if intensity else None)[:, :, 0]
 
 
 def name_runs(stems: Sequence[str]) -> list[list[int]]:
