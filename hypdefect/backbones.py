@@ -13,9 +13,9 @@ initialises by seed 0, for tests. A file already in the hub's cache is used with
 """
 
 import functools
-import hashlib
 import importlib.util
 import itertools
+import logging
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from hypdefect import torchvision_ops as torchvision_ops  # declares missing operators: before timm
-from hypdefect.config import digest, to_mapping
+from hypdefect.config import digest, file_sha256, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError
 
 import timm  # isort: skip
@@ -158,7 +158,7 @@ def _describe(name: str) -> BackboneSpec:
     else:
         spec = _describe_timm(name, family, architecture, weights)
     if spec.weights != "random":
-        found = _sha256(str(weights_path(spec)))
+        found = file_sha256(weights_path(spec))
         if match["sha256"] not in (None, found):
             raise ArtifactError(
                 f"backbone {name}: {weights_path(spec)} has sha256 {found}; fetch the weights again, or correct the pin"
@@ -300,6 +300,7 @@ def hub_file(repository: str, file: str) -> Path:
     """
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # five retries without a network: said once, below
     cached = try_to_load_from_cache(repository, file)
     if isinstance(cached, str):
         return Path(cached)
@@ -313,12 +314,6 @@ def hub_file(repository: str, file: str) -> Path:
         ) from error
 
 
-@functools.cache
-def _sha256(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def read_weights(spec: BackboneSpec) -> dict[str, Tensor]:
     """Load and verify a weight file: safetensors, or a state dict that torch reads with `weights_only=True`.
 
@@ -326,7 +321,7 @@ def read_weights(spec: BackboneSpec) -> dict[str, Tensor]:
         ArtifactError: the bytes differ from the pinned sha256, or the file holds no state dict.
     """
     path = weights_path(spec)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    found = file_sha256(path)
     if found != spec.sha256:
         raise ArtifactError(
             f"backbone {spec.name}: {path} has sha256 {found}, expected {spec.sha256}; reinstall the weights"

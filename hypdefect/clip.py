@@ -9,6 +9,7 @@ Shapes: N images, S input side, D embedding, P prompts.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -87,13 +88,12 @@ def _towers(spec: BackboneSpec) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.init_seed)
         if spec.architecture in open_clip.list_models():
-            return open_clip.create_model(spec.architecture, pretrained=None, load_weights=False)
+            logging.disable(logging.WARNING)  # it warns of random weights, which are replaced right afterwards
+            try:
+                return open_clip.create_model(spec.architecture, pretrained=None, load_weights=False)
+            finally:
+                logging.disable(logging.NOTSET)
         return open_clip.CLIP(**json.loads(spec.details))
-
-
-def _image_side(visual: Any) -> int:
-    size = visual.image_size
-    return int(size[0] if isinstance(size, tuple | list) else size)
 
 
 def _load(spec: BackboneSpec) -> Any:
@@ -106,58 +106,54 @@ def _load(spec: BackboneSpec) -> Any:
             reason = " ".join(str(error).split())[:300]
             raise ArtifactError(
                 f"backbone {spec.name}: its weights are not those of {spec.architecture}: {reason}"
-            ) from (error)
+            ) from error
     return model.eval()
 
 
-class ClipTower(nn.Module):
-    """The frozen image tower of an OpenCLIP model: one projected embedding an image."""
+class ImageTower(nn.Module):
+    """The frozen image tower of an OpenCLIP or AlphaCLIP model: one projected embedding an image."""
 
     def __init__(self, spec: BackboneSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.visual: Any = _load(spec).visual
-        self.side = _image_side(self.visual)
+        self.visual: Any = _alpha_visual(spec) if spec.family == "alphaclip" else _load(spec).visual
+        size = self.visual.image_size
+        self.side = int(size[0] if isinstance(size, tuple | list) else size)
         self.requires_grad_(False).eval()
 
     @torch.inference_mode()
     def forward(
         self, pixels: Float[Tensor, "N 3 S S"], region: Float[Tensor, "N H2 W2"] | None = None
     ) -> list[Float[Tensor, "N D"]]:
-        """Embeddings of RGB pixels in [0, 1]; the region is not looked at."""
-        _check_side(self, pixels)
-        return [self.visual(normalised(pixels, self.spec))]
+        """Embeddings of RGB pixels in [0, 1]; AlphaCLIP sees the region, in [0, 1] and of any size, None is everything.
 
-
-class AlphaTower(nn.Module):
-    """AlphaCLIP's frozen image tower on OpenCLIP's vision transformer."""
-
-    def __init__(self, spec: BackboneSpec) -> None:
-        super().__init__()
-        self.spec = spec
-        self.visual: Any = _towers(spec).visual
-        if not hasattr(self.visual, "conv1") or not hasattr(self.visual, "positional_embedding"):
+        Raises:
+            ConfigError: another input side than the model's.
+        """
+        if pixels.shape[2:] != (self.side, self.side):
             raise ConfigError(
-                f"backbone {spec.name}: AlphaCLIP is read onto vision transformers, not {spec.architecture}"
+                f"backbone {self.spec.name} reads {self.side} x {self.side} pixels, not {pixels.shape[3]} x "
+                f"{pixels.shape[2]}: set --recipe.whole-size {self.side} --recipe.crop-size {self.side}"
             )
-        self.visual.conv1 = AlphaEmbedding(self.visual.conv1)
-        if spec.weights != "random":
-            load_alpha(self.visual, read_weights(spec), spec)
-        self.side = _image_side(self.visual)
-        self.requires_grad_(False).eval()
+        x = normalised(pixels, self.spec)
+        if self.spec.family == "alphaclip":
+            alpha = torch.ones_like(pixels[:, :1])
+            if region is not None:
+                alpha = F.interpolate(
+                    region[:, None], size=pixels.shape[2:], mode="bilinear", antialias=True, align_corners=False
+                )
+            x = torch.cat([x, (alpha - ALPHA_MEAN) / ALPHA_STD], 1)
+        return [self.visual(x)]
 
-    @torch.inference_mode()
-    def forward(
-        self, pixels: Float[Tensor, "N 3 S S"], region: Float[Tensor, "N H2 W2"] | None = None
-    ) -> list[Float[Tensor, "N D"]]:
-        """Embeddings of RGB pixels in [0, 1] under a region in [0, 1] of any size; None is everything."""
-        _check_side(self, pixels)
-        alpha = torch.ones_like(pixels[:, :1])
-        if region is not None:
-            alpha = F.interpolate(
-                region[:, None], size=pixels.shape[2:], mode="bilinear", antialias=True, align_corners=False
-            )
-        return [self.visual(torch.cat([normalised(pixels, self.spec), (alpha - ALPHA_MEAN) / ALPHA_STD], 1))]
+
+def _alpha_visual(spec: BackboneSpec) -> Any:
+    visual = _towers(spec).visual
+    if not hasattr(visual, "conv1") or not hasattr(visual, "positional_embedding"):
+        raise ConfigError(f"backbone {spec.name}: AlphaCLIP is read onto vision transformers, not {spec.architecture}")
+    visual.conv1 = AlphaEmbedding(visual.conv1)
+    if spec.weights != "random":
+        load_alpha(visual, read_weights(spec), spec)
+    return visual
 
 
 class AlphaEmbedding(nn.Module):
@@ -202,14 +198,6 @@ def load_alpha(visual: nn.Module, state: dict[str, Tensor], spec: BackboneSpec) 
         ) from error
 
 
-def _check_side(tower: ClipTower | AlphaTower, pixels: Tensor) -> None:
-    if pixels.shape[2:] != (tower.side, tower.side):
-        raise ConfigError(
-            f"backbone {tower.spec.name} reads {tower.side} x {tower.side} pixels, not {pixels.shape[3]} x "
-            f"{pixels.shape[2]}: set --recipe.whole-size {tower.side} --recipe.crop-size {tower.side}"
-        )
-
-
 @torch.inference_mode()
 def text_features(spec: BackboneSpec, prompts: list[str]) -> Float[Tensor, "P D"]:
     """The text tower's embedding of each prompt, not normalised.
@@ -220,10 +208,9 @@ def text_features(spec: BackboneSpec, prompts: list[str]) -> Float[Tensor, "P D"
     if spec.family != "openclip":
         raise ConfigError(f"backbone {spec.name} has no text tower; text features come from openclip:MODEL@WEIGHTS")
     model = _load(spec)
-    context = int(json.loads(spec.details)["text_cfg"].get("context_length", 77))
     if spec.architecture in open_clip.list_models():
-        tokens = open_clip.get_tokenizer(spec.architecture)(prompts)
+        tokenizer = open_clip.get_tokenizer(spec.architecture)
     else:
-        tokens = open_clip.SimpleTokenizer(context_length=context)(prompts)
-    out: Tensor = model.encode_text(tokens)
+        tokenizer = open_clip.SimpleTokenizer(context_length=model.context_length)
+    out: Tensor = model.encode_text(tokenizer(prompts))
     return out.float()

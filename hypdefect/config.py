@@ -1,5 +1,6 @@
 """Strict mapping -> dataclass, canonical digests and the command line that every job shares."""
 
+import contextlib
 import dataclasses
 import difflib
 import errno
@@ -9,9 +10,10 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union
+from typing import Any, BinaryIO, Literal, TypeVar, Union
 
 import tyro
 import yaml
@@ -152,19 +154,40 @@ def load_yaml(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically: a reader sees the old file or the new one, never half of one."""
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write that takes the place of `path` at the end: a reader sees the old one or the new, never half."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("w") as file:
-            json.dump(value, file, indent=2, sort_keys=True, allow_nan=False, default=_plain)
-            file.write("\n")
+        with temporary.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON atomically."""
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=_plain)
+    with replaced_file(path) as file:
+        file.write(f"{text}\n".encode())
+
+
+def sync(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

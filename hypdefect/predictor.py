@@ -199,7 +199,8 @@ class Predictor:
         """Logits `[W]` in float64. Where a model was made with masks, an image without one is region as a whole."""
         if mask is None and self.card.uses_mask:
             mask = np.ones(image.shape[:2], dtype=bool)
-        return self.classifier.logits(_batch(self.transform(self.extractor(image, mask))))[0].double()
+        views = self.extractor.forward(self.extractor.prepare(image, mask))
+        return self.classifier.logits(_batch(self.transform(views)))[0].double()
 
     def _predict(self, image: np.ndarray, mask: np.ndarray | None) -> Prediction:
         if mask is not None:

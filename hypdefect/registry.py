@@ -6,9 +6,7 @@ reader looks at. Versions are never changed afterwards; an alias is replaced ato
 """
 
 import errno
-import hashlib
 import json
-import os
 import re
 import shutil
 import uuid
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypdefect.config import write_json
+from hypdefect.config import file_sha256, sync, write_json
 from hypdefect.errors import ArtifactError, ConfigError
 
 CHECKSUMS = "checksums.json"
@@ -52,11 +50,11 @@ def publish(home: Path, name: str, write: Callable[[Path], None], alias: str | N
         write(temporary)
         write_checksums(temporary)
         for path in _files(temporary):
-            _sync(path)
+            sync(path)
             path.chmod(path.stat().st_mode & 0o555)
-        _sync(temporary)
+        sync(temporary)
         version = _claim(temporary, folder)
-        _sync(folder)
+        sync(folder)
     except OSError as error:
         raise ArtifactError(f"cannot publish {name} to {folder}: {error}; nothing was published") from error
     finally:
@@ -134,7 +132,7 @@ def write_checksums(folder: Path) -> None:
         ArtifactError: there is no file, or a link (which could point to anything).
     """
     (folder / CHECKSUMS).unlink(missing_ok=True)
-    found = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    found = {str(path.relative_to(folder)): file_sha256(path) for path in _files(folder)}
     if not found:
         raise ArtifactError(f"{folder}: there is no file to publish")
     write_json(folder / CHECKSUMS, found)
@@ -159,7 +157,7 @@ def verify_folder(folder: Path) -> None:
             raise ArtifactError(f"{folder / name} is missing; publish the model again")
         if name not in wanted:
             raise ArtifactError(f"{there[name]} does not belong to the model: {path} does not list it; remove it")
-        if _sha256(there[name]) != wanted[name]:
+        if file_sha256(there[name]) != wanted[name]:
             raise ArtifactError(f"{there[name]} was changed or damaged: its sha256 is not the one in {path}")
 
 
@@ -219,16 +217,3 @@ def _files(folder: Path) -> list[Path]:
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             raise ArtifactError(f"{path}: a model holds plain files only, no links")
     return [path for path in paths if path.is_file()]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -38,7 +38,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hypdefect.config import digest, from_mapping, to_mapping
+from hypdefect.config import digest, file_sha256, from_mapping, sync, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.features import FeatureKey, FeatureTable, RowKey
 from hypdefect.views import EXTRACTOR_VERSION
@@ -166,8 +166,8 @@ class FeatureStore:
             _key_mapping(self.path)
         except DamageError:
             os.replace(_write_synced(self.path, _seal(to_mapping(self.key))), self.path / "key.json")
-            _sync(self.path)
-            _sync(self.path.parent)
+            sync(self.path)
+            sync(self.path.parent)
 
     def parts(self) -> list[Path]:
         """The committed parts, in the order of their commits."""
@@ -224,7 +224,7 @@ class FeatureStore:
                     with suppress(OSError):
                         part.unlink()
                 raise
-            _sync(self.path / "commits")
+            sync(self.path / "commits")
         return part
 
     def _at_rest(self, keys: Sequence[RowKey], views: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -261,7 +261,7 @@ class FeatureStore:
         temporary = _write_synced(target.parent, data)
         try:
             os.replace(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
         except OSError:
             for path in (temporary, target):
                 path.unlink(missing_ok=True)
@@ -468,7 +468,7 @@ class FeatureStore:
         with pa.ipc.new_file(sink, index.schema) as writer:
             writer.write_table(index)
         _write_synced(folder, sink.getvalue().to_pybytes()).rename(folder / "index.arrow")
-        checksums = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        checksums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
         _write_synced(folder, _seal({"store": self.key.digest, "files": checksums})).rename(folder / "meta.json")
 
     def _open(self, folder: Path) -> View:
@@ -522,7 +522,7 @@ class FeatureStore:
                 for name, expected in meta["files"].items():
                     if not (folder / name).is_file():
                         raise DamageError(folder / name, "missing")
-                    if _sha256(folder / name) != expected:
+                    if file_sha256(folder / name) != expected:
                         raise DamageError(folder / name, "wrong checksum")
             except DamageError as error:
                 problems.append(Problem(error.file, error.reason))
@@ -547,7 +547,7 @@ class FeatureStore:
                     self._link(number, {"drop": []})
             while spoilt and not self._link(self._last() + 1, {"drop": spoilt}):
                 pass
-            _sync(self.path / "commits")
+            sync(self.path / "commits")
             for problem in report.problems:
                 if problem.file.is_relative_to(self.cache):
                     _remove(problem.file.parent)
@@ -761,15 +761,6 @@ def _write_synced(folder: Path, data: bytes) -> Path:
     return path
 
 
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def _remove(path: Path) -> None:
     """Remove a file, or a folder in one step for whoever looks at it; harmless where there is none."""
     if not path.is_dir():
@@ -779,11 +770,6 @@ def _remove(path: Path) -> None:
     with suppress(FileNotFoundError):
         path.rename(gone)
         shutil.rmtree(gone)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _row_sums(rows: np.ndarray) -> np.ndarray:

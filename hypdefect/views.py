@@ -246,7 +246,7 @@ def load_tower(spec: BackboneSpec) -> nn.Module:
     if spec.family in ("openclip", "alphaclip"):
         from hypdefect import clip  # open_clip takes seconds to import
 
-        return clip.AlphaTower(spec) if spec.family == "alphaclip" else clip.ClipTower(spec)
+        return clip.ImageTower(spec)
     return Backbone(spec)
 
 
@@ -337,18 +337,8 @@ class PatchExtractor:
     @torch.inference_mode()
     def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A h w D"]]:
         """Patches of the image (row 0) and of its copies (rows 1..), float32 on the CPU."""
-        inputs = torch.cat([views["patch"][0] for views in prepared.copies]).to(self.device)
-        return {"patch": torch.cat([at_rest(patch_features(self.backbone(x[None]))) for x in inputs])}
-
-    def __call__(
-        self,
-        image: UInt8[np.ndarray, "H W 3"],
-        mask: Bool[np.ndarray, "H W"] | None,
-        image_id: str = "",
-        n_aug: int = 0,
-    ) -> dict[str, Float[Tensor, "A h w D"]]:
-        """`forward` of `prepare`."""
-        return self.forward(self.prepare(image, mask, image_id, n_aug))
+        inputs = [views["patch"][0].to(self.device) for views in prepared.copies]
+        return {"patch": torch.cat([at_rest(patch_features(self.backbone(x))) for x in inputs])}
 
 
 Extractor = RegionExtractor | PatchExtractor

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import re
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Bool
 from PIL import ExifTags, Image
 
-from hypdefect.config import home
+from hypdefect.config import home, replaced_file
 from hypdefect.datasets.archive import archive_kind, unpack
 from hypdefect.datasets.twins import Twin, find_manifest_twins, unite
 from hypdefect.errors import ArtifactError, ConfigError, DataError
@@ -416,13 +415,8 @@ def _store_mask(mask: Bool[np.ndarray, "H W"], folder: Path) -> tuple[str, str]:
     digest = _sha256(buffer.getvalue())
     path = folder / f"{digest}.png"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{digest}.{uuid.uuid4().hex}.tmp"
-        try:
-            temporary.write_bytes(buffer.getvalue())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replaced_file(path) as file:
+            file.write(buffer.getvalue())
     return digest, str(path)
 
 
@@ -506,16 +500,8 @@ def write_manifest(table: pa.Table, path: Path) -> None:
 
 def write_table(table: pa.Table, path: Path, metadata: dict[str, str] | None = None) -> None:
     """Write Parquet so that a reader sees the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            pq.write_table(table.replace_schema_metadata(metadata), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replaced_file(path) as file:
+        pq.write_table(table.replace_schema_metadata(metadata), file)
 
 
 def read_manifest(path: Path) -> pa.Table:

@@ -61,7 +61,7 @@ def test_openclip_from_a_local_checkpoint_is_the_published_tower(openclip: str, 
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
     with torch.inference_mode():
         expected = model.encode_image((x - mean) / std)
-        (embedding,) = clip.ClipTower(spec)(x)
+        (embedding,) = clip.ImageTower(spec)(x)
         torch.testing.assert_close(embedding, expected, rtol=0, atol=1e-5)
         expected = model.encode_text(clip.open_clip.SimpleTokenizer()(["a good part", "a scratch"]))
         torch.testing.assert_close(clip.text_features(spec, ["a good part", "a scratch"]), expected)
@@ -78,7 +78,7 @@ def test_the_place_of_a_weight_file_does_not_change_its_features(openclip: str, 
     (tmp_path / "moved.pt").write_bytes((tmp_path / "w.pt").read_bytes())
     moved = get_backbone(f"openclip:{tmp_path / 'tiny.json'}@{tmp_path / 'moved.pt'}")
     assert moved.digest == get_backbone(openclip).digest
-    assert torch.equal(clip.ClipTower(other)(pixels())[0], clip.ClipTower(moved)(pixels())[0])
+    assert torch.equal(clip.ImageTower(other)(pixels())[0], clip.ImageTower(moved)(pixels())[0])
 
 
 def test_wrong_clip_names_and_weights(openclip: str, tmp_path: Path) -> None:
@@ -92,9 +92,9 @@ def test_wrong_clip_names_and_weights(openclip: str, tmp_path: Path) -> None:
         get_backbone(f"{openclip}#{'0' * 64}")
     torch.save(clip_model().visual.state_dict(), tmp_path / "part.pt")
     with pytest.raises(ArtifactError, match=r"not those of tiny\.json"):
-        clip.ClipTower(get_backbone(f"openclip:{tmp_path / 'tiny.json'}@{tmp_path / 'part.pt'}"))
+        clip.ImageTower(get_backbone(f"openclip:{tmp_path / 'tiny.json'}@{tmp_path / 'part.pt'}"))
     with pytest.raises(ConfigError, match=r"reads 32 x 32 pixels, not 64 x 64: set --recipe.whole-size 32"):
-        clip.ClipTower(get_backbone(openclip))(pixels(1, 64))
+        clip.ImageTower(get_backbone(openclip))(pixels(1, 64))
     with pytest.raises(ConfigError, match="no text tower"):
         clip.text_features(get_backbone("tiny_random"), ["x"])
 
@@ -111,7 +111,7 @@ def test_a_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:
     torch.save({"conv1.weight": Evil(tmp_path / "marker")}, tmp_path / "evil.pt")
     spec = get_backbone(f"openclip:{write_config(tmp_path)}@{tmp_path / 'evil.pt'}")
     with pytest.raises(ArtifactError, match="holds more than tensors"):
-        clip.ClipTower(spec)
+        clip.ImageTower(spec)
     assert not (tmp_path / "marker").exists()
 
 
@@ -119,9 +119,9 @@ def test_a_poisoned_checkpoint_runs_nothing(tmp_path: Path) -> None:
 
 
 def test_alpha_clip_with_a_zero_alpha_convolution_is_the_plain_tower(tmp_path: Path) -> None:
-    tower = clip.AlphaTower(get_backbone(write_alpha(tmp_path, alpha_scale=0.0)))
+    tower = clip.ImageTower(get_backbone(write_alpha(tmp_path, alpha_scale=0.0)))
     torch.save(clip_model().state_dict(), tmp_path / "w.pt")
-    plain = clip.ClipTower(get_backbone(f"openclip:{tmp_path / 'tiny.json'}@{tmp_path / 'w.pt'}"))
+    plain = clip.ImageTower(get_backbone(f"openclip:{tmp_path / 'tiny.json'}@{tmp_path / 'w.pt'}"))
     x = pixels()
     for region in (None, torch.ones(2, 70, 90)):
         torch.testing.assert_close(tower(x, region)[0], plain(x)[0], rtol=0, atol=1e-5)
@@ -134,7 +134,7 @@ def test_alpha_clip_equals_the_authors_definition(tmp_path: Path) -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
     alpha = (region[:, None] - 0.5) / 0.26
     expected = image_features(alpha_state(), (pixels() - mean) / std, alpha, HEAD_WIDTH)
-    tower = clip.AlphaTower(spec)
+    tower = clip.ImageTower(spec)
     torch.testing.assert_close(tower(pixels(), region)[0], expected, rtol=0, atol=1e-5)
     assert (tower(pixels())[0] - expected).abs().max() > 1e-3, "the mask is looked at"
 
@@ -144,14 +144,14 @@ def test_alpha_clip_refuses_what_is_none(tmp_path: Path) -> None:
     path = Path(name.split("@")[1])
     torch.save({k: v for k, v in alpha_state().items() if "alpha" not in k}, path.with_name("plain.pth"))
     with pytest.raises(ArtifactError, match=r"no conv1_alpha.weight in it"):
-        clip.AlphaTower(get_backbone(name.replace(path.name, "plain.pth")))
+        clip.ImageTower(get_backbone(name.replace(path.name, "plain.pth")))
     torch.save(alpha_state() | {"more": torch.zeros(1)}, path.with_name("more.pth"))
     with pytest.raises(ArtifactError, match=r"no AlphaCLIP checkpoint of tiny.json: .*more"):
-        clip.AlphaTower(get_backbone(name.replace(path.name, "more.pth")))
+        clip.ImageTower(get_backbone(name.replace(path.name, "more.pth")))
     whole = {f"visual.{k}": v.half() for k, v in alpha_state().items()} | {"logit_scale": torch.zeros(())}
     torch.save(whole, path.with_name("whole.pth"))
-    full = clip.AlphaTower(get_backbone(name.replace(path.name, "whole.pth")))(pixels())[0]
-    torch.testing.assert_close(full, clip.AlphaTower(get_backbone(name))(pixels())[0], rtol=0, atol=1e-2)
+    full = clip.ImageTower(get_backbone(name.replace(path.name, "whole.pth")))(pixels())[0]
+    torch.testing.assert_close(full, clip.ImageTower(get_backbone(name))(pixels())[0], rtol=0, atol=1e-2)
 
 
 def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
@@ -194,7 +194,6 @@ def _forget_specs() -> None:
     from hypdefect import backbones
 
     backbones._describe.cache_clear()
-    backbones._sha256.cache_clear()
 
 
 # --- timm and PatchCore
@@ -253,7 +252,8 @@ def test_patchcore_gives_28_x_28_patches_of_layer_3s_width(name: str, dim: int) 
     assert patch_grid(spec, 224) == (28, 28)
     if name == "patchcore_lite0":
         image, mask = picture()
-        out = extractor_for(spec, RecipeConfig(whole_size=64))(image, mask, "x", 1)
+        extractor = extractor_for(spec, RecipeConfig(whole_size=64))
+        out = extractor.forward(extractor.prepare(image, mask, "x", 1))
         assert out["patch"].shape == (2, 8, 8, 112)
         assert not torch.equal(out["patch"][0], out["patch"][1])
 

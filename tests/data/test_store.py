@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from hypdefect import store as module
-from hypdefect.config import digest, to_mapping
+from hypdefect.config import digest, file_sha256, to_mapping
 from hypdefect.errors import ArtifactError, DataError
 from hypdefect.features import FeatureKey, RowKey
 from hypdefect.store import DamageError, FeatureStore, collect, open_store, stores
@@ -403,7 +403,7 @@ def test_what_a_writer_did_wrong_is_found(store: FeatureStore, tmp_path: Path) -
     for i, changed in enumerate((bad, table.drop(["feature"]), table.replace_schema_metadata({}))):
         other = part.with_name(f"part-{i}.parquet")
         pq.write_table(changed, other)
-        about = {"part": other.name, "bytes": other.stat().st_size, "sha256": module._sha256(other)}
+        about = {"part": other.name, "bytes": other.stat().st_size, "sha256": file_sha256(other)}
         assert store._link(3 + i, entry | about | {"image_id": [f"new{i}"] if i else ["a"]})
     found = {problem.commit: problem.reason for problem in FeatureStore(tmp_path, KEY).verify().problems}
     assert found == {

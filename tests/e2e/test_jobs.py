@@ -294,13 +294,14 @@ def test_a_truncated_part_is_named_and_mended(user: User, data: tuple[object, ..
     shutil.copytree(user.tree, other.tree)
     part = sorted((other.home / "features").rglob("part-*.parquet"))[0]
     part.write_bytes(part.read_bytes()[:1000])
-    sweep, verify = other.run_many(("sweep", *data, *SEARCH), ("extract", "--verify"))
+    sweep, verify = other.run_many(("sweep", *data, *SEARCH), ("extract", "--verify", "--json", "verify.json"))
     for done in (sweep, verify):
         assert done.code == 1
         assert "python jobs/extract.py --verify --repair" in done.stderr.splitlines()[-1]
         assert "Traceback" not in done.stderr
     assert f"{part} is damaged" in sweep.stderr.splitlines()[-1]
-    assert part.name in verify.stdout.replace("\n", "") or "problems" in verify.stderr
+    (store,) = json.loads((other.place / "verify.json").read_text())
+    assert [problem.split(":")[0] for problem in store["problems"]] == [str(part)]
     assert not (other.home / "sweeps").exists()
     (mended,) = other.run_many(("extract", "--verify", "--repair"))  # as the message says
     assert mended.code == 0, mended.stderr
