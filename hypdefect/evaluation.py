@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,6 +25,8 @@ class RunConfig:
     name: str = "hypdfs"
     method: Any = None
     transform: TransformConfig = TransformConfig()
+    features: Literal["plain", "meta"] = "plain"
+    """plain: the transformed features; meta: these, followed by the projection of a meta-training run."""
     support_copies: int = 2
     """Augmented copies of each support image that are used."""
     pretrained: bool = True

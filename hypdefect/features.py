@@ -132,8 +132,9 @@ class TransformConfig:
 class FeatureTransform:
     """Centre and whiten each block by the normal images, L2-normalise it, scale each view to unit norm.
 
-    `mean[view]` is `[D]`, `matrices[view/block]` the symmetric whitening matrix of a block. Without normals
-    the transform only normalises.
+    `tensors` holds "VIEW/mean" `[D]`, "VIEW/i", the symmetric whitening matrix of block i, and, where a representation
+    was meta-trained on these very features, "VIEW/projection" `[D, d]`, applied last. Without normals the transform
+    only normalises.
     """
 
     block_dims: tuple[int, ...]
@@ -168,8 +169,14 @@ class FeatureTransform:
                     tensors[f"{view}/{i}"] = ((vectors * scale) @ vectors.T).float()
         return cls(tuple(block_dims), tensors)
 
-    def __call__(self, views: Mapping[str, Float[Tensor, "N D"]]) -> dict[str, Float[Tensor, "N D"]]:
-        """Unit-norm rows of every view."""
+    def projected(self, projection: Mapping[str, Float[Tensor, "D d"]]) -> "FeatureTransform":
+        """The same transform followed by a linear map of each view."""
+        return FeatureTransform(
+            self.block_dims, self.tensors | {f"{view}/projection": matrix for view, matrix in projection.items()}
+        )
+
+    def __call__(self, views: Mapping[str, Float[Tensor, "N D"]]) -> dict[str, Float[Tensor, "N d"]]:
+        """Rows of every view: of unit norm, unless they are projected."""
         out = {}
         for view, x in views.items():
             centred = x - self.tensors[f"{view}/mean"] if f"{view}/mean" in self.tensors else x
@@ -178,6 +185,8 @@ class FeatureTransform:
                 matrix = self.tensors.get(f"{view}/{i}")
                 blocks[i] = torch.nn.functional.normalize(block if matrix is None else block @ matrix, dim=1)
             out[view] = torch.cat(blocks, 1) / len(blocks) ** 0.5
+            if f"{view}/projection" in self.tensors:
+                out[view] = out[view] @ self.tensors[f"{view}/projection"]
         return out
 
     def table(self, table: FeatureTable) -> FeatureTable:

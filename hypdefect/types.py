@@ -21,12 +21,14 @@ class FeatureBatch:
 
     `views` maps a view name ("whole", "crop") to a `[N, D]` float tensor, `labels [N]` are positions in the
     episode's `class_names`, `aug_index [N]` is 0 for the unaugmented image and 1.. for its augmented copies.
+    `text [W, T]` are embeddings of the class names, where the backbone has a text tower; else None.
     """
 
     image_ids: tuple[str, ...]
     views: dict[str, Tensor]
     labels: Tensor
     aug_index: Tensor
+    text: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.image_ids)
@@ -45,6 +47,7 @@ class FeatureBatch:
             views={k: v[rows] for k, v in self.views.items()},
             labels=self.labels[rows],
             aug_index=self.aug_index[rows],
+            text=self.text,
         )
 
     def clean(self) -> "FeatureBatch":
@@ -57,6 +60,7 @@ class FeatureBatch:
             views={k: v.to(device) for k, v in self.views.items()},
             labels=self.labels.to(device),
             aug_index=self.aug_index.to(device),
+            text=None if self.text is None else self.text.to(device),
         )
 
 

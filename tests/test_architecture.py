@@ -33,7 +33,7 @@ LAYERS = (
         "task",
     },
     {"methods"},
-    {"training", "evaluation", "artifacts", "registry", "predictor"},
+    {"training", "evaluation", "ledger", "artifacts", "registry", "predictor"},
     {"distributed"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}
