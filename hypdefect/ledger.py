@@ -1,6 +1,23 @@
 """The ledger: every evaluated draw of every method, in append-only Parquet parts under `ledger/` of the home folder."""
 
+import json
+import subprocess
+import uuid
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from hypdefect.config import digest, to_mapping
+from hypdefect.datasets import write_table
+from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.evaluation import Scored
+from hypdefect.task import TaskPlan
 
 SCHEMA = pa.schema(
     [
@@ -20,6 +37,7 @@ SCHEMA = pa.schema(
         ("variant", pa.string()),  # what tells rows of one method apart: "", "c = 0 twin", "no adapter" ...
         ("features", pa.string()),  # plain, meta (meta-trained projection)
         ("method_config", pa.string()),  # JSON of the RunConfig that was used on this partition
+        ("validation_acc", pa.float64()),  # mean accuracy by which it was chosen, on episodes of the pool; NaN: not run
         ("k_shot", pa.int32()),
         ("partition", pa.int32()),
         ("draw", pa.int32()),
@@ -34,3 +52,159 @@ SCHEMA = pa.schema(
         ("confusion", pa.list_(pa.int32())),  # row by row, rows are the true classes
     ]
 )
+FORMAT = "hypdefect-ledger-1"
+SHARES = ("acc", "balanced_acc", "macro_f1", "ece")
+DRAW = ("study", "method", "variant", "features", "k_shot", "partition", "draw")
+TASK = ("label", "backbone", "study", "split", "protocol")
+"""What tells one comparison from another: rows of one task may be compared, rows of two may not."""
+
+
+def identity(config: Any, plans: Sequence[TaskPlan], *, protocol: str, study: str = "main") -> dict[str, Any]:
+    """The columns that all rows of a new run share.
+
+    Args:
+        config: the job's resolved configuration. plans: the task at each partition.
+    """
+    task = plans[0]
+    return {
+        "run_id": uuid.uuid4().hex[:12],
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "config_digest": digest(to_mapping(config)),
+        "data_digest": digest([plan.provenance() for plan in plans]),
+        "label": task.label,
+        "dataset": task.config.dataset,
+        "product": task.config.product,
+        "backbone": task.key.backbone,
+        "study": study,
+        "split": task.partition.kind,
+        "protocol": protocol,
+    }
+
+
+def rows_of(
+    scored: Sequence[Scored], run: Mapping[str, Any], partition: int, class_names: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Ledger rows of what was scored on one partition; `run` is its `identity`."""
+    return [
+        {
+            **run,
+            "method": one.config.name,
+            "variant": one.variant,
+            "features": one.features,
+            "method_config": json.dumps(to_mapping(one.config), sort_keys=True),
+            "validation_acc": one.validation,
+            "k_shot": one.k_shot,
+            "partition": partition,
+            "draw": draw.number,
+            "num_queries": len(draw.image_ids),
+            **draw.metrics,
+            "class_names": list(class_names),
+            "confusion": draw.confusion.flatten().tolist(),
+        }
+        for one in scored
+        for draw in one.draws
+    ]
+
+
+def append(rows: Sequence[dict[str, Any]], home: Path) -> Path:
+    """Write the rows of one run as a new part, which no other call ever changes.
+
+    Raises:
+        DataError: no rows, columns other than those of SCHEMA, a draw given twice, or values that cannot be.
+    """
+    if not rows:
+        raise DataError("the ledger was given no rows")
+    for row in rows:
+        if odd := sorted(row.keys() ^ set(SCHEMA.names)):
+            raise DataError(f"ledger row with columns missing or unknown: {', '.join(odd)}")
+    try:
+        table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    except (pa.ArrowException, TypeError) as error:
+        raise DataError(f"ledger rows do not fit their columns: {error}") from error
+    _check(table)
+    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"  # parts are read in the order of their names
+    path = home / "ledger" / f"{stamp}-{rows[0]['run_id']}.parquet"
+    write_table(table, path, {"hypdefect.format": FORMAT})
+    return path
+
+
+def _check(table: pa.Table) -> None:
+    for name in SCHEMA.names:
+        if table[name].null_count:
+            raise DataError(f"ledger column {name} has empty cells")
+    if len(runs := set(table["run_id"].to_pylist())) > 1:
+        raise DataError(f"a ledger part holds one run, got {len(runs)}")
+    keys = list(zip(*(table[n].to_pylist() for n in DRAW), strict=True))
+    if len(set(keys)) < len(keys):
+        raise DataError("a draw of one method stands twice among the ledger rows")
+    for name in SHARES:
+        values = table[name].to_numpy()
+        if not ((values >= 0) & (values <= 1)).all():
+            raise DataError(f"ledger column {name} must lie in [0, 1], got {values.min()} to {values.max()}")
+    columns = (table[n].to_pylist() for n in ("num_queries", "class_names", "confusion", "acc"))
+    for queries, classes, confusion, accuracy in zip(*columns, strict=True):
+        square = np.array(confusion)
+        if len(square) != len(classes) ** 2 or square.sum() != queries or square.min() < 0:
+            raise DataError(f"confusion {confusion} of {len(classes)} classes does not count {queries} queries")
+        if not np.isclose(square.reshape(len(classes), -1).trace() / queries, accuracy, atol=1e-6):
+            raise DataError(f"confusion {confusion} contradicts accuracy {accuracy}")
+
+
+def read(home: Path, **equal: str | int) -> pa.Table:
+    """The rows of all parts, oldest part first; `read(home, dataset="mtd", k_shot=5)` keeps rows with these values.
+
+    Raises:
+        ConfigError: no such column. ArtifactError: a part is damaged, or of another version.
+    """
+    if odd := sorted(equal.keys() - set(SCHEMA.names)):
+        raise ConfigError(f"the ledger has no column {', '.join(odd)}; columns: {', '.join(SCHEMA.names)}")
+    parts = [read_part(path) for path in sorted((home / "ledger").glob("*.parquet"))]
+    table = pa.concat_tables(parts) if parts else SCHEMA.empty_table()
+    for name, value in equal.items():
+        table = table.filter(pc.equal(table[name], value))
+    return table
+
+
+def read_part(path: Path) -> pa.Table:
+    """One part. Raises ArtifactError: missing, damaged, or of another version."""
+    remedy = f"move it out of {path.parent} and run its evaluation again"
+    if not path.is_file():
+        raise ArtifactError(f"no ledger part {path}; jobs/evaluate.py prints the path of what it wrote")
+    try:
+        with pq.ParquetFile(path) as file:
+            table = file.read()
+    except (pa.ArrowException, OSError) as error:
+        raise ArtifactError(
+            f"ledger part {path} is damaged or not Parquet ({' '.join(str(error).split())}); {remedy}"
+        ) from error
+    found = (table.schema.metadata or {}).get(b"hypdefect.format", b"").decode()
+    if found != FORMAT or table.schema.names != SCHEMA.names:
+        raise ArtifactError(f"ledger part {path} has format {found!r}, this code reads {FORMAT!r}; {remedy}")
+    return table.replace_schema_metadata(None)
+
+
+def latest(table: pa.Table) -> pa.Table:
+    """The rows of the newest run of every task (columns TASK): what a page of current results shows."""
+    tasks = list(zip(*(table[name].to_pylist() for name in TASK), strict=True))
+    runs = list(zip(table["created"].to_pylist(), table["run_id"].to_pylist(), strict=True))
+    newest: dict[tuple[str, ...], tuple[str, str]] = {}
+    for task, run in zip(tasks, runs, strict=True):
+        newest[task] = max(newest.get(task, run), run)
+    return table.filter(pa.array([newest[task] == run for task, run in zip(tasks, runs, strict=True)], pa.bool_()))
+
+
+def commit() -> str:
+    """The git commit of this code, with "-dirty" where tracked files differ from it; "" outside a checkout of it."""
+    root = Path(__file__).resolve().parents[1]
+
+    def git(*args: str) -> str:
+        done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=30)
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return ""  # installed into an environment that lies in somebody else's checkout
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""

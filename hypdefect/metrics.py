@@ -1,9 +1,10 @@
-"""Summary statistics of repeated draws."""
+"""Summary statistics of repeated draws, and how far a confidence can be trusted."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from jaxtyping import Bool, Float
 from scipy import stats
 
 from hypdefect.errors import DataError
@@ -55,13 +56,22 @@ def clustered_interval(values: Sequence[float], clusters: Sequence[int]) -> Inte
     Raises:
         DataError: not one cluster a value; and as `interval`.
     """
+    return interval(independent(values, clusters))
+
+
+def independent(values: Sequence[float], clusters: Sequence[int]) -> list[float]:
+    """The means of the clusters, in order of their labels; the values themselves where there is a single cluster.
+
+    Raises:
+        DataError: not one cluster a value.
+    """
     if len(values) != len(clusters):
         raise DataError(f"{len(values)} values in {len(clusters)} cluster labels: each value needs one")
-    groups = np.unique(np.asarray(clusters))
-    if len(groups) == 1:
-        return interval(values)
     x, labels = np.asarray(values, dtype=np.float64), np.asarray(clusters)
-    return interval([float(x[labels == g].mean()) for g in groups])
+    groups = np.unique(labels)
+    if len(groups) == 1:
+        return x.tolist()
+    return [float(x[labels == g].mean()) for g in groups]
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[int]) -> Interval:
@@ -73,3 +83,37 @@ def paired(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[in
     if len(ours) != len(theirs):
         raise DataError(f"paired comparison of {len(ours)} and {len(theirs)} draws")
     return clustered_interval([a - b for a, b in zip(ours, theirs, strict=True)], clusters)
+
+
+def wilcoxon(differences: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test that paired differences lie round 0; 1 where all of them are 0.
+
+    Raises:
+        DataError: no differences, or one that is not finite.
+    """
+    x = np.asarray(differences, dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise DataError(f"a paired test needs finite differences, got {list(differences)[:5]}")
+    return float(stats.wilcoxon(x).pvalue) if x.any() else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p of each of several tests (Holm, Scandinavian Journal of Statistics 6, 1979), in the order given."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted[np.argsort(order, kind="stable")].tolist()
+
+
+def calibration_error(confidence: Float[np.ndarray, "Q"], correct: Bool[np.ndarray, "Q"], bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., ICML 2017, eq. 3): gap of accuracy and mean confidence, over bins of
+    equal width (low, high] of the top probability, weighted by their share of the queries.
+
+    Raises:
+        DataError: no query, or a confidence outside [0, 1].
+    """
+    if not len(confidence) or not ((confidence >= 0) & (confidence <= 1)).all():
+        raise DataError("calibration needs at least one confidence, each in [0, 1]")
+    own = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gaps = np.bincount(own, correct.astype(np.float64) - confidence, bins)
+    return float(np.abs(gaps).sum() / len(confidence))

@@ -30,9 +30,9 @@ from hypdefect.images import Intensity, to_rgb
 from hypdefect.methods import Classifier
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import EXTRACTOR_VERSION, Extractor, RecipeConfig, extractor_for
+from hypdefect.views import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 Region = Literal["mask", "whole image"]
 
 
@@ -89,8 +89,8 @@ def save_model(
     spec = get_backbone(backbone)
     if method != run_config.name:
         raise ConfigError(f"save_model: method {method!r}, but the run configuration is one of {run_config.name!r}")
-    if transform.block_dims != spec.dims:
-        raise ConfigError(f"save_model: transform of blocks {transform.block_dims}, {backbone} gives {spec.dims}")
+    if (found := (transform.block_dims, transform.shape_dims)) != (given := dims_of(spec, recipe)):
+        raise ConfigError(f"save_model: transform of blocks {_blocks(*found)}, {backbone} gives {_blocks(*given)}")
     if len(set(class_names)) != len(class_names) or not class_names:
         raise ConfigError(f"save_model: class names must be distinct, got {list(class_names)}")
     card = {
@@ -152,14 +152,15 @@ class Predictor:
                 f"{folder}: made with another {card.backbone} (digest {card.backbone_digest[:12]}, here "
                 f"{spec.digest[:12]}); install the hypdefect it was made with, or train it again"
             )
-        if card.block_dims != spec.dims:
-            raise ArtifactError(f"{folder}: blocks {card.block_dims} do not fit {card.backbone} {spec.dims}")
         try:
             tensors = load_file(_tensors(folder))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
         transform = FeatureTransform(card.block_dims, _below("transform.", tensors))
-        classifier = card.run.classifier(card.dim)
+        found, given = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
+        if found != given:
+            raise ArtifactError(f"{folder}: blocks {_blocks(*found)} do not fit {card.backbone}, {_blocks(*given)}")
+        classifier = card.run.classifier(transform.dim)
         try:
             classifier.restore(_below("method.", tensors))
         except (KeyError, RuntimeError) as error:
@@ -236,6 +237,10 @@ class Predictor:
         if scores.shape != (1, len(self.card.class_names)) or not torch.isfinite(scores).all():
             names = len(self.card.class_names)
             raise ArtifactError(f"{folder}: scores {tuple(scores.shape)} for {names} classes, or not finite ones")
+
+
+def _blocks(block_dims: tuple[int, ...], shape_dims: int) -> str:
+    return f"{block_dims}, the last {shape_dims} of shape" if shape_dims else f"{block_dims}"
 
 
 def _tensors(folder: Path) -> Path:

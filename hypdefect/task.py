@@ -2,6 +2,7 @@
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from hypdefect.features import FeatureKey, FeatureTransform, ImageRequest, Trans
 from hypdefect.imported import Imported, card_of, is_imported
 from hypdefect.store import FeatureStore
 from hypdefect.types import VIEWS, SplitKind
-from hypdefect.views import FULL_REGION, PATCH_VIEWS, RecipeConfig
+from hypdefect.views import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +102,8 @@ class TaskPlan:
     partition: Partition
     pool_ids: tuple[str, ...]
     normal_ids: tuple[str, ...]
+    source_ids: frozenset[str]
+    """Images that pseudo-defects may lie on: all usable normals, without any the candidates for supports."""
     uses_mask: bool
     imported: Imported | None = None
 
@@ -153,7 +156,7 @@ def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
     return FeatureKey(
         backbone=spec.name,
         backbone_digest=spec.digest,
-        block_dims=spec.dims,
+        block_dims=dims_of(spec, recipe)[0],
         recipe=recipe,
         views=PATCH_VIEWS if patches else VIEWS,
         grid=patch_grid(spec, recipe.whole_size) if patches else None,
@@ -168,9 +171,10 @@ class FewShotTask:
     queries: LabelledFeatures
     normals: dict[str, np.ndarray] | None
     block_dims: tuple[int, ...]
+    shape_dims: int = 0
 
     def transform(self, config: TransformConfig) -> FeatureTransform:
-        return FeatureTransform.fit(self.normals, self.block_dims, config)
+        return FeatureTransform.fit(self.normals, self.block_dims, config, self.shape_dims)
 
 
 def ingested(
@@ -280,9 +284,47 @@ def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None 
         classes=classes,
         partition=partition,
         pool_ids=tuple(sorted(pool)),
-        normal_ids=tuple(_shuffled(normals, config.partition)[: config.max_normals]),
+        normal_ids=tuple(_shuffled(normals, 0)[: config.max_normals]),  # alike in all partitions, where they can be
+        source_ids=frozenset(normals or partition.pool),
         uses_mask=any(row["mask_id"] for row in rows if row["defect"] in classes),
         imported=imported,
+    )
+
+
+def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
+    """The images of a set of pseudo-defects that a task may use: none lies on a query, or on a part one shows."""
+    rows = [row for row in manifest.to_pylist() if row["group_id"] in plan.source_ids]
+    if not plan.uses_mask:
+        rows = [row | {"mask_uri": "", "mask_id": ""} for row in rows]
+    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
+    return [ImageRequest(**{name: row[name] for name in columns}, copies=0) for row in rows]
+
+
+def pseudo_pool(
+    plan: TaskPlan, task: FewShotTask, manifest: pa.Table, home: Path, config: TransformConfig, least: int
+) -> LabelledFeatures:
+    """The pseudo classes of a task with at least so many usable images, their features transformed as its own are.
+
+    Raises:
+        DataError: fewer than two such classes. ArtifactError: their features are not in the store.
+    """
+    requests = {r.image_id: r for r in pseudo_requests(plan, manifest)}
+    defect_of = {r["image_id"]: r["defect"] for r in manifest.select(["image_id", "defect"]).to_pylist()}
+    counts = Counter(defect_of[image_id] for image_id in requests)
+    names = sorted(name for name, count in counts.items() if count >= least)
+    if len(names) < 2:
+        raise DataError(
+            f"{len(names)} pseudo classes have {least} images on parts that are no query: raise --synthesis.per-class"
+        )
+    ids = sorted(image_id for image_id in requests if counts[defect_of[image_id]] >= least)
+    table = FeatureStore(home, plan.key).load([key for i in ids for key in requests[i].row_keys()])
+    position = {name: i for i, name in enumerate(names)}
+    return LabelledFeatures(
+        class_names=tuple(names),
+        image_ids=np.array(ids),
+        labels=np.array([position[defect_of[i]] for i in ids]),
+        groups=np.array(ids),
+        table=task.transform(config).table(table),
     )
 
 
@@ -340,4 +382,5 @@ def load_task(plan: TaskPlan, home: Path) -> FewShotTask:
         queries=labelled(plan.partition.query),
         normals=normals,
         block_dims=plan.key.block_dims,
+        shape_dims=plan.key.shape_dims,
     )

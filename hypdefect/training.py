@@ -6,7 +6,7 @@ stream, and averaging the ranks' gradients (DDP) gives the same step.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,18 +20,24 @@ from torch import Tensor, nn
 from hypdefect.config import from_mapping, to_mapping, write_json
 from hypdefect.episodes import LabelledFeatures, build_episode
 from hypdefect.errors import ArtifactError, ConfigError, NumericsError
-from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.types import EpisodeSpec, SplitKind
+from hypdefect.evaluation import MetaStart
+from hypdefect.features import TransformConfig
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
+from hypdefect.synthesis import SynthesisConfig
+from hypdefect.types import VIEWS, EpisodeSpec, SplitKind
 
+_PROJECTION = "core.projection."
 Report = Callable[[dict[str, float], Callable[[Path], None] | None], None]
 """Called by every rank after `report_every` steps with the metrics and, on rank 0, a writer of the checkpoint."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig:
-    """Meta-training of HypDFS's adapter and neural ODE on episodes of base classes."""
+    """Meta-training of HypDFS's representation, adapter and neural ODE on episodes of base classes."""
 
     method: HypDFSConfig = HypDFSConfig()
+    projection: int = 0
+    """Numbers a view of the linear representation that is trained with the rest; 0: the features as they are."""
     steps: int = 200
     episodes_per_step: int = 4
     """B, shared out over the workers: must be a multiple of their number."""
@@ -54,10 +60,46 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ConfigError(f"train.lr must be positive, got {self.lr}")
-        if self.method.adapter == "none" and self.method.ode == "none":
-            raise ConfigError("train: adapter and ode are both 'none', so there is nothing to meta-train")
+        if self.projection < 0:
+            raise ConfigError(f"train.projection must not be negative, got {self.projection}")
+        if self.method.adapter == "none" and self.method.ode == "none" and not self.projection:
+            raise ConfigError("train: no projection, and adapter and ode are 'none': there is nothing to meta-train")
         if self.method.adapter != "real+synthetic" and self.method.ode != "none":
             raise ConfigError("train: the ODE learns through synthetic features; set method.adapter real+synthetic")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetaConfig:
+    """Meta-training on pseudo-defects of a product: what there is of them, how it is trained, on which features."""
+
+    synthesis: SynthesisConfig = SynthesisConfig()
+    train: TrainConfig = TrainConfig(
+        projection=128, steps=300, episodes_per_step=1, n_way=10, k_shot=2, n_query=2, lr=3e-4
+    )
+    transform: TransformConfig = TransformConfig()
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+
+
+def learner(pool: LabelledFeatures, config: TrainConfig, shape_dims: int = 0) -> HypDFS:
+    """What meta-training starts from; the projection starts at the pool's principal directions.
+
+    Args:
+        shape_dims: trailing numbers of each view that describe the region's shape and are not projected.
+
+    Raises:
+        ConfigError: a projection to more numbers than the pool's images span.
+    """
+    views = pool.table.views
+    dim = int(views[VIEWS[0]].shape[1])
+    if not config.projection:
+        return HypDFS(config.method, dim)
+    most = min(dim - shape_dims, len(pool) - 1)
+    if config.projection > most:
+        raise ConfigError(f"train.projection={config.projection}, but the base classes span {most} directions at most")
+    clean = pool.table.aug_index == 0
+    stacked = torch.stack([torch.from_numpy(views[view][clean]) for view in VIEWS], 1)
+    return HypDFS(config.method, dim, principal_projection(stacked, config.projection, shape_dims))
 
 
 def meta_train(
@@ -175,23 +217,32 @@ def core_tensors(model: HypDFS) -> dict[str, Tensor]:
     return {f"core.{k}": v.detach().cpu().contiguous() for k, v in model.core.state_dict().items()}
 
 
-def write_run(folder: Path, model: HypDFS, config: TrainConfig, record: dict[str, Any]) -> None:
-    """The run directory that `load_start` reads: config.json, record.json, checkpoint/core.safetensors."""
+def write_run(folder: Path, model: HypDFS, config: MetaConfig, record: dict[str, Any]) -> None:
+    """The run directory that `load_start` reads: config.json, checkpoint/core.safetensors and, last, record.json."""
     (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
     save_file(core_tensors(model), folder / "checkpoint" / "core.safetensors")
-    write_json(folder / "record.json", record)
     write_json(folder / "config.json", to_mapping(config))
+    write_json(folder / "record.json", record)
 
 
-def load_start(folder: Path) -> tuple[dict[str, Tensor], HypDFSConfig]:
-    """Starting weights and method configuration of a run directory.
+def load_start(folder: Path) -> tuple[MetaStart, MetaConfig]:
+    """What a run directory gives to a task, and how it was trained: its `transform` and `train.method` fit the weights.
 
     Raises:
         ArtifactError: no finished run lies there.
     """
     with _readable(folder):
-        config = from_mapping(TrainConfig, json.loads((folder / "config.json").read_text()), str(folder))
-        return load_file(folder / "checkpoint" / "core.safetensors"), config.method
+        config = from_mapping(MetaConfig, json.loads((folder / "config.json").read_text()), str(folder))
+        return meta_start(load_file(folder / "checkpoint" / "core.safetensors")), config
+
+
+def meta_start(tensors: Mapping[str, Tensor]) -> MetaStart:
+    """`core_tensors` taken apart: the projection belongs to the features, the rest to HypDFS."""
+    own = {name: value for name, value in tensors.items() if not name.startswith(_PROJECTION)}
+    if len(own) == len(tensors):
+        return MetaStart(projection={}, core=own)
+    weight, mean = (dict(zip(VIEWS, tensors[f"{_PROJECTION}{name}"], strict=True)) for name in ("weight", "mean"))
+    return MetaStart(projection=weight, mean=mean, core=own)
 
 
 @contextmanager

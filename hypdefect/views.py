@@ -11,6 +11,8 @@ copies of an image are its single windows.
 
 Backbones that give an embedding instead of a map (CLIP) are not pooled; AlphaCLIP sees the region itself.
 
+Pooling under a mask forgets its outline: `region_shape` descriptors of the (augmented) mask end both views.
+
 Shapes: A copies (0 the image itself, 1.. its augmentations), V inputs averaged to one view, D features of one view,
 H W pixels, S network input side.
 """
@@ -29,9 +31,10 @@ from torch import Tensor, nn
 from hypdefect.backbones import Backbone, BackboneSpec
 from hypdefect.errors import ConfigError
 from hypdefect.patches import patch_features
+from hypdefect.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS
 
-EXTRACTOR_VERSION = 2
+EXTRACTOR_VERSION = 3
 """Raise when the same inputs and recipe give other numbers: stores made by another version are then other stores."""
 
 PATCH_VIEWS = ("patch",)
@@ -58,6 +61,8 @@ class RecipeConfig:
     """Sides in source pixels of the windows of context "multiview"."""
     flips: bool = True
     """Average over the four mirror images; without, each view of a masked image is one forward instead of four."""
+    shape: bool = True
+    """End each view with descriptors of the region's shape (zeros without a region)."""
     rotation: float = 10.0
     """Augmentation: rotation about the region's centre, degrees to either side."""
     scale: float = 0.1
@@ -74,6 +79,12 @@ class RecipeConfig:
             raise ConfigError(f"recipe.scale must lie in [0, 1), got {self.scale}")
         if not self.context_sizes or min(self.context_sizes) < 32:
             raise ConfigError(f"recipe.context_sizes must be at least 32 pixels each, got {self.context_sizes}")
+
+
+def dims_of(spec: BackboneSpec, recipe: RecipeConfig) -> tuple[tuple[int, ...], int]:
+    """Lengths of the blocks of a feature, and how many numbers at their end describe the region's shape (0: none)."""
+    shape_dims = SHAPE_DIMS if recipe.shape and spec.family != "patchcore" else 0
+    return (*spec.dims, *([shape_dims] if shape_dims else [])), shape_dims
 
 
 def pixels_of(image: UInt8[np.ndarray, "H W 3"]) -> Float[Tensor, "3 H W"]:
@@ -234,11 +245,12 @@ def masked_pool(maps: Float[Tensor, "B C h w"], weight: Float[Tensor, "B H W"]) 
 class Prepared:
     """Network inputs of one image: for each copy, view -> (inputs, region weight maps).
 
-    The first `windows` inputs of the crop view become copies of their own.
+    The first `windows` inputs of the crop view become copies of their own. `shapes` `[A, _]` ends both views.
     """
 
     copies: list[dict[str, tuple[Tensor, Tensor]]]
     windows: int = 0
+    shapes: Float[Tensor, "A _"] | None = None
 
 
 def load_tower(spec: BackboneSpec) -> nn.Module:
@@ -283,9 +295,15 @@ class RegionExtractor:
             windows = 9 * len(self.recipe.context_sizes)
             if n_aug > windows:
                 raise ConfigError(f"context multiview has {windows} windows an image, not {n_aug}: lower --copies")
-            return Prepared([views_of(*tensors_of(image, mask), self.recipe)], n_aug)
-        copies = copies_of(*tensors_of(image, mask), self.recipe, image_id, n_aug)
-        return Prepared([views_of(*copy, self.recipe) for copy in copies])
+            copies, same = [tensors_of(image, mask)], n_aug
+        else:
+            copies, same = copies_of(*tensors_of(image, mask), self.recipe, image_id, n_aug), 0
+        shapes = None
+        if self.recipe.shape:
+            shapeless = mask is None or bool(mask.all())  # a full region stays one where a copy is turned or shrunk
+            regions = [None if shapeless or region is None else region.numpy() for _, region in copies]
+            shapes = torch.from_numpy(np.stack([region_shape(region) for region in regions])).repeat(same + 1, 1)
+        return Prepared([views_of(*copy, self.recipe) for copy in copies], same, shapes)
 
     @torch.inference_mode()
     def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A D"]]:
@@ -300,7 +318,10 @@ class RegionExtractor:
                 if prepared.windows:
                     alike = rows[view] * prepared.windows
                     rows[view] += list(single[: prepared.windows]) if view == "crop" else alike
-        return {view: at_rest(torch.stack(features)) for view, features in rows.items()}
+        stacked = {view: torch.stack(features).cpu() for view, features in rows.items()}
+        if prepared.shapes is not None:
+            stacked = {view: torch.cat([features, prepared.shapes], 1) for view, features in stacked.items()}
+        return {view: at_rest(features) for view, features in stacked.items()}
 
     def __call__(
         self,

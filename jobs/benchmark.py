@@ -145,7 +145,7 @@ def distances(job: BenchmarkJob) -> list[Row]:
 def fits(job: BenchmarkJob) -> list[Row]:
     """One 5-way 5-shot fit with two augmented copies a support, on features of the default backbone's size."""
     generator = torch.Generator().manual_seed(0)
-    dim, n = 1392, 5 * 5 * 3
+    dim, n = 1406, 5 * 5 * 3
     views = {view: torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1) for view in VIEWS}
     support = FeatureBatch(
         image_ids=tuple(str(i) for i in range(n)),

@@ -1,106 +1,185 @@
-"""Compare methods on the untouched queries: the same draws for all, over shots and partitions.
+"""Which few-shot method is best here: all of them on the same features, validation episodes, draws and queries.
 
-python jobs/evaluate.py --dataset mtd --split grouped --shots 1 3 5 --partitions 10 --draws 10
+python jobs/evaluate.py --dataset mtd --methods all --split grouped --partitions 10 --draws 10
+
+python jobs/evaluate.py --dataset mtd --draws 5: the protocol of the papers of HypDFS and MVREC, five random draws
 
 python jobs/evaluate.py --sweep NAME: the configuration a sweep selected, on that sweep's own task
 
-Configurations are taken as given (defaults, --config FILE or flags): nothing is tuned here, and a configuration tuned
-on one partition's pool is refused on another, whose queries that pool may hold.
+Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
+partition and K anew; the queries are scored with what won there. All draws go into the ledger (hypdefect/ledger.py).
 """
 
 import json
-from dataclasses import dataclass, fields, replace
-from typing import Any
+import math
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.table import Table
 
-from hypdefect.config import digest, from_mapping, home, parse_job, run_job, to_mapping, write_json
-from hypdefect.datasets import write_table
+from hypdefect import ledger
+from hypdefect.comparison import Difference, Row, best_euclidean, claims, leaderboard, paired_to
+from hypdefect.config import from_mapping, home, parse_job, run_job, to_mapping, write_json
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.evaluate import evaluate
-from hypdefect.errors import ConfigError
-from hypdefect.evaluation import RunConfig
+from hypdefect.distributed.evaluate import compare
+from hypdefect.episodes import draw_support
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import Entrant, MetaStart, RunConfig, candidates, first_support
 from hypdefect.features import TransformConfig
-from hypdefect.methods.baselines import PrototypeConfig
+from hypdefect.methods import METHODS, get_method
 from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.metrics import clustered_interval, paired
-from hypdefect.task import TaskConfig, load_task, plan_task, task_label
+from hypdefect.metrics import Interval
+from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, plan_task
+from hypdefect.training import MetaConfig, load_start
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
-
-TWIN, PEER = "hypdfs, c = 0 twin", "nearest prototype"
+from jobs.train import trained
+from tune_spaces import get_space
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateJob(TaskConfig):
+    methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
+    """Names of methods, or all."""
     shots: tuple[int, ...] = (1, 3, 5)
     partitions: int = 1
-    """Partitions into pool and queries, from --partition on; the interval is then over partition means."""
+    """Partitions into pool and queries, from --partition on; intervals and tests are then over partition means."""
+    protocol: Literal["draws", "first"] = "draws"
+    """draws: random supports from the pool; first: AMC's rule, the first K images of each class by file name, once."""
     draws: int = 20
-    """Support draws of each partition and shot."""
+    """Random support draws of each partition and K; 5 is the protocol of the papers of HypDFS and MVREC."""
+    trials: int = 8
+    """Configurations tried of every method, its defaults first; 0: the defaults, without validation."""
+    episodes: int = 12
+    """Validation episodes of a trial, drawn inside the support pool."""
     seed: int = 0
     transform: TransformConfig = TransformConfig()
+    """What every method's first trial does to the features."""
     support_copies: int = 2
-    """Augmented copies of each support image used by HypDFS and by the prototype alike."""
+    """Augmented copies of each support image in every method's first trial."""
     method: HypDFSConfig = HypDFSConfig()
-    prototype: PrototypeConfig = PrototypeConfig()
+    """HypDFS's first trial."""
+    features: Literal["plain", "plain+meta"] = "plain+meta"
+    """plain+meta: every method also on the representation that is meta-trained on the product's pseudo-defects."""
+    meta: MetaConfig = field(default_factory=MetaConfig)
     sweep: str = ""
-    """Evaluate what this sweep selected, on its own task."""
+    """Evaluate what this sweep selected, on its own task, instead."""
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        for name, least in (("partitions", 1), ("draws", 1), ("trials", 0), ("episodes", 1), ("support_copies", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.shots or min(self.shots) < 1:
+            raise ConfigError(f"shots must be one or more numbers of at least 1, got {list(self.shots)}")
+        for name in self.methods if self.methods != ("all",) else ():
+            get_method(name)
 
 
 def main() -> None:
     configure_logging()
     job, options = parse_job(EvaluateJob, description=__doc__)
-    if job.partitions < 1 or job.draws < 2 or not job.shots:
-        raise ConfigError("evaluate needs --partitions >= 1, --draws >= 2 and at least one of --shots")
-    job, configs = selected(job) if job.sweep else (job, configurations(job))
-    rows: dict[str, list[Any]] = {
-        name: [] for name in ("method", "shots", "partition", "draw", "metric", "value", "queries")
-    }
+    job, fixed = selected(job) if job.sweep else (job, None)
+    begun = time.monotonic()
+    spent: dict[str, float] = defaultdict(float)
+    rows: list[dict[str, Any]] = []
     with connected():
-        prepared = prepare(job)
-        for partition in range(job.partition, job.partition + job.partitions):
-            own_job = replace(job, partition=partition, k_shot=max(job.shots))
-            plan = plan_task(own_job, prepared.manifest, prepared.imported)
+        plans = planned(job)
+        run = ledger.identity(job, plans, protocol=job.protocol)
+        for plan in plans:
             fill(plan)
+        ready = time.monotonic()
+        for plan in plans:
             task = load_task(plan, home())
-            for k_shot in job.shots:
-                with progress(f"partition {partition}, K = {k_shot}") as advance:
-                    scores = evaluate(task, configs, k_shot, draws=job.draws, seed=job.seed, progress=advance)
-                for name, own in scores.items():
-                    for score in own:
-                        for metric, value in score.metrics.items():
-                            values = (name, k_shot, partition, score.number, metric, value, len(score.image_ids))
-                            for column, cell in zip(rows, values, strict=True):
-                                rows[column].append(cell)
-    table = pa.table(rows)
-    out = home() / "evaluations" / f"{task_label(job)}-{job.split}-{digest(to_mapping(job))[:12]}.parquet"
-    write_table(
-        table, out, {"hypdefect.job": json.dumps(to_mapping(job)), "hypdefect.task": json.dumps(plan.provenance())}
-    )
-    summary = summarise(table, job, list(configs))
+            start = start_of(task, plan, job)
+            number = plan.config.partition
+            with progress(f"partition {number}: trials and draws") as advance:
+                scored = compare(
+                    task,
+                    fixed or entrants(job, start),
+                    supports_of(job, plan, task),
+                    episodes=0 if fixed or not job.trials else job.episodes,
+                    split=job.split,
+                    seed=job.seed,
+                    start=start,
+                    progress=advance,
+                )
+            for one in scored:
+                spent[one.config.name] += one.seconds
+            rows += ledger.rows_of(scored, run, number, plan.classes)
+    seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
+    part = ledger.append(rows, home())
+    summary = show(ledger.read_part(part), job)
+    each = ", ".join(f"{name} {value:.0f}" for name, value in sorted(spent.items(), key=lambda item: -item[1]))
+    print(f"times: features {seconds['features']:.0f} s, methods {seconds['methods']:.0f} s (CPU seconds: {each})")
     if options.json is not None:
-        write_json(options.json, {"job": to_mapping(job), "results": summary, "rows": str(out)})
-    print(out)
+        write_json(options.json, plain({"job": to_mapping(job), "run": run, "seconds": seconds, **summary}))
+    print(part)
 
 
-def configurations(job: EvaluateJob) -> dict[str, RunConfig]:
-    """HypDFS, its Euclidean twin, and the prototype on the same features and the same copies."""
-
-    def run(name: str, method: Any) -> RunConfig:
-        return RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-
-    flat = replace(job.method, curvature=0.0, learn_curvature=False)
-    return {
-        "hypdfs": run("hypdfs", job.method),
-        TWIN: run("hypdfs", flat),
-        PEER: run("prototype", job.prototype),
-    }
+def planned(job: EvaluateJob) -> list[TaskPlan]:
+    """The task at each partition, every K possible on all of them."""
+    most = replace(job, k_shot=max(job.shots))
+    first = prepare(most)
+    numbers = range(job.partition + 1, job.partition + job.partitions)
+    return [first, *(plan_task(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
 
 
-def selected(job: EvaluateJob) -> tuple[EvaluateJob, dict[str, RunConfig]]:
+def start_of(task: FewShotTask, plan: TaskPlan, job: EvaluateJob) -> MetaStart | None:
+    """What meta-training on pseudo-defects gives to this task, made where missing; None where it cannot be."""
+    if job.features == "plain" or job.sweep or plan.imported:
+        return None
+    try:
+        return load_start(trained(plan, task, job.meta))[0]
+    except DataError as error:
+        say(f"no meta-training: {error}")
+        return None
+
+
+def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
+    """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
+
+    Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
+    on the support pool.
+    """
+    names = METHODS if job.methods == ("all",) else dict.fromkeys(job.methods)
+    found = []
+    for name in names:
+        method = job.method if name == "hypdfs" else None
+        base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
+        found.append(Entrant(candidates=candidates(base, get_space(name), job.trials, job.seed)))
+    for name in names if start and start.projection else ():
+        method = job.meta.train.method if name == "hypdfs" else None
+        base = RunConfig(
+            name=name,
+            method=method,
+            transform=job.meta.transform,
+            features="meta",
+            support_copies=job.support_copies,
+        )
+        space = get_space("hypdfs_meta" if name == "hypdfs" else name)
+        # the projection was trained behind one transform
+        sampled = [replace(c, transform=base.transform) for c in candidates(base, space, 3 * job.trials, job.seed)]
+        tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])
+        found.append(Entrant(candidates=tuple(tried)[: max(job.trials, 1)]))
+    return found
+
+
+def supports_of(job: EvaluateJob, plan: TaskPlan, task: FewShotTask) -> dict[int, list[np.ndarray]]:
+    """Support positions of every draw at every K."""
+    if job.protocol == "first":
+        uri_of = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["uri"].to_pylist(), strict=True))
+        return {k: [first_support(task.pool, k, uri_of)] for k in job.shots}
+    return {k: [draw_support(task.pool, k, job.seed, number) for number in range(job.draws)] for k in job.shots}
+
+
+def selected(job: EvaluateJob) -> tuple[EvaluateJob, list[Entrant]]:
     """The task and the configurations of a finished sweep.
 
     Raises:
@@ -117,61 +196,106 @@ def selected(job: EvaluateJob) -> tuple[EvaluateJob, dict[str, RunConfig]]:
     task = from_mapping(TaskConfig, {k: v for k, v in settings.items() if k in names})
     result = json.loads((folder / "result.json").read_text())
     winner, peer = (from_mapping(RunConfig, result[key], job.sweep) for key in ("selected", "prototype"))
-    configs = {winner.name: winner, PEER: peer}
-    if isinstance(winner.method, HypDFSConfig):
-        flat = replace(winner.method, curvature=0.0, learn_curvature=False)
-        configs = {winner.name: winner, TWIN: replace(winner, method=flat), PEER: peer}
     if winner.pretrained and settings["init"]:
         raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
     say(f"{job.sweep}: trial {result['selected_trial']}, K = {task.k_shot}, partition {task.partition}")
+    configs = [winner] if winner.name == peer.name else [winner, peer]
     base = {name: getattr(task, name) for name in names}
-    return replace(job, **base, shots=(task.k_shot,)), configs
+    return replace(job, **base, shots=(task.k_shot,)), [Entrant(candidates=(config,)) for config in configs]
 
 
-def summarise(table: pa.Table, job: EvaluateJob, names: list[str]) -> list[dict[str, Any]]:
-    """Print mean ± 95 % of each method and shot, and the paired differences; the same as plain values."""
-    rows = table.to_pylist()
-
-    def values(name: str, k_shot: int, metric: str) -> tuple[list[float], list[int]]:
-        own = [r for r in rows if r["method"] == name and r["shots"] == k_shot and r["metric"] == metric]
-        return [r["value"] for r in own], [r["partition"] for r in own]
-
-    what = f"{job.partitions} partitions x {job.draws} draws" if job.partitions > 1 else f"{job.draws} draws"
-    shown = Table(title=f"test accuracy, %: {task_label(job)}, {job.split} split, {what} (± is the 95 % interval)")
-    columns = ("K", "method", "accuracy", "std", "class-balanced", "paired to prototype", "paired to c = 0", "fit, s")
-    for column in columns:
-        shown.add_column(column, justify="left" if column == "method" else "right")
-    summary = []
+def show(table: pa.Table, job: EvaluateJob) -> dict[str, Any]:
+    """Print the leaderboard of each K and HypDFS's comparisons; the same as plain values."""
+    rows = leaderboard(table)
+    draws = "the first K images" if job.protocol == "first" else f"{job.draws} draws"
+    what = f"{table['label'][0]}, {job.split} split, {job.partitions} partition{'s'[: job.partitions > 1]} x {draws}"
+    paired: list[Difference] = []
     for k_shot in job.shots:
-        shown.add_section()
-        for name in names:
-            accuracy, clusters = values(name, k_shot, "acc")
-            balanced, _ = values(name, k_shot, "balanced_acc")
-            seconds = float(np.mean(values(name, k_shot, "fit_seconds")[0]))
-            mean, mean_balanced = clustered_interval(accuracy, clusters), clustered_interval(balanced, clusters)
-            cells, differences = [], {}
-            for other in (PEER, TWIN):
-                if name in (other, PEER) or other not in names:
-                    cells.append("")
-                    continue
-                difference = paired(accuracy, values(other, k_shot, "acc")[0], clusters)
-                differences[other] = [difference.mean, difference.half_width]
-                cells.append(f"{100 * difference.mean:+.2f} ± {100 * difference.half_width:.2f}")
-            std = f"{100 * float(np.std(accuracy, ddof=1)):.2f}"
-            shown.add_row(str(k_shot), name, mean.percent(), std, mean_balanced.percent(), *cells, f"{seconds:.3f}")
-            summary.append(
-                {
-                    "shots": k_shot,
-                    "method": name,
-                    "accuracy": [mean.mean, mean.half_width],
-                    "balanced_accuracy": [mean_balanced.mean, mean_balanced.half_width],
-                    "paired": differences,
-                    "n": len(accuracy),
-                    "fit_seconds": seconds,
-                }
+        at_k = table.filter(pc.equal(table["k_shot"], k_shot))
+        fair, strict = best_euclidean(rows, k_shot), best_euclidean(rows, k_shot, by="accuracy")
+        against = [paired_to(at_k, r.name) if r else [] for r in (fair, strict)]
+        paired += against[0] if fair == strict else [*against[0], *against[1]]
+        shown = leaderboard_table([r for r in rows if r.k_shot == k_shot], *against)
+        shown.title = f"{what}, K = {k_shot}: accuracy, %"
+        if fair and strict:
+            by = "fixed: nothing was validated" if math.isnan(fair.validation) else "by validation accuracy"
+            shown.caption = (
+                f"± is the 95 % interval over {'partitions' if job.partitions > 1 else 'draws'}; p is Wilcoxon's, "
+                f"corrected (Holm).\nBest Euclidean: {fair.name} ({by}); strictest: {strict.name}, best on the queries."
             )
-    table_console().print(shown)
-    return summary
+        table_console(160).print(shown)
+    decided = claims(table)
+    if decided.plain or decided.meta or decided.twin:
+        table_console(160).print(claims_table(decided.plain, decided.meta, decided.twin, job.shots))
+    return {"leaderboard": [asdict(r) for r in rows], "paired": [asdict(d) for d in paired], "claims": asdict(decided)}
+
+
+def leaderboard_table(rows: Sequence[Row], fair: Sequence[Difference], strict: Sequence[Difference]) -> Table:
+    table = Table()
+    columns = ("method", "accuracy", "std", "balanced", "macro F1", "ECE", "fit, ms", "predict, ms")
+    for column in (*columns, "- best Euclidean", "p", "- strictest", "p"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        differences = [cell for side in (fair, strict) for cell in difference_cells(side, row.name)]
+        table.add_row(
+            row.name,
+            points(row.accuracy),
+            "" if math.isnan(row.std) else f"{100 * row.std:.2f}",
+            points(row.balanced),
+            f"{100 * row.macro_f1:.2f}",
+            f"{100 * row.ece:.1f}",
+            f"{1000 * row.fit_seconds:.1f}",
+            f"{1000 * row.predict_seconds:.1f}",
+            *differences,
+        )
+    return table
+
+
+def claims_table(
+    plain_: Sequence[Difference], meta: Sequence[Difference], twin: Sequence[Difference], shots: Sequence[int]
+) -> Table:
+    """HypDFS minus each peer, a column for each K."""
+    table = Table(title="HypDFS against the others: accuracy points, paired, ± 95 % (p corrected)")
+    for column in ("", *(f"K = {k}" for k in shots)):
+        table.add_column(column, justify="right" if column else "left")
+    for title, side in (
+        ("(a) every peer on plain features", plain_),
+        ("(b) the same peers on the same meta-trained features", meta),
+        ("(c) its own c = 0 twin at matched distance scale", twin),
+    ):
+        table.add_section()
+        table.add_row(f"{title}{'' if side else ': not in this run'}", style="bold")
+        for name, reference in dict.fromkeys((d.name, d.reference) for d in side):
+            cells = {d.k_shot: d for d in side if (d.name, d.reference) == (name, reference)}
+            texts = (f"{signed(cells[k].interval)} ({cells[k].p:.3f})" if k in cells else "" for k in shots)
+            table.add_row(f"  {name} - {reference}", *texts)
+    return table
+
+
+def difference_cells(side: Sequence[Difference], name: str) -> tuple[str, str]:
+    for found in side:
+        if found.name == name:
+            return signed(found.interval), f"{found.p:.3f}"
+    return "", ""
+
+
+def points(value: Interval) -> str:
+    return value.percent() if value.n > 1 else f"{100 * value.mean:.2f}"
+
+
+def signed(value: Interval) -> str:
+    return f"+{points(value)}" if value.mean >= 0 else points(value)
+
+
+def plain(value: Any) -> Any:
+    """As JSON takes it: arrays as lists, and None for what is not finite (the interval of a single draw)."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | np.ndarray):
+        return [plain(inner) for inner in value]
+    if isinstance(value, np.generic):
+        return plain(value.item())
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

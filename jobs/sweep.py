@@ -7,7 +7,6 @@ python jobs/sweep.py --dataset mtd --k-shot 5: magnetic tiles under $HYPDEFECT_D
 Selection sees only episodes drawn inside the support pool; the queries are scored once, at the end.
 """
 
-import importlib
 import json
 import time
 from dataclasses import asdict, dataclass, replace
@@ -23,11 +22,11 @@ from rich.table import Table
 from hypdefect.config import from_mapping, home, override, parse_job, run_job, to_mapping, write_json
 from hypdefect.datasets import write_table
 from hypdefect.distributed.cluster import connected, num_workers
-from hypdefect.distributed.evaluate import Start, evaluate, validate
+from hypdefect.distributed.evaluate import evaluate, validate
 from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, finished, search
 from hypdefect.episodes import draw_support, sample_episode
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import DrawScore, RunConfig, dimension
+from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, dimension
 from hypdefect.features import TransformConfig
 from hypdefect.metrics import Interval, interval, paired
 from hypdefect.predictor import save_model
@@ -38,6 +37,7 @@ from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
 from jobs.plots import plot_sweep
+from tune_spaces import get_space
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +93,7 @@ def main() -> None:
     job = named(job)
     folder = home() / "sweeps" / job.name
     begun = time.monotonic()
-    module = load_space(job.space)
+    module = get_space(job.space)
     start, base = starting_point(job, module)
     plan = prepare(job)
     with connected() as dashboard:
@@ -160,33 +160,30 @@ def _absolute(path: Path | None) -> Path | None:
     return path and path.expanduser().absolute()
 
 
-def load_space(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(f"tune_spaces.{name}")
-    except ModuleNotFoundError as error:
-        known = sorted(p.stem for p in Path(__file__).parents[1].joinpath("tune_spaces").glob("[a-z]*.py"))
-        raise ConfigError(f"no search space {name!r} in tune_spaces/; known: {', '.join(known)}") from error
-
-
 def episode_spec(job: SweepJob) -> EpisodeSpec:
     """Validation episodes: the task's own ways and shots, drawn inside the support pool."""
     return EpisodeSpec(k_shot=job.k_shot, seed=job.seed, split=job.split)
 
 
-def starting_point(job: SweepJob, module: ModuleType) -> tuple[Start, RunConfig]:
-    """Meta-trained weights, if any, and the configuration that trials start from."""
+def starting_point(job: SweepJob, module: ModuleType) -> tuple[MetaStart | None, RunConfig]:
+    """What meta-training gave, if anything, and the configuration that trials start from."""
     if job.init is None:
         return None, RunConfig(name=module.METHOD)
-    start, method = load_start(job.init)
-    return start, RunConfig(name=module.METHOD, method=to_mapping(method))
+    start, config = load_start(job.init)
+    return start, RunConfig(
+        name=module.METHOD,
+        method=to_mapping(config.train.method),
+        transform=config.transform,
+        features="meta" if start.projection else "plain",
+    )
 
 
 def run_search(
-    job: SweepJob, module: ModuleType, task: FewShotTask, base: RunConfig, start: Start, workers: int
+    job: SweepJob, module: ModuleType, task: FewShotTask, base: RunConfig, start: MetaStart | None, workers: int
 ) -> list[TrialResult]:
     known = len(finished(home() / "sweeps" / "study.db", job.name))
     say(f"search: {known} of {job.trials} trials finished before" if known else f"search: {job.trials} trials")
-    data = SearchData(pool=task.pool, normals=task.normals, block_dims=task.block_dims)
+    data = SearchData(pool=task.pool, normals=task.normals, block_dims=task.block_dims, shape_dims=task.shape_dims)
     best = 0.0
 
     def notify(done: int, value: float) -> None:
@@ -203,13 +200,12 @@ def run_search(
         config,
         name=job.name,
         folder=home() / "sweeps",
-        start=start,
         notify=notify,
     )
 
 
 def select(
-    job: SweepJob, task: FewShotTask, base: RunConfig, trials: list[TrialResult], start: Start
+    job: SweepJob, task: FewShotTask, base: RunConfig, trials: list[TrialResult], start: MetaStart | None
 ) -> tuple[TrialResult, RunConfig, RunConfig]:
     """The winning trial, its configuration, and the best nearest prototype: each by fresh validation episodes."""
     finalists = trials[: max(1, job.finalists)]
@@ -234,27 +230,18 @@ def select(
 
 
 def test(
-    job: SweepJob, task: FewShotTask, best: tuple[TrialResult, RunConfig, RunConfig], start: Start
+    job: SweepJob, task: FewShotTask, best: tuple[TrialResult, RunConfig, RunConfig], start: MetaStart | None
 ) -> dict[str, Outcome]:
     """Winner, its c = 0 twin and the nearest prototype on the same draws and the untouched queries."""
     _, winner, peer = best
     configs = {winner.name: winner}
-    starts = {winner.name: start}
     if winner.name == "hypdfs":
         flat = {"method.curvature": 0.0, "method.learn_curvature": False}
         configs["hypdfs, c = 0 twin"] = override(winner, flat)
-        starts["hypdfs, c = 0 twin"] = start and {k: v for k, v in start.items() if k != "core.log_c"}
     configs["nearest prototype"] = peer
+    supports = [draw_support(task.pool, job.k_shot, job.seed, number) for number in range(job.draws)]
     with progress("test draws") as advance:
-        scores = evaluate(
-            task,
-            configs,
-            job.k_shot,
-            draws=job.draws,
-            seed=job.seed,
-            starts=starts,
-            progress=advance,
-        )
+        scores = evaluate(task, configs, supports, start=start, progress=advance)
     clusters = [0] * job.draws
     reference = [s.metrics["acc"] for s in scores["nearest prototype"]]
     return {
@@ -273,15 +260,17 @@ def publish_model(
     plan: TaskPlan,
     task: FewShotTask,
     best: tuple[TrialResult, RunConfig, RunConfig],
-    start: Start,
+    start: MetaStart | None,
     outcomes: dict[str, Outcome],
 ) -> ModelEntry:
     """Refit the winner on the supports of draw 0 and store it as the next version of the model."""
     trial, config, _ = best
     transform = task.transform(config.transform)
+    if config.features == "meta" and start is not None:
+        transform = transform.projected(start.projection, start.mean)
     pool = task.pool.with_table(transform.table(task.pool.table))
     chosen = draw_support(pool, job.k_shot, job.seed, 0)
-    classifier = config.classifier(dimension(pool), start)
+    classifier = config.classifier(dimension(pool), start.weights(config) if start else None)
     classifier.adapt(pool.batch(chosen, copies=config.support_copies), pool.n_way)
     outcome = outcomes[config.name]
     provenance: dict[str, Any] = plan.provenance() | {

@@ -1,102 +1,150 @@
-"""Meta-train HypDFS's adapter and neural ODE on episodes of base classes, sharded over workers by Ray Train.
+"""Meta-train HypDFS's representation, adapter and neural ODE on episodes, sharded over workers by Ray Train.
 
-python jobs/train.py --dataset elpv --workers 2: base classes from the support pool of the solar cells
+python jobs/train.py --dataset mtd --workers 2: on pseudo-defects of the product's own good parts (made where missing)
 
-python jobs/train.py --dataset folder --root textures --train.n-way 8: any folder of classes
+python jobs/train.py --dataset folder --root textures --base pool --train.n-way 8: on the classes of a folder
 
-The run directory it prints is what `jobs/sweep.py --space hypdfs_meta --init DIR` starts from.
+The table says what it is worth on episodes of the product's own support pool. `jobs/evaluate.py` and `jobs/sweep.py
+--init DIR`, with the run directory this prints, start from it.
 """
 
 import json
 import time
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
 
-from hypdefect.config import home, parse_job, run_job, to_mapping, write_json
-from hypdefect.distributed.cluster import connected
+from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write_json
+from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import validate
+from hypdefect.distributed.extract import extract
 from hypdefect.distributed.train import check, train
-from hypdefect.errors import ConfigError
-from hypdefect.evaluation import RunConfig
-from hypdefect.features import TransformConfig
+from hypdefect.episodes import LabelledFeatures
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import MetaStart, RunConfig
 from hypdefect.metrics import interval, paired
-from hypdefect.task import TaskConfig, load_task, task_label
-from hypdefect.training import TrainConfig, core_tensors, write_run
+from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, pseudo_pool, pseudo_requests, task_label
+from hypdefect.training import MetaConfig, load_start, write_run
 from hypdefect.types import EpisodeSpec
-from jobs.display import configure_logging, say, table_console
+from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
+from jobs.synthesize import pseudo_classes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob(TaskConfig):
-    train: TrainConfig = field(default_factory=TrainConfig)
-    transform: TransformConfig = TransformConfig()
-    workers: int = 1
-    """Training workers, a CPU (or GPU) each."""
+    base: Literal["pseudo", "pool"] = "pseudo"
+    """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
+    meta: MetaConfig = field(default_factory=MetaConfig)
     name: str = ""
-    """Name of the run; default: data set and the time of day. A name that was used continues that run."""
+    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
+    continues."""
     check_episodes: int = 20
-    """Held-back episodes of the base classes on which the start and the result are compared."""
+    """Episodes of the support pool on which plain and meta-trained features are compared."""
 
 
 def main() -> None:
     configure_logging()
     job, options = parse_job(TrainJob, description=__doc__)
-    job = replace(job, name=job.name or f"train-{task_label(job)}-{time.strftime('%Y%m%d-%H%M%S')}")
-    folder = home() / "runs" / job.name
-    settings = to_mapping(replace(job, workers=1))  # a run may continue on another number of them
-    if (folder / "job.json").exists() and settings != json.loads((folder / "job.json").read_text()):
-        raise ConfigError(f"run {job.name!r} exists with other settings; choose another --name")
     plan = prepare(job)
     with connected():
         fill(plan)
         task = load_task(plan, home())
-        transform = task.transform(job.transform)
-        pool = task.pool.with_table(transform.table(task.pool.table))
-        check(pool, job.train, job.workers)
-        write_json(folder / "job.json", settings)
-        say(f"run {job.name}: {job.train.steps} steps of {job.train.episodes_per_step} episodes, {job.workers} workers")
-        begun = time.monotonic()
-        model, losses = train(pool, job.train, workers=job.workers, name=job.name, folder=home() / "train")
-        seconds = time.monotonic() - begun
-        spec = EpisodeSpec(
-            n_way=min(job.train.n_way, pool.n_way),
-            k_shot=job.train.k_shot,
-            n_query=job.train.n_query,
-            seed=job.train.seed + 1,
-            split=job.train.split,
-        )
-        config = RunConfig(
-            method=to_mapping(replace(job.train.method, steps=0)),
-            transform=job.transform,
-            support_copies=job.train.copies,
-        )
-        numbers = range(job.check_episodes)
-        before = validate(task, [config], spec, numbers)[0]
-        after = validate(task, [config], spec, numbers, core_tensors(model))[0]
+        folder = trained(plan, task, job.meta, base=job.base, name=job.name)
+        start, _ = load_start(folder)
+        before, after = judged(task, job, start)
+    record = json.loads((folder / "record.json").read_text())
     gain = paired(after, before, [0] * len(after))
-    summary = {
-        "task": plan.provenance(),
-        "losses": losses,
-        "seconds": seconds,
-        "base_class_accuracy": {"before": float(np.mean(before)), "after": float(np.mean(after)), "gain": gain.mean},
-    }
-    write_run(folder, model, job.train, summary)
-    way = f"{spec.n_way}-way {spec.k_shot}-shot"
-    table = Table(title=f"base-class episodes of {plan.label}, {way}, not trained on")
+    way = f"{task.pool.n_way}-way {job.k_shot}-shot"
+    table = Table(title=f"episodes of the support pool of {plan.label}, {way}, HypDFS without fitting")
     for column in ("", "accuracy, % (mean ± 95 %)"):
         table.add_column(column)
-    table.add_row("starting weights", interval(before).percent())
+    table.add_row("plain features", interval(before).percent())
     table.add_row("meta-trained", interval(after).percent())
     table.add_row("paired difference", gain.percent())
     table_console().print(table)
+    losses = record["losses"]
     if losses:
-        print(f"loss {losses[0]:.4f} -> {float(np.mean(losses[-job.train.report_every :])):.4f}, {seconds:.0f} s")
+        print(f"loss {losses[0]:.4f} -> {float(np.mean(losses[-20:])):.4f}, {record['seconds']:.0f} s")
     if options.json is not None:
-        write_json(options.json, summary | {"run": str(folder)})
+        worth = {"plain": float(np.mean(before)), "meta": float(np.mean(after)), "gain": gain.mean}
+        write_json(options.json, record | {"run": str(folder), "pool_accuracy": worth})
     print(folder)
+
+
+def trained(
+    plan: TaskPlan, task: FewShotTask, config: MetaConfig, *, base: Literal["pseudo", "pool"] = "pseudo", name: str = ""
+) -> Path:
+    """The run directory of a task's meta-training: the finished one where there is one, else trained now.
+
+    Raises:
+        ConfigError: a run of that name has other settings; and as `check`. DataError: too few pseudo-defects.
+    """
+    if base == "pseudo":
+        made = pseudo_classes(plan, config.synthesis)
+        fill_pseudo(plan, made.manifest)
+        least = config.train.k_shot + config.train.n_query
+        pool = pseudo_pool(plan, task, made.manifest, home(), config.transform, least)
+    else:
+        pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
+    settings = identity(plan, pool, config, base)
+    name = name or f"meta-{task_label(plan.config)}-{digest(settings)[:12]}"
+    folder = home() / "runs" / name
+    if (folder / "job.json").exists() and json.loads((folder / "job.json").read_text()) != settings:
+        raise ConfigError(f"run {name!r} exists with other settings; choose another --name")
+    if (folder / "record.json").is_file():
+        say(f"meta-training: {name} is there already")
+        return folder
+    check(pool, config.train, config.workers)
+    write_json(folder / "job.json", settings)
+    say(f"meta-training {name}: {config.train.steps} steps on {pool.n_way} classes, {len(pool)} images")
+    begun = time.monotonic()
+    model, losses = train(
+        pool, config.train, workers=config.workers, name=name, folder=home() / "train", shape_dims=task.shape_dims
+    )
+    record = {"task": plan.provenance(), "losses": losses, "seconds": time.monotonic() - begun}
+    write_run(folder, model, config, record)
+    return folder
+
+
+def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: str) -> dict[str, Any]:
+    """Everything that determines the outcome: the features of which images, whitened by which, trained how."""
+    return {
+        "base": base,
+        "feature_key": plan.key.digest,
+        "images": digest([pool.image_ids.tolist(), pool.labels.tolist()]),
+        "normals": digest(list(plan.normal_ids)),
+        "transform": to_mapping(config.transform),
+        "train": to_mapping(config.train),
+    }
+
+
+def fill_pseudo(plan: TaskPlan, manifest: Any) -> None:
+    """Features of the pseudo-defects a task may use.
+
+    Raises:
+        DataError: some could not be extracted.
+    """
+    requests = pseudo_requests(plan, manifest)
+    with progress(f"features of pseudo-defects of {plan.label}") as advance:
+        report = extract(requests, home(), plan.key, plan.spec, workers=num_workers(), progress=advance)
+    say(f"features of pseudo-defects: {report.cached} images cached, {report.extracted} extracted")
+    if report.failed:
+        raise DataError(f"{len(report.failed)} pseudo-defects could not be extracted; first: {report.failed[0][1]}")
+
+
+def judged(task: FewShotTask, job: TrainJob, start: MetaStart) -> tuple[list[float], list[float]]:
+    """Accuracy of the support pool's episodes without and with what was learned."""
+    spec = EpisodeSpec(k_shot=job.k_shot, seed=job.meta.train.seed + 1, split=job.split)
+    plain = RunConfig(
+        method=to_mapping(replace(job.meta.train.method, steps=0)), transform=job.meta.transform, pretrained=False
+    )
+    learned = replace(plain, features="meta" if start.projection else "plain", pretrained=True)
+    before, after = validate(task, [plain, learned], spec, range(job.check_episodes), start)
+    return before, after
 
 
 if __name__ == "__main__":

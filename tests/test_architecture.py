@@ -15,14 +15,16 @@ RAY_ALLOWED = ("hypdefect/distributed/", "jobs/", "serve/", "cluster/", "tests/"
 # A module imports from its own layer and those above this line of it, never from a later one.
 LAYERS = (
     {"errors", "types", "config"},
-    {"geometry", "metrics"},
+    {"geometry", "metrics", "embedding"},
     {
+        "published",
         "datasets",
         "images",
         "torchvision_ops",
         "backbones",
         "clip",
         "patches",
+        "region_shape",
         "views",
         "features",
         "store",
@@ -33,7 +35,7 @@ LAYERS = (
         "task",
     },
     {"methods"},
-    {"training", "evaluation", "ledger", "artifacts", "registry", "predictor"},
+    {"training", "evaluation", "ledger", "comparison", "artifacts", "registry", "predictor"},
     {"distributed"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

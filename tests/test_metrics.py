@@ -9,7 +9,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.metrics import Interval, clustered_interval, interval, paired
+from hypdefect.metrics import (
+    Interval,
+    calibration_error,
+    clustered_interval,
+    holm,
+    interval,
+    paired,
+    wilcoxon,
+)
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
 
@@ -88,3 +96,61 @@ def test_lists_of_different_length_are_refused() -> None:
         clustered_interval([1.0, 2.0, 3.0], [0, 1])
     with pytest.raises(DataError, match="2 values in 3"):
         clustered_interval([1.0, 2.0], [0, 0, 0])
+
+
+def test_holm_by_hand() -> None:
+    """Sorted 0.01, 0.02, 0.03, 0.5 times 4, 3, 2, 1: 0.04, 0.06, 0.06, 0.5; the third is held up by the second."""
+    assert holm([0.02, 0.5, 0.01, 0.03]) == pytest.approx([0.06, 0.5, 0.04, 0.06])
+    assert holm([0.4, 0.9]) == pytest.approx([0.8, 0.9])
+    assert holm([0.7, 0.7]) == [1.0, 1.0]
+    assert holm([0.3]) == [0.3]
+    assert holm([]) == []
+
+
+def test_wilcoxon_by_hand() -> None:
+    """All of 5 differences above 0: 2 of the 2^5 equally likely signs are as extreme."""
+    assert wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(2 / 32)
+    assert wilcoxon([-0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(4 / 32)  # rank sum of the minority at most 1
+    assert wilcoxon([-0.5, 0.1]) == wilcoxon([0.5, -0.1]) == 1.0
+    assert wilcoxon([0.0, 0.0]) == 1.0
+    assert wilcoxon([0.3]) == 1.0
+    with pytest.raises(DataError, match="finite differences"):
+        wilcoxon([math.nan, 0.1])
+
+
+def test_wilcoxon_copes_with_draws_that_agree() -> None:
+    """Accuracies are counts over few queries: ties and zeros are common and must not end in a warning."""
+    assert wilcoxon([0.0, 0.01, 0.01, 0.01, 0.02, 0.02, 0.0, 0.01, 0.03, 0.01]) < 0.02
+
+
+def slow_calibration_error(confidence: list[float], correct: list[bool], bins: int) -> float:
+    """Guo et al. (2017), eq. 3, read off the page."""
+    total = 0.0
+    for m in range(1, bins + 1):
+        inside = [i for i, p in enumerate(confidence) if (m - 1) / bins < p <= m / bins]
+        if inside:
+            acc = sum(correct[i] for i in inside) / len(inside)
+            conf = sum(confidence[i] for i in inside) / len(inside)
+            total += len(inside) / len(confidence) * abs(acc - conf)
+    return total
+
+
+@pytest.mark.parametrize("bins", [1, 10, 15])
+def test_calibration_error_is_that_of_its_definition(bins: int) -> None:
+    rng = np.random.default_rng(bins)
+    confidence, correct = rng.uniform(0.2, 1, size=200), rng.random(200) < 0.6
+    expected = slow_calibration_error(confidence.tolist(), correct.tolist(), bins)
+    assert calibration_error(confidence, correct, bins) == pytest.approx(expected)
+    assert expected > 0.01
+
+
+def test_calibration_error_by_hand() -> None:
+    right = np.array([True, True, False, False])
+    assert calibration_error(np.full(4, 0.5), right) == pytest.approx(0)
+    assert calibration_error(np.ones(4), right) == pytest.approx(0.5)
+    assert calibration_error(np.array([0.9, 0.9, 0.6, 0.6]), right) == pytest.approx(0.5 * 0.1 + 0.5 * 0.6)
+    # a bin's upper end belongs to it, as in the paper: 0.5 and 0.45 share the first of two bins
+    assert calibration_error(np.array([0.5, 0.45]), right[1:3], bins=2) == pytest.approx(abs(0.5 - 0.475))
+    for wrong in (np.array([]), np.array([1.5]), np.array([math.nan])):
+        with pytest.raises(DataError, match="each in"):
+            calibration_error(wrong, np.ones(len(wrong), dtype=bool))

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.features import FeatureKey, FeatureTransform, RowKey, TransformConfig
 from hypdefect.methods import METHODS
 from hypdefect.predictor import Predictor, save_model
+from hypdefect.region_shape import SHAPE_DIMS
 from hypdefect.registry import write_checksums
 from hypdefect.store import FeatureStore
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import RecipeConfig, RegionExtractor
+from hypdefect.views import RecipeConfig, RegionExtractor, dims_of
 from tests.tiny_dataset import draw
 
 CLASSES = ("dent", "scratch", "stain")
@@ -39,7 +41,7 @@ def picture(kind: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
 class Fitted:
     """A classifier with all that made it, before it is saved."""
 
-    def __init__(self, method: str, uses_mask: bool = True) -> None:
+    def __init__(self, method: str, uses_mask: bool = True, narrow: int = 0) -> None:
         self.uses_mask = uses_mask
         self.extractor = RegionExtractor(Backbone(get_backbone("tiny_random")), RECIPE)
         normals = {view: [] for view in VIEWS}  # type: ignore[var-annotated]
@@ -47,9 +49,16 @@ class Fitted:
             for view, rows in self.extractor(picture(5, 900 + tile)[0], None).items():
                 normals[view].append(rows.numpy())
         stacked = {view: np.concatenate(rows) for view, rows in normals.items()}
-        self.transform = FeatureTransform.fit(stacked, get_backbone("tiny_random").dims, TransformConfig())
-        self.run = RunConfig(name=method, method=CONFIGS[method])
-        self.classifier = self.run.classifier(sum(get_backbone("tiny_random").dims))
+        block_dims, shape_dims = dims_of(get_backbone("tiny_random"), RECIPE)
+        self.transform = FeatureTransform.fit(stacked, block_dims, TransformConfig(), shape_dims)
+        if narrow:
+            generator = torch.Generator().manual_seed(0)
+            size = sum(block_dims) - shape_dims
+            projection = {view: torch.randn(size, narrow, generator=generator) for view in VIEWS}
+            mean = {view: torch.randn(size, generator=generator) / size for view in VIEWS}
+            self.transform = self.transform.projected(projection, mean)
+        self.run = RunConfig(name=method, method=CONFIGS.get(method, {}))
+        self.classifier = self.run.classifier(self.transform.dim)
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
         support = FeatureBatch(
@@ -108,7 +117,9 @@ def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None
     fitted.save(tmp_path / "model")
     loaded = Predictor.load(tmp_path / "model")
     spec = get_backbone("tiny_random")
-    key = FeatureKey(backbone=spec.name, backbone_digest=spec.digest, block_dims=spec.dims, recipe=RECIPE)
+    key = FeatureKey(
+        backbone=spec.name, backbone_digest=spec.digest, block_dims=dims_of(spec, RECIPE)[0], recipe=RECIPE
+    )
     store = FeatureStore(tmp_path, key)
     store.create()
     pictures = [picture(kind, 60 + kind) for kind in range(3)]
@@ -121,6 +132,16 @@ def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None
     stored = loaded.classifier.logits(table.batch(np.arange(3), dict.fromkeys(ids, 0)))
     for i, (image, mask) in enumerate(pictures):
         torch.testing.assert_close(loaded.logits(image, mask), stored[i], rtol=1e-5, atol=1e-5)
+
+
+def test_a_projected_model_is_served_as_it_was_saved(tmp_path: Path) -> None:
+    fitted = Fitted("prototype", narrow=5)
+    fitted.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    image, mask = picture(1, 55)
+    views = fitted.transform(fitted.extractor(image, mask))
+    assert views["crop"].shape == (1, 5 + SHAPE_DIMS)
+    assert torch.equal(loaded.logits(image, mask)[None], fitted.classifier.logits(module._batch(views)))
 
 
 def test_neighbours_do_not_matter(fitted: Fitted, tmp_path: Path) -> None:
@@ -193,10 +214,11 @@ def test_another_backbone_is_refused(fitted_prototype: Fitted, tmp_path: Path, m
     ("change", "message"),
     [
         ({"backbone": "resnet"}, "unknown backbone"),
-        ({"format_version": 2}, "format_version 2, here 1"),
+        ({"format_version": 1}, "format_version 1, here 2"),
         ({"extractor_version": 0}, "extractor_version 0"),
         ({"class_names": ["dent", "scratch"]}, r"\(1, 3\) for 2 classes"),
-        ({"block_dims": [48, 255]}, "do not fit tiny_random"),
+        ({"block_dims": [48, 255, 14]}, "do not fit tiny_random"),
+        ({"block_dims": [48, 256]}, "do not fit tiny_random"),
         ({"surprise": 1}, "no field 'surprise'"),
         ({"run": {"name": "prototype", "method": {"metrik": "cosine"}}}, "did you mean 'metric'"),
         ({"run": {"name": "nearest"}}, "not a model description"),
@@ -218,7 +240,7 @@ def test_tensors_of_another_method_are_refused(fitted: Fitted, tmp_path: Path) -
     fitted.save(tmp_path)
     other = next(name for name in METHODS if name != fitted.run.name)
     card = json.loads((tmp_path / "model.json").read_text())
-    card["run"] |= {"name": other, "method": CONFIGS[other]}
+    card["run"] |= {"name": other, "method": CONFIGS.get(other, {})}
     (tmp_path / "model.json").write_text(json.dumps(card))
     write_checksums(tmp_path)
     with pytest.raises(ArtifactError, match=f"do not fit method '{other}'"):
@@ -229,6 +251,10 @@ def test_contradictions_are_found_when_saving(fitted_prototype: Fitted, tmp_path
     for change, message in (
         ({"method": "hypdfs"}, "run configuration is one of 'prototype'"),
         ({"backbone": "efficientnet_lite0"}, "gives"),
+        (
+            {"recipe": replace(RECIPE, shape=False)},
+            r"\(48, 256, 14\), the last 14 of shape, tiny_random gives \(48, 256\)",
+        ),
         ({"class_names": ("a", "a", "b")}, "distinct"),
         ({"provenance": {"acc": float("nan")}}, "plain JSON"),
         ({"provenance": {"path": object()}}, "plain JSON"),

@@ -12,13 +12,23 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hypdefect.backbones import Backbone
+from hypdefect.backbones import Backbone, get_backbone
 from hypdefect.datasets import ingest, read_manifest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.features import ImageRequest, TransformConfig
 from hypdefect.images import read_image, read_mask
+from hypdefect.region_shape import SHAPE_DIMS
 from hypdefect.store import FeatureStore
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, image_requests, ingested, load_task, plan_task
+from hypdefect.task import (
+    FewShotTask,
+    TaskConfig,
+    TaskPlan,
+    extraction_key,
+    image_requests,
+    ingested,
+    load_task,
+    plan_task,
+)
 from hypdefect.types import VIEWS
 from hypdefect.views import FULL_REGION, RecipeConfig, RegionExtractor
 from tests.tiny_dataset import make_elpv_tree, make_folder_tree, make_mtd_tree
@@ -202,8 +212,22 @@ def test_a_task_holds_what_was_planned(mtd: pa.Table, loaded: tuple[TaskPlan, Fe
             assert group == rows[image_id]["group_id"]
     assert not set(task.pool.groups) & set(task.queries.groups)
     assert task.normals is not None
-    assert {view: x.shape for view, x in task.normals.items()} == {view: (6, sum(plan.spec.dims)) for view in VIEWS}
-    assert task.block_dims == plan.spec.dims
+    assert {view: x.shape for view, x in task.normals.items()} == dict.fromkeys(VIEWS, (6, plan.key.dim))
+    assert (task.block_dims, task.shape_dims) == ((*plan.spec.dims, SHAPE_DIMS), SHAPE_DIMS)
+
+
+def test_keys_say_which_numbers_describe_the_shape() -> None:
+    found = {}
+    for name in ("tiny_random", "patchcore_lite0"):
+        for shape in (True, False):
+            key = extraction_key(get_backbone(name), replace(RECIPE, shape=shape))
+            found[name, shape] = (key.block_dims, key.shape_dims)
+    assert found == {
+        ("tiny_random", True): ((48, 256, SHAPE_DIMS), SHAPE_DIMS),
+        ("tiny_random", False): ((48, 256), 0),
+        ("patchcore_lite0", True): ((112,), 0),
+        ("patchcore_lite0", False): ((112,), 0),
+    }
 
 
 def test_features_are_those_of_the_image_they_stand_for(loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
@@ -221,10 +245,10 @@ def test_the_transform_is_fitted_on_normals(loaded: tuple[TaskPlan, FewShotTask,
     _, task, _ = loaded
     assert task.normals is not None
     few = task.transform(TransformConfig())
-    assert few.tensors == {}  # six are too few to whiten by
+    assert set(few.tensors) == {"shape"}  # six are too few to whiten by
     many = replace(task, normals={view: np.tile(x, (2, 1)) for view, x in task.normals.items()})
     found = many.transform(TransformConfig()).tensors["whole/mean"].numpy()
-    np.testing.assert_allclose(found, task.normals["whole"].mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found, task.normals["whole"].mean(0)[:-SHAPE_DIMS], rtol=1e-4, atol=1e-5)
 
 
 def test_a_store_without_all_rows_is_not_a_task(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:

@@ -13,8 +13,9 @@ from hypdefect.config import from_mapping, to_mapping
 from hypdefect.episodes import LabelledFeatures, build_episode
 from hypdefect.errors import ArtifactError, ConfigError, NumericsError
 from hypdefect.evaluation import RunConfig
+from hypdefect.features import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import TrainConfig, load_start, meta_train, write_run
+from hypdefect.training import MetaConfig, TrainConfig, learner, load_start, meta_train, write_run
 from hypdefect.types import EpisodeSpec
 from tests.toy_features import DIM, toy_batch, toy_pool
 
@@ -234,13 +235,15 @@ def test_a_loss_that_leaves_the_numbers_stops_the_run() -> None:
 
 def test_a_run_directory_starts_a_classifier(tmp_path: Path) -> None:
     model, losses = train()
-    write_run(tmp_path / "run", model, SMALL, {"losses": losses})
-    start, method = load_start(tmp_path / "run")
-    assert method == METHOD
-    assert {k: tuple(v.shape) for k, v in start.items()} == {
+    config = MetaConfig(train=SMALL, transform=TransformConfig(whitening=0.5))
+    write_run(tmp_path / "run", model, config, {"losses": losses})
+    start, known = load_start(tmp_path / "run")
+    assert known == config
+    assert start.projection == {}
+    assert {k: tuple(v.shape) for k, v in start.core.items()} == {
         f"core.{k}": tuple(v.shape) for k, v in model.core.state_dict().items()
     }
-    begun = RunConfig(name="hypdfs", method=method).classifier(DIM, start)
+    begun = RunConfig(name="hypdfs", method=METHOD).classifier(DIM, start.core)
     for classifier in (begun, model):
         classifier.adapt(toy_batch(), 3)
     queries = toy_batch(k_shot=5, seed=2)
@@ -250,11 +253,39 @@ def test_a_run_directory_starts_a_classifier(tmp_path: Path) -> None:
     assert not torch.allclose(scratch.logits(queries), model.logits(queries))
 
 
+def test_a_learned_representation_goes_to_the_features_and_the_rest_to_the_classifier(tmp_path: Path) -> None:
+    """Projected features with the remaining weights are the meta-trained model; shape descriptors pass by."""
+    shape_dims = 2
+    config = replace(SMALL, projection=3)
+    pool = toy_pool()
+    model = learner(pool, config, shape_dims)
+    before = model.core.state_dict()["projection.weight"].clone()
+    meta_train(model, pool, config, quiet)
+    assert not torch.equal(before, model.core.state_dict()["projection.weight"])
+    write_run(tmp_path / "run", model, MetaConfig(train=config), {})
+    start, _ = load_start(tmp_path / "run")
+    assert not any(name.startswith("core.projection") for name in start.core)
+    plain = FeatureTransform((DIM - shape_dims, shape_dims), {"shape": torch.ones(shape_dims)})
+    transform = plain.projected(start.projection, start.mean)
+    support, query = toy_batch(), toy_batch(k_shot=5, seed=2)
+    on_plain, on_meta = ([replace(b, views=t(b.views)) for b in (support, query)] for t in (plain, transform))
+    assert on_meta[0].views["whole"].shape[1] == 3 + shape_dims
+    begun = RunConfig(method=METHOD, features="meta").classifier(3 + shape_dims, start.core)
+    begun.adapt(on_meta[0], 3)
+    model.adapt(on_plain[0], 3)
+    torch.testing.assert_close(begun.logits(on_meta[1]), model.logits(on_plain[1]), rtol=0, atol=1e-5)
+
+
+def test_a_projection_wider_than_the_base_classes_span_is_refused() -> None:
+    with pytest.raises(ConfigError, match="span 5 directions at most"):
+        learner(toy_pool(), replace(SMALL, projection=6), shape_dims=1)
+
+
 @pytest.mark.parametrize("missing", ["config.json", "checkpoint/core.safetensors"])
 @pytest.mark.parametrize("cut", [False, True])
 def test_an_unfinished_run_directory_is_named(tmp_path: Path, missing: str, cut: bool) -> None:
     model, _ = train(replace(SMALL, steps=1))
-    write_run(tmp_path / "run", model, SMALL, {})
+    write_run(tmp_path / "run", model, MetaConfig(train=SMALL), {})
     file = tmp_path / "run" / missing
     if cut:
         file.write_bytes(file.read_bytes()[:20])

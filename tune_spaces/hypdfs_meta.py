@@ -1,16 +1,19 @@
-"""What a search varies for HypDFS that starts from meta-trained weights: nothing that changes their shapes."""
+"""What a search varies for HypDFS that starts from meta-training: nothing that its weights were not trained for.
+
+Whether to use what was learned is a choice like any other, made on episodes of the support pool.
+"""
 
 import optuna
 
 METHOD, METRIC, MODE = "hypdfs", "val/episode/acc", "max"
-# how the features are whitened matters most, and differs by data set
-FIRST: list[dict[str, object]] = [{"transform.whitening": None}, {"transform.whitening": 0.1}]
+FIRST: list[dict[str, object]] = [{"features": "plain"}, {"pretrained": False}]
 
 
 def space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("features", ["meta", "plain"])
     trial.suggest_categorical("pretrained", [True, False])
-    trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
     trial.suggest_categorical("support_copies", [0, 2])
+    trial.suggest_categorical("transform.shape_weight", [0.05, 0.1, 0.15])
     trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
     trial.suggest_float("method.feature_scale", 1.0, 6.0, log=True)
     trial.suggest_float("method.margin", 0.1, 4.0, log=True)

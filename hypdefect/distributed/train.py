@@ -14,9 +14,8 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from hypdefect.config import from_mapping, to_mapping
 from hypdefect.episodes import LabelledFeatures, sample_episode
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.evaluation import dimension
 from hypdefect.methods.hypdfs import HypDFS
-from hypdefect.training import TrainConfig, checkpoint_losses, episode_spec, load_checkpoint, meta_train
+from hypdefect.training import TrainConfig, checkpoint_losses, episode_spec, learner, load_checkpoint, meta_train
 
 
 def _loop(settings: dict[str, Any]) -> None:
@@ -26,7 +25,7 @@ def _loop(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     torch.set_num_threads(max(1, settings["threads"]))
     device = get_device()
-    model = HypDFS(config.method, dimension(pool))
+    model = learner(pool, config, settings["shape_dims"])
     wrapped = prepare_model(model)
 
     def report(metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
@@ -77,9 +76,13 @@ def train(
     workers: int,
     name: str,
     folder: Path,
+    shape_dims: int = 0,
     max_failures: int = 2,
 ) -> tuple[HypDFS, list[float]]:
     """Meta-train on the pool's classes; a run of a known name continues from its last checkpoint.
+
+    Args:
+        shape_dims: as for `learner`.
 
     Returns:
         The trained model, and the loss of every step since the run was first started, whatever interrupted it.
@@ -97,6 +100,7 @@ def train(
         train_loop_config={
             "config": to_mapping(config),
             "pool": [ray.put(pool)],
+            "shape_dims": shape_dims,
             "threads": max(1, cpus // workers),
         },
         scaling_config=ScalingConfig(
@@ -114,7 +118,7 @@ def train(
     except ray.train.TrainingFailedError as error:
         raise _reason(error, name) from error
     assert checkpoint is not None  # the last step is always reported
-    model = HypDFS(config.method, dimension(pool))
+    model = learner(pool, config, shape_dims)
     optimizer = torch.optim.AdamW(model.core.parameters())
     with checkpoint.as_directory() as found:
         load_checkpoint(Path(found), model, optimizer)

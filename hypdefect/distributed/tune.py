@@ -26,7 +26,7 @@ from ray.tune.search.optuna import OptunaSearch
 from hypdefect.config import override, to_mapping
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, HypdefectError, NumericsError
-from hypdefect.evaluation import RunConfig, validation_scores
+from hypdefect.evaluation import MetaStart, RunConfig, validation_scores
 from hypdefect.features import FeatureTransform, TransformConfig
 from hypdefect.types import EpisodeSpec
 
@@ -60,6 +60,8 @@ class SearchData:
     pool: LabelledFeatures
     normals: dict[str, np.ndarray] | None
     block_dims: tuple[int, ...]
+    shape_dims: int = 0
+    start: MetaStart | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +76,11 @@ class TrialResult:
 
 
 @functools.lru_cache(maxsize=4)
-def _transformed(data_id: int, config: TransformConfig) -> LabelledFeatures:
+def _transformed(data_id: int, config: TransformConfig, features: str) -> LabelledFeatures:
     data = _SHARED[data_id]
-    transform = FeatureTransform.fit(data.normals, data.block_dims, config)
+    transform = FeatureTransform.fit(data.normals, data.block_dims, config, data.shape_dims)
+    if features == "meta" and data.start is not None:
+        transform = transform.projected(data.start.projection, data.start.mean)
     return data.pool.with_table(transform.table(data.pool.table))
 
 
@@ -90,7 +94,6 @@ def run_trial(
     spec: EpisodeSpec,
     search: SearchConfig,
     metric: str,
-    start: dict[str, torch.Tensor] | None,
 ) -> None:
     """One Tune trial: running mean of validation accuracy, reported at each rung. A numerical failure scores 0."""
     torch.set_num_threads(1)
@@ -99,12 +102,14 @@ def run_trial(
         _SHARED.clear()
         _SHARED[key] = ray.get(reference[0])
     config = override(base, params)
-    pool = _transformed(key, config.transform)
+    pool = _transformed(key, config.transform, config.features)
+    start = _SHARED[key].start
+    weights = start.weights(config) if start else None
     stops = np.linspace(0, search.episodes, search.rungs + 1).round().astype(int)
     scores: list[float] = []
     for first, last in itertools.pairwise(stops.tolist()):
         try:
-            scores += validation_scores(config, pool, spec, range(first, last), start)
+            scores += validation_scores(config, pool, spec, range(first, last), weights)
         except NumericsError as error:
             logger.warning("trial scores 0: %s (%s)", error, params)
             tune.report({metric: 0.0, "episodes": search.episodes})
@@ -173,7 +178,6 @@ def search(
     *,
     name: str,
     folder: Path,
-    start: dict[str, torch.Tensor] | None = None,
     notify: Callable[[int, float], None] | None = None,
 ) -> list[TrialResult]:
     """Run or continue the study `name` until `config.trials` trials are finished.
@@ -237,7 +241,6 @@ def search(
                 spec=spec,
                 search=config,
                 metric=space.METRIC,
-                start=start,
             ),
             {"CPU": 1},  # a fit is milliseconds of small operations: a GPU would only wait for its launches
         )

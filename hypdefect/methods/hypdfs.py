@@ -173,11 +173,50 @@ class MomentODE(nn.Module):
         return self.leave(x)
 
 
-class Core(nn.Module):
-    """What is meta-trained and then fitted per task: adapter, ODE and, if asked, the curvature."""
+class Projection(nn.Module):
+    """z = (f - m) P of each view, at unit norm: the representation that is meta-trained on pseudo-defects.
 
-    def __init__(self, config: HypDFSConfig, dim: int) -> None:
+    m is the mean of the classes it is trained on, so that the ball's origin is a defect of no kind in particular. What
+    features have beyond P's rows (the region's shape descriptors) follows unchanged, as in `FeatureTransform`.
+    """
+
+    mean: Tensor
+
+    def __init__(self, weight: Float[Tensor, "V E d"], mean: Float[Tensor, "V E"], rest: int = 0) -> None:
         super().__init__()
+        self.weight = nn.Parameter(weight.clone())
+        self.register_buffer("mean", mean.clone())
+        self.dim = int(weight.shape[2]) + rest
+
+    def forward(self, f: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V d"]:
+        width = self.weight.shape[1]
+        mapped = torch.einsum("...vd,vde->...ve", f[..., :width] - self.mean, self.weight)
+        return torch.cat([F.normalize(mapped, dim=-1), f[..., width:]], -1)
+
+
+def principal_projection(f: Float[Tensor, "R V D"], dim: int, rest: int = 0) -> Projection:
+    """Each view's directions of largest variance, `dim` of them: where meta-training starts.
+
+    Args:
+        rest: trailing numbers of each view that are not projected.
+    """
+    f = f[..., : f.shape[2] - rest]
+    mean = f.mean(0)
+    weights = []
+    for view in (f - mean).unbind(1):
+        directions = torch.linalg.svd(view, full_matrices=False)[2][:dim]
+        largest = directions.abs().argmax(1, keepdim=True)
+        weights.append((directions * directions.gather(1, largest).sign()).T)  # one sign, on every machine
+    return Projection(torch.stack(weights), mean, rest)
+
+
+class Core(nn.Module):
+    """What is meta-trained: projection (fixed after that), and adapter, ODE and curvature, then fitted per task."""
+
+    def __init__(self, config: HypDFSConfig, dim: int, projection: Projection | None = None) -> None:
+        super().__init__()
+        self.projection = projection
+        dim = dim if projection is None else projection.dim
         generator = torch.Generator().manual_seed(config.seed)
         wants_ode = config.ode != "none" and config.ode_steps > 0
         self.adapter = None if config.adapter == "none" else ResidualAdapter(dim, config.adapter_rank, generator)
@@ -191,12 +230,12 @@ class HypDFS(nn.Module):
     `core` holds the starting weights (zero-effect initialisation, or meta-trained ones); `adapt` fits a copy of it.
     """
 
-    def __init__(self, config: HypDFSConfig, dim: int) -> None:
+    def __init__(self, config: HypDFSConfig, dim: int, projection: Projection | None = None) -> None:
         super().__init__()
-        self.config, self.dim = config, dim
-        self.core = Core(config, dim)
+        self.core = Core(config, dim, projection)
+        self.config, self.dim = config, dim if projection is None else projection.dim
         self.fitted: Core | None = None
-        self.register_buffer("centers_WE", torch.zeros(0, 2 * dim))
+        self.register_buffer("centers_WE", torch.zeros(0, 2 * self.dim))
         self.last_loss: LossTerms | None = None
 
     # -- the FewShotClassifier protocol ------------------------------------------------------------------------------
@@ -216,7 +255,9 @@ class HypDFS(nn.Module):
         generator = torch.Generator().manual_seed(config.seed)
         core = copy.deepcopy(self.core).to(device)
         offset = torch.zeros(n_way, 2 * self.dim, device=device, requires_grad=config.learn_centers)
-        tangents = self.tangents(support)
+        with torch.no_grad():
+            tangents = self.tangents(support)
+        core.projection = None  # a task does not change it
         parameters = [p for p in core.parameters() if p.requires_grad] + ([offset] if config.learn_centers else [])
         if config.steps and parameters:
             optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -301,8 +342,10 @@ class HypDFS(nn.Module):
         return 0.0 if self.config.loss == "euclidean" else self.c(core)
 
     def tangents(self, batch: FeatureBatch) -> Float[Tensor, "R V D"]:
-        """Scaled and clipped features of both views."""
+        """Projected, scaled and clipped features of both views."""
         stacked = torch.stack([batch.views[view] for view in VIEWS], dim=1)
+        if self.core.projection is not None:
+            stacked = self.core.projection(stacked)
         return geometry.clip_norm(stacked * self.config.feature_scale, self.config.max_norm)
 
     def adapted(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V D"]:

@@ -19,8 +19,9 @@ from hypdefect.features import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
 from hypdefect.patches import patch_features
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.types import FeatureBatch
-from hypdefect.views import RecipeConfig, extractor_for, region_center, window_slices
+from hypdefect.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.views import RecipeConfig, dims_of, extractor_for, region_center, window_slices
 from tests.reference.alpha_clip import image_features
 from tests.tiny_clip import CONFIG, HEAD_WIDTH, SIDE, alpha_state, clip_model, write_alpha, write_config
 
@@ -67,7 +68,7 @@ def test_openclip_from_a_local_checkpoint_is_the_published_tower(openclip: str, 
         torch.testing.assert_close(clip.text_features(spec, ["a good part", "a scratch"]), expected)
     image, mask = picture()
     features = extractor_for(spec, RECIPE)(image, mask, "x", 2)
-    assert {view: tuple(x.shape) for view, x in features.items()} == {"whole": (3, 24), "crop": (3, 24)}
+    assert {view: tuple(x.shape) for view, x in features.items()} == dict.fromkeys(VIEWS, (3, 24 + SHAPE_DIMS))
     assert not torch.equal(features["whole"], features["crop"])
 
 
@@ -157,16 +158,18 @@ def test_alpha_clip_refuses_what_is_none(tmp_path: Path) -> None:
 def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
     spec = get_backbone(write_alpha(tmp_path))
     extractor = extractor_for(spec, RECIPE)
+    block_dims, shape_dims = dims_of(spec, RECIPE)
+    transform = FeatureTransform.fit(None, block_dims, TransformConfig(), shape_dims)
     rows = [extractor(*picture(i), f"{i}") for i in range(6)]
     views = {view: torch.cat([row[view] for row in rows]) for view in rows[0]}
     support = FeatureBatch(
         image_ids=tuple(map(str, range(6))),
-        views=FeatureTransform.fit(None, spec.dims, TransformConfig())(views),
+        views=transform(views),
         labels=torch.arange(6) % 2,
         aug_index=torch.zeros(6, dtype=torch.long),
     )
     run = RunConfig(name="prototype", method=PrototypeConfig())
-    classifier = run.classifier(24)
+    classifier = run.classifier(transform.dim)
     classifier.adapt(support, 2)
     save_model(
         tmp_path / "model",
@@ -174,7 +177,7 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
         run_config=run,
         classifier=classifier,
         class_names=("a", "b"),
-        transform=FeatureTransform.fit(None, spec.dims, TransformConfig()),
+        transform=transform,
         backbone=spec.name,
         recipe=RECIPE,
         uses_mask=True,
@@ -211,7 +214,7 @@ def test_any_timm_network_gives_two_maps(architecture: str, tmp_path: Path) -> N
     assert (backbone.net.get_classifier().__class__) is nn.Identity
     image, mask = picture()
     features = extractor_for(spec, RecipeConfig(whole_size=96, crop_size=96, window=48))(image, mask)
-    assert features["crop"].shape == (1, sum(spec.dims))
+    assert features["crop"].shape == (1, sum(spec.dims) + SHAPE_DIMS)
     assert torch.equal(features["crop"], features["crop"].half().float())
     broken = {k: v for k, v in net.state_dict().items() if not k.endswith("weight")}
     save_file(broken, tmp_path / "broken.safetensors")
@@ -269,6 +272,8 @@ def test_multiview_rows_are_the_mean_and_its_windows() -> None:
     assert out["crop"].shape[0] == 28
     torch.testing.assert_close(out["crop"][0], out["crop"][1:].mean(0), rtol=0, atol=2e-3)
     assert len(out["whole"].unique(dim=0)) == 1
+    shape = torch.from_numpy(region_shape(mask)).half().float()
+    assert all(torch.equal(rows[:, -SHAPE_DIMS:], shape.repeat(28, 1)) for rows in out.values())
     single = RecipeConfig(whole_size=32, crop_size=32, window=32, flips=False)
     inputs = extractor.prepare(image, mask).copies[0]["crop"][0]
     centre = extractor_for(get_backbone("tiny_random"), single).prepare(image, mask).copies[0]["crop"][0]

@@ -139,7 +139,61 @@ def test_a_transformed_table_keeps_its_rows() -> None:
     np.testing.assert_array_equal(out.views["crop"], expected.numpy())
 
 
-@pytest.mark.parametrize("values", [{"whitening": 0.0}, {"whitening": -1.0}, {"max_normals": -1}])
+@pytest.mark.parametrize(
+    "values", [{"whitening": 0.0}, {"whitening": -1.0}, {"max_normals": -1}, {"shape_weight": -0.1}]
+)
 def test_transforms_that_cannot_work_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"transform.{next(iter(values))}"):
         TransformConfig(**values)
+
+
+# ---- shape descriptors and projections -----------------------------------------------------------------------------
+
+SHAPE = 2
+
+
+def shaped(given: dict[str, np.ndarray], seed: int = 0) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return {
+        view: np.concatenate([x, rng.normal(size=(len(x), SHAPE))], 1, dtype=np.float32) for view, x in given.items()
+    }
+
+
+def tensors(given: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {view: torch.from_numpy(x) for view, x in given.items()}
+
+
+@pytest.mark.parametrize("whitening", [None, 3.0])
+@pytest.mark.parametrize("given", [None, normals()], ids=["no normals", "normals"])
+def test_shape_descriptors_are_only_weighted(given: dict[str, np.ndarray] | None, whitening: float | None) -> None:
+    config = TransformConfig(whitening=whitening, shape_weight=0.3)
+    x = shaped({view: v[:20] for view, v in normals(seed=1).items()})
+    found = FeatureTransform.fit(given and shaped(given), (*DIMS, SHAPE), config, SHAPE)
+    plain = FeatureTransform.fit(given, DIMS, config)
+    assert (found.dim, found.shape_dims, plain.dim, plain.shape_dims) == (9, SHAPE, 7, 0)
+    out, expected = found(tensors(x)), plain({view: v[:, :-SHAPE] for view, v in tensors(x).items()})
+    for view in VIEWS:
+        torch.testing.assert_close(out[view][:, :-SHAPE], expected[view])
+        torch.testing.assert_close(out[view][:, -SHAPE:], tensors(x)[view][:, -SHAPE:] * 0.3 / 2**0.5)
+
+
+def test_a_projection_maps_centred_unit_rows_to_unit_rows_and_leaves_the_shape() -> None:
+    plain = FeatureTransform.fit(shaped(normals()), (*DIMS, SHAPE), TransformConfig(), SHAPE)
+    generator = torch.Generator().manual_seed(0)
+    projection = {view: torch.randn(7, 3, generator=generator) for view in VIEWS}
+    mean = {view: torch.randn(7, generator=generator) / 7 for view in VIEWS}
+    projected = plain.projected(projection, mean)
+    x = tensors(shaped({view: v[:5] for view, v in normals(seed=2).items()}))
+    out, before = projected(x), plain(x)
+    assert projected.dim == 3 + SHAPE
+    for view in VIEWS:
+        mapped = (before[view][:, :7] - mean[view]) @ projection[view]
+        expected = torch.cat([mapped / mapped.norm(dim=1, keepdim=True), before[view][:, 7:]], 1)
+        torch.testing.assert_close(out[view], expected)
+    assert all(torch.equal(plain.projected({}, {})(x)[view], before[view]) for view in VIEWS)
+
+
+def test_a_row_that_projects_to_zero_stays_zero() -> None:
+    transform = FeatureTransform((2,), {}).projected({"crop": torch.eye(2)}, {"crop": torch.tensor([1.0, 0.0])})
+    found = transform({"crop": torch.tensor([[5.0, 0.0], [0.0, 2.0]])})["crop"]
+    torch.testing.assert_close(found, torch.tensor([[0.0, 0.0], [-1.0, 1.0]]) / 2**0.5)

@@ -1,6 +1,7 @@
 """From an image and its mask to the features of both views: geometry of the views, pooling, augmentation."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from hypdefect.backbones import Backbone, get_backbone
 from hypdefect.errors import ConfigError
+from hypdefect.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS
 from hypdefect.views import (
     RecipeConfig,
@@ -22,6 +24,7 @@ from hypdefect.views import (
     quarter,
     region_center,
     square,
+    tensors_of,
     views_of,
     window_slices,
 )
@@ -193,7 +196,7 @@ def test_any_shape_and_region_gives_finite_features(
     for mask in (box_mask(*shape, *box), None):
         features = extractor(image, mask, "id", 2)
         for view in VIEWS:
-            assert features[view].shape == (3, sum(get_backbone("tiny_random").dims))
+            assert features[view].shape == (3, 48 + 256 + SHAPE_DIMS)
             assert features[view].dtype == torch.float32
             assert torch.isfinite(features[view]).all()
 
@@ -203,7 +206,8 @@ def test_a_window_that_misses_a_region_of_several_parts_is_pooled_as_a_whole(ext
     mask = np.zeros((80, 200), dtype=bool)
     mask[38:42, :6] = mask[38:42, -6:] = True
     full = box_mask(80, 200, 16, 64, 76, 124)  # exactly the window round the middle
-    assert torch.equal(extractor(image, mask)["crop"], extractor(image, full)["crop"])
+    pooled = [extractor(image, region)["crop"][:, :-SHAPE_DIMS] for region in (mask, full)]
+    assert torch.equal(*pooled)
     assert not torch.equal(extractor(image, mask)["whole"], extractor(image, full)["whole"])
 
 
@@ -219,7 +223,8 @@ def test_both_blocks_are_the_pooled_maps_of_the_backbone(extractor: RegionExtrac
     image, mask = picture(7), box_mask(80, 96, 20, 40, 10, 30)
     inputs, weight = views_of(pixels_of(image), torch.from_numpy(mask), RECIPE)["crop"]
     stage, head = (masked_pool(maps, weight).mean(0) for maps in extractor.backbone(inputs))
-    assert torch.equal(extractor(image, mask)["crop"][0], torch.cat([stage, head]).half().float())
+    shape = torch.from_numpy(region_shape(mask))
+    assert torch.equal(extractor(image, mask)["crop"][0], torch.cat([stage, head, shape]).half().float())
 
 
 def test_features_are_those_of_the_image_alone(extractor: RegionExtractor) -> None:
@@ -231,6 +236,24 @@ def test_features_are_those_of_the_image_alone(extractor: RegionExtractor) -> No
     assert same(alone, {view: x[:1] for view, x in three.items()})
     assert same(after, {view: x[:2] for view, x in three.items()})
     assert all(len(torch.unique(x, dim=0)) == 4 for x in three.values())
+
+
+def test_the_shape_of_each_copys_own_region_ends_both_views(extractor: RegionExtractor) -> None:
+    image, mask = picture(10), box_mask(80, 96, 20, 40, 10, 60)
+    features = extractor(image, mask, "a", 2)
+    copies = [augment(*tensors_of(image, mask), RECIPE, augmentation_generator("a", i, RECIPE))[1] for i in (1, 2)]
+    expected = torch.tensor(np.stack([region_shape(x) for x in (mask, *(c.numpy() for c in copies if c is not None))]))
+    assert len(expected.unique(dim=0)) == 3
+    for view in VIEWS:
+        assert torch.equal(features[view][:, -SHAPE_DIMS:], expected.half().float())
+    without = RegionExtractor(extractor.backbone, replace(RECIPE, shape=False))(image, mask, "a", 2)
+    assert same(without, {view: x[:, :-SHAPE_DIMS] for view, x in features.items()})
+
+
+@pytest.mark.parametrize("mask", [None, np.ones((80, 96), dtype=bool)], ids=["no mask", "full region"])
+def test_without_a_region_no_copy_has_a_shape(extractor: RegionExtractor, mask: np.ndarray | None) -> None:
+    features = extractor(picture(10), mask, "a", 3)  # a turned or shifted full region leaves out corners
+    assert all((x[:, -SHAPE_DIMS:] == 0).all() for x in features.values())
 
 
 # ---- augmentation --------------------------------------------------------------------------------------------------

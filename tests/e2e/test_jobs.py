@@ -18,6 +18,7 @@ import yaml
 import hypdefect
 from hypdefect.datasets import read_manifest
 from hypdefect.images import read_bytes, read_image, read_mask
+from hypdefect.ledger import read, read_part
 from hypdefect.predictor import Predictor
 from hypdefect.registry import resolve
 from hypdefect.training import load_start
@@ -217,6 +218,44 @@ def test_the_published_model_predicts_as_the_sweep_did(user: User, swept: Done) 
         assert found.probabilities[found.label] == pytest.approx(row["probability"], abs=1e-4)
 
 
+EVALUATE = ("--methods", "prototype", "hypdfs", "--shots", 1, 2, "--draws", 2, "--trials", 2, "--episodes", 2)
+
+
+def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None:
+    """The same rows on a private Ray and on a cluster with more workers, times apart."""
+    args = ("evaluate", *data, *EVALUATE, "--split", "grouped", "--partitions", 2)
+    alone = user.run(*map(str, args))
+    (shared,) = user.run_many(args)
+    assert shared.code == 0, shared.stderr
+    table, again = (read_part(done.path) for done in (alone, shared))
+    own = {"run_id", "created", "fit_seconds", "predict_seconds", "validation_acc"}  # the twin's validation is NaN
+    same = [name for name in table.schema.names if name not in own]
+    assert table.select(same).equals(again.select(same))
+    np.testing.assert_array_equal(table["validation_acc"].to_numpy(), again["validation_acc"].to_numpy())
+    assert read(user.home).num_rows == 2 * table.num_rows == 2 * 2 * 2 * 2 * 3  # partitions, K, draws, methods and twin
+    names = {"hypdfs", "prototype", "hypdfs, c = 0 twin"}
+    assert {(r["name"], r["k_shot"]) for r in alone.result["leaderboard"]} == {(n, k) for n in names for k in (1, 2)}
+    assert {d["reference"] for d in alone.result["paired"]} == {"prototype"}
+    assert [len(alone.result["claims"][side]) for side in ("plain", "meta", "twin")] == [2, 0, 2]
+    for text in (*names, "K = 2", "Best Euclidean: prototype (by validation accuracy)", "at matched distance scale"):
+        assert text in alone.stdout
+    assert table["config_digest"][0].as_py() == alone.result["run"]["config_digest"]
+
+
+def test_evaluate_by_other_protocols(user: User, data: tuple[object, ...], swept: Done) -> None:
+    first = user.run("evaluate", *data, *EVALUATE, "--protocol", "first", "--trials", 0)
+    table = read_part(first.path)
+    assert set(table["protocol"].to_pylist()) == {"first"}
+    assert set(table["draw"].to_pylist()) == {0}
+    assert np.isnan(table["validation_acc"].to_numpy()).all()
+    assert {r["accuracy"]["half_width"] for r in first.result["leaderboard"]} == {None}
+    sweep = user.run("evaluate", "--sweep", "first", "--draws", 3)
+    found = {r["name"]: r["accuracy"]["mean"] for r in sweep.result["leaderboard"]}
+    expected = {n: r["accuracy"]["mean"] for n, r in swept.result["test"].items()}
+    assert found["hypdfs"] == pytest.approx(expected["hypdfs"])  # the same configuration, draws and queries
+    assert found["prototype"] == pytest.approx(expected["nearest prototype"])
+
+
 def test_help_and_dry_run(user: User, data: tuple[object, ...]) -> None:
     before = sorted(user.home.rglob("*")) if user.home.exists() else []
     lines: list[tuple[object, ...]] = [(name, "--help") for name in NAMES]
@@ -263,6 +302,9 @@ BAD: dict[str, tuple[Callable[[Path], tuple[object, ...]], str]] = {
         "too few for k_shot=2 and a query",
     ),
     "empty class folder": (lambda at: ("sweep", "--dataset", "folder", "--root", emptied(at)), "zinc"),
+    "unknown method": (lambda at: ("evaluate", "--methods", "protoype"), "known: hypdfs, prototype"),
+    "no such sweep": (lambda at: ("evaluate", "--sweep", "none"), "no finished sweep 'none'"),
+    "no shots": (lambda at: ("evaluate", "--shots", 0), "shots must be one or more numbers"),
     "unknown space": (lambda at: ("sweep", "--space", "hypfds"), "'hypfds'"),
     "no such run": (lambda at: ("sweep", "--init", at / "run", "--space", "hypdfs_meta"), "run holds no finished"),
     "nothing to resume": (lambda at: ("sweep", "--resume"), "no unfinished sweep of 'elpv' to resume"),

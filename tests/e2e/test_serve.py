@@ -21,10 +21,10 @@ from PIL import Image
 from hypdefect import registry
 from hypdefect.backbones import get_backbone
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTransform
+from hypdefect.features import FeatureTransform, TransformConfig
 from hypdefect.images import FORMATS
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.views import RecipeConfig
+from hypdefect.views import RecipeConfig, dims_of
 from tests.tiny_dataset import draw
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]
@@ -36,8 +36,11 @@ CAP = 2**20
 def save(folder: Path) -> None:
     spec = get_backbone("tiny_random")
     run = RunConfig(name="prototype", method={})
-    classifier = run.classifier(sum(spec.dims))
-    prototypes = torch.randn(3, 2 * sum(spec.dims), generator=torch.Generator().manual_seed(0))
+    recipe = RecipeConfig(whole_size=64, window=48, crop_size=64)
+    block_dims, shape_dims = dims_of(spec, recipe)
+    transform = FeatureTransform.fit(None, block_dims, TransformConfig(), shape_dims)
+    classifier = run.classifier(transform.dim)
+    prototypes = torch.randn(3, 2 * transform.dim, generator=torch.Generator().manual_seed(0))
     classifier.restore({"prototypes": prototypes})
     save_model(
         folder,
@@ -45,9 +48,9 @@ def save(folder: Path) -> None:
         run_config=run,
         classifier=classifier,
         class_names=CLASSES,
-        transform=FeatureTransform(spec.dims, {}),
+        transform=transform,
         backbone=spec.name,
-        recipe=RecipeConfig(whole_size=64, window=48, crop_size=64),
+        recipe=recipe,
         uses_mask=True,
         provenance={"dataset": "drawn", "metrics": {"acc": 0.5}},
     )

@@ -1,6 +1,6 @@
 """What every few-shot method promises, whatever is inside it."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypdefect.errors import ConfigError
+from hypdefect.episodes import draw_support
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, score_draw, validation_scores
 from hypdefect.methods import METHODS, Classifier, build, get_method
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
@@ -50,6 +51,11 @@ def test_logits_are_finite_float64_one_row_a_query_one_column_a_class(name: str,
         assert logits.dtype == torch.float64
         assert torch.isfinite(logits).all()
         assert not logits.requires_grad
+
+
+def test_a_class_without_support_is_refused(name: str) -> None:
+    with pytest.raises(DataError, match=r"rows per class are \[4, 4, 4, 0\]; every one of 4 classes"):
+        fresh(name).adapt(toy_batch(), 4)
 
 
 def test_the_same_support_gives_the_same_logits(name: str) -> None:
@@ -121,7 +127,12 @@ def test_a_query_is_judged_alone(name: str) -> None:
 
 def test_renumbering_the_classes_renumbers_the_logits_of_methods_without_noise() -> None:
     support, queries = toy_batch(), toy_batch(k_shot=9, seed=4)
-    for name, values in (("prototype", {}), ("hypdfs", {"steps": 0}), ("hypdfs", {"adapter": "real", "lr": 1e-2})):
+    noiseless = [
+        (name, {}) for name, method in METHODS.items() if "seed" not in {f.name for f in fields(method.config)}
+    ]
+    hypdfs = [("hypdfs", {"steps": 0}), ("hypdfs", {"adapter": "real", "lr": 1e-2})]
+    assert len(noiseless) > 8
+    for name, values in [*noiseless, *hypdfs]:
         a, b = (build(name, get_method(name).config(**values), DIM) for _ in range(2))
         a.adapt(support, 3)
         b.adapt(replace(support, labels=(support.labels + 1) % 3), 3)
@@ -139,7 +150,7 @@ def test_both_views_count(name: str) -> None:
 
 
 def test_unknown_methods_list_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown method 'svm'; known: hypdfs, prototype"):
+    with pytest.raises(ConfigError, match="unknown method 'svm'; known: hypdfs, prototype, logistic_regression"):
         get_method("svm")
 
 
@@ -161,7 +172,7 @@ def test_validation_scores_and_draws_are_repeatable(name: str) -> None:
     assert scores == list(validation_scores(config, pool, spec, range(4)))
     assert scores[2:] == list(validation_scores(config, pool, spec, range(2, 4)))
     assert all(0 <= s <= 1 for s in scores)
-    a, b = (score_draw(config, pool, queries, 2, 0, 3) for _ in range(2))
+    a, b = (score_draw(config, pool, queries, draw_support(pool, 2, 0, 3), 3) for _ in range(2))
     np.testing.assert_array_equal(a.probabilities, b.probabilities)
     np.testing.assert_allclose(a.probabilities.sum(1), 1)
     assert a.image_ids == tuple(queries.image_ids)
@@ -174,7 +185,7 @@ def test_query_labels_change_no_prediction(name: str) -> None:
     pool, queries = toy_pool(per_class=8), toy_pool(per_class=5)
     config = RunConfig(name=name, method=VARIANTS.get(name))
     other = replace(queries, labels=np.random.default_rng(0).permutation(queries.labels))
-    a, b = (score_draw(config, pool, q, 2, 0, 3) for q in (queries, other))
+    a, b = (score_draw(config, pool, q, draw_support(pool, 2, 0, 3), 3) for q in (queries, other))
     np.testing.assert_array_equal(a.probabilities, b.probabilities)
 
 

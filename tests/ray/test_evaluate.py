@@ -1,17 +1,34 @@
 """Scores from Ray tasks are those of plain calls, whatever runs where and when."""
 
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hypdefect.comparison import TWIN
 from hypdefect.config import override
-from hypdefect.distributed.evaluate import evaluate, validate
-from hypdefect.evaluation import RunConfig, dimension, score_draw, validation_scores
+from hypdefect.distributed.evaluate import CHUNK, compare, evaluate, validate
+from hypdefect.episodes import LabelledFeatures, draw_support
+from hypdefect.errors import NumericsError
+from hypdefect.evaluation import (
+    DrawScore,
+    Entrant,
+    MetaStart,
+    RunConfig,
+    Scored,
+    dimension,
+    flat_twin,
+    score_draw,
+    validation_scores,
+)
+from hypdefect.metrics import calibration_error
 from hypdefect.task import FewShotTask
 from hypdefect.training import core_tensors
+from hypdefect.types import VIEWS, EpisodeSpec
 from tests.ray.search_script import BASE, SPEC, make_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
@@ -45,47 +62,169 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def in_process(task: FewShotTask, name: str, number: int, start: dict[str, torch.Tensor] | None = None) -> Any:
-    config = CONFIGS[name]
+def sides(
+    task: FewShotTask, config: RunConfig, meta: MetaStart | None = None
+) -> tuple[LabelledFeatures, LabelledFeatures]:
     transform = task.transform(config.transform)
+    if meta and config.features == "meta":
+        transform = transform.projected(meta.projection, meta.mean)
     pool, queries = (side.with_table(transform.table(side.table)) for side in (task.pool, task.queries))
-    return score_draw(config, pool, queries, 3, 11, number, start)
+    return pool, queries
+
+
+def supports_of(task: FewShotTask, k_shot: int, draws: int) -> list[np.ndarray]:
+    return [draw_support(task.pool, k_shot, 11, number) for number in range(draws)]
+
+
+def in_process(
+    task: FewShotTask, config: RunConfig, k_shot: int, number: int, meta: MetaStart | None = None
+) -> DrawScore:
+    pool, queries = sides(task, config, meta)
+    chosen = draw_support(pool, k_shot, 11, number)
+    return score_draw(config, pool, queries, chosen, number, meta.weights(config) if meta else None)
+
+
+def assert_same(found: DrawScore, expected: DrawScore) -> None:
+    assert found.number == expected.number
+    assert found.image_ids == expected.image_ids
+    for name in ("probabilities", "predicted", "confusion"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(expected, name))
+    assert found.metrics.keys() == expected.metrics.keys()
+    for metric in found.metrics.keys() - TIMES:
+        assert found.metrics[metric] == expected.metrics[metric]
 
 
 def test_draws_are_those_of_plain_calls_in_any_order(
     ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]
 ) -> None:
     steps: list[tuple[int, int]] = []
-    starts = {"curved": start, "flat": None, "prototype": None}
-    scores = evaluate(
-        task, CONFIGS, 3, draws=4, seed=11, starts=starts, progress=lambda done, total: steps.append((done, total))
-    )
-    backwards = dict(reversed(CONFIGS.items()))
-    again = evaluate(task, backwards, 3, draws=4, seed=11, starts=starts)
-    assert steps == [(i, 12) for i in range(1, 13)]
-    assert list(scores) == list(CONFIGS)
+    meta = MetaStart(projection={}, core=start)
+    configs = CONFIGS | {"flat": replace(CONFIGS["flat"], pretrained=False)}
+    supports = supports_of(task, 3, CHUNK + 2)
+    scores = evaluate(task, configs, supports, start=meta, progress=lambda *step: steps.append(step))
+    again = evaluate(task, dict(reversed(configs.items())), supports, start=meta)
+    assert steps == [(i, 6) for i in range(1, 7)]
+    assert list(scores) == list(configs)
     for name, own in scores.items():
-        assert [s.number for s in own] == [0, 1, 2, 3]
-        for number in (3, 1, 0, 2):
-            expected = in_process(task, name, number, starts[name])
-            for found in (own[number], again[name][number]):
-                assert found.image_ids == expected.image_ids == tuple(task.queries.image_ids)
-                np.testing.assert_array_equal(found.probabilities, expected.probabilities)
-                np.testing.assert_array_equal(found.predicted, expected.predicted)
-                for metric in found.metrics.keys() - TIMES:
-                    assert found.metrics[metric] == expected.metrics[metric]
-    assert not np.array_equal(scores["curved"][0].probabilities, in_process(task, "curved", 0).probabilities)
+        assert len(own) == CHUNK + 2
+        for number in (6, 0, 3):
+            expected = in_process(task, configs[name], 3, number, meta)
+            assert expected.image_ids == tuple(task.queries.image_ids)
+            assert_same(own[number], expected)
+            assert_same(again[name][number], expected)
+    scratch = in_process(task, CONFIGS["curved"], 3, 0)
+    assert not np.array_equal(scores["curved"][0].probabilities, scratch.probabilities)
     assert len({s.metrics["acc"] for own in scores.values() for s in own}) > 2  # draws and methods differ
+
+
+def test_metrics_of_a_draw_agree_with_its_predictions(task: FewShotTask) -> None:
+    score = in_process(task, CONFIGS["prototype"], 3, 0)
+    truth = task.queries.labels
+    assert score.metrics.keys() == {"acc", "balanced_acc", "macro_f1", "ece", *TIMES}
+    assert score.metrics["acc"] == (score.predicted == truth).mean() == score.confusion.trace() / len(truth)
+    for label in range(4):
+        assert score.confusion[label].tolist() == np.bincount(score.predicted[truth == label], minlength=4).tolist()
+    assert score.metrics["ece"] == calibration_error(score.probabilities.max(1), score.predicted == truth)
+
+
+def entrants() -> list[Entrant]:
+    """Two candidates each; the second of the first diverges, of the others none is the same."""
+    broken = override(CONFIGS["curved"], {"method.lr": 1e30, "method.steps": 8})
+    cosine = CONFIGS["prototype"]
+    return [
+        Entrant(candidates=(CONFIGS["curved"], broken)),
+        Entrant(candidates=(cosine, override(cosine, {"transform.whitening": None, "method.metric": "euclidean"}))),
+        Entrant(candidates=(override(CONFIGS["curved"], {"method.adapter": "none"}),), variant="no adapter"),
+    ]
+
+
+def compared(task: FewShotTask, **changes: Any) -> list[Scored]:
+    settings: dict[str, Any] = {"episodes": 6, "split": "random", "seed": 2}
+    supports = {k: supports_of(task, k, 2) for k in (1, 3)}
+    return compare(task, entrants(), supports, **settings | changes)
+
+
+def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(ray_local: Any, task: FewShotTask) -> None:
+    steps: list[tuple[int, int]] = []
+    found = compared(task, progress=lambda *step: steps.append(step))
+    names = ["", TWIN, "", "no adapter"]
+    assert [(s.k_shot, s.variant) for s in found] == [(k, name) for k in (1, 3) for name in names]
+    assert steps == [(i, 2 * 5 + 2 * 4) for i in range(1, 19)]  # trials, then chunks of draws
+    for k_shot, own in ((1, found[:4]), (3, found[4:])):
+        spec = EpisodeSpec(k_shot=k_shot, seed=2, split="random")
+        for entrant, scored in zip(entrants(), (own[0], own[2], own[3]), strict=True):
+            means = []
+            for config in entrant.candidates:
+                pool, _ = sides(task, config)
+                try:
+                    means.append(float(np.mean(list(validation_scores(config, pool, spec, range(6))))))
+                except NumericsError:
+                    means.append(0.0)
+            assert scored.config == entrant.candidates[int(np.argmax(means))]
+            assert scored.validation == max(means)
+            assert scored.seconds > 0
+        curved, twin, *_ = own
+        assert twin.config == flat_twin(curved.config, sides(task, curved.config)[0])
+        assert math.isnan(twin.validation)
+    for scored in found:
+        for number, draw in enumerate(scored.draws):
+            assert_same(draw, in_process(task, scored.config, scored.k_shot, number))
+
+
+def test_the_query_side_decides_nothing(ray_local: Any, task: FewShotTask) -> None:
+    """The leak test: with shuffled query labels every choice and every prediction stays."""
+    labels = np.random.default_rng(0).permutation(task.queries.labels)
+    honest, leaky = compared(task), compared(replace(task, queries=replace(task.queries, labels=labels)))
+    moved = 0
+    for a, b in zip(honest, leaky, strict=True):
+        assert (a.config, a.variant) == (b.config, b.variant)
+        for x, y in zip(a.draws, b.draws, strict=True):
+            np.testing.assert_array_equal(x.probabilities, y.probabilities)
+            moved += x.metrics["acc"] != y.metrics["acc"]
+    assert moved
+
+
+def test_without_episodes_the_first_candidate_is_taken(ray_local: Any, task: FewShotTask) -> None:
+    found = compared(task, episodes=0, twins=False)
+    assert [s.config for s in found] == 2 * [e.candidates[0] for e in entrants()]
+    assert all(math.isnan(s.validation) for s in found)
+
+
+def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
+    ray_local: Any, task: FewShotTask
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    narrow = 5
+    projection = {view: torch.randn(dimension(task.pool), narrow, generator=generator) for view in VIEWS}
+    curved = replace(CONFIGS["curved"], features="meta")
+    core = core_tensors(curved.classifier(narrow))  # type: ignore[arg-type]
+    core = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in core.items()}
+    mean = {view: torch.randn(dimension(task.pool), generator=generator) / 10 for view in VIEWS}
+    meta = MetaStart(projection=projection, core=core, mean=mean)
+    configs = [CONFIGS["prototype"], replace(CONFIGS["prototype"], features="meta"), curved]
+    configs += [replace(curved, pretrained=False)]
+    chosen = [Entrant(candidates=(config,), variant=str(i)) for i, config in enumerate(configs)]
+    found = compare(task, chosen, {3: supports_of(task, 3, 2)}, episodes=3, split="random", seed=0, start=meta)
+    spec = EpisodeSpec(k_shot=3, seed=0)
+    for config, scored in zip(configs, found, strict=True):
+        pool, _ = sides(task, config, meta)
+        assert dimension(pool) == (narrow if config.features == "meta" else dimension(task.pool))
+        assert scored.validation == np.mean(list(validation_scores(config, pool, spec, range(3), meta.weights(config))))
+        assert_same(scored.draws[1], in_process(task, config, 3, 1, meta))
+    first = [s.draws[0].probabilities for s in found]
+    assert not np.array_equal(first[0], first[1])
+    assert not np.array_equal(first[2], first[3])
 
 
 def test_validation_is_that_of_plain_calls(ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]) -> None:
     configs = [CONFIGS["flat"], CONFIGS["curved"], override(CONFIGS["curved"], {"pretrained": False})]
-    found = validate(task, configs, SPEC, range(5, 9), start)
+    meta = MetaStart(projection={}, core=start)
+    found = validate(task, configs, SPEC, range(5, 9), meta)
     for config, own in zip(configs, found, strict=True):
-        pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
-        assert own == list(validation_scores(config, pool, SPEC, range(5, 9), start))
+        pool, _ = sides(task, config)
+        assert own == list(validation_scores(config, pool, SPEC, range(5, 9), meta.weights(config)))
         # an episode is the same alone
-        assert own[2:3] == validate(task, [config], SPEC, range(7, 8), start)[0]
+        assert own[2:3] == validate(task, [config], SPEC, range(7, 8), meta)[0]
 
 
 def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: FewShotTask) -> None:

@@ -1,0 +1,152 @@
+"""Write a set of pseudo-defects: image files with masks and a manifest, like any image set, made by Ray tasks."""
+
+import hashlib
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from jaxtyping import Bool, UInt8
+from PIL import Image
+
+from hypdefect.config import digest, replaced_file, to_mapping
+from hypdefect.datasets import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
+from hypdefect.errors import DataError
+from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.synthesis import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
+
+
+@dataclass(frozen=True, slots=True)
+class SyntheticSet:
+    """Pseudo classes as a manifest: `group_id` is the image_id of the picture that a pseudo-defect was put on."""
+
+    manifest: pa.Table
+    folder: Path
+    cached: bool
+
+
+def sources(manifest: pa.Table) -> list[dict[str, Any]]:
+    """The images pseudo-defects are put on: good parts; without any, the parts of defect images beside the marked
+    region.
+
+    Raises:
+        DataError: neither is there.
+    """
+    rows = manifest.to_pylist()
+    good = [row for row in rows if not row["is_defect"]]
+    chosen = good or [row for row in rows if row["mask_id"]]
+    if not chosen:
+        raise DataError("pseudo-defects need images of good parts, or masks that say where a part is good")
+    return sorted(chosen, key=lambda row: str(row["image_id"]))
+
+
+def synthesize(
+    manifest: pa.Table,
+    label: str,
+    home: Path,
+    config: SynthesisConfig,
+    progress: Callable[[int, int], None] | None = None,
+) -> SyntheticSet:
+    """The pseudo classes of one product's images, made once: the same settings and images give the stored set.
+
+    Raises:
+        DataError: no source images, or unreadable ones. ConfigError: the texture folder holds no picture.
+    """
+    named, textures = load_textures(config)
+    classes = [(law, texture) for texture in textures for law in draw_laws(config.seed)]
+    chosen = sources(manifest)
+    identity = [VERSION, to_mapping(config) | {"texture_folder": named}, manifest_digest(manifest)]
+    folder = home / "synthetic" / f"{label}-{digest(identity)[:12]}"
+    if (folder / "manifest.parquet").is_file():
+        return SyntheticSet(read_manifest(folder / "manifest.parquet"), folder, True)
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    order = np.random.default_rng([config.seed, 1]).permutation(len(chosen)).tolist()
+    waiting = []
+    for number, (law, texture) in enumerate(classes):
+        first = number * config.per_class
+        own = [chosen[order[(first + k) % len(order)]] for k in range(config.per_class)]
+        waiting.append(_MAKE.remote(texture, law, number, own, config.seed, str(folder), label))
+    rows: list[dict[str, Any]] = []
+    total = len(waiting)
+    while waiting:
+        ready, waiting = ray.wait(waiting)
+        rows += [row for reference in ready for row in ray.get(reference)]
+        if progress is not None:
+            progress(total - len(waiting), total)
+    table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["uri"])), schema=MANIFEST_SCHEMA)
+    write_manifest(table, folder / "manifest.parquet")
+    return SyntheticSet(table, folder, False)
+
+
+def _make(
+    texture: UInt8[np.ndarray, "_ _ 3"],
+    law: Law,
+    number: int,
+    rows: list[dict[str, Any]],
+    seed: int,
+    folder: str,
+    label: str,
+) -> list[dict[str, Any]]:
+    """The images of one pseudo class; an image too small for it is left out."""
+    out = []
+    for k, row in enumerate(rows):
+        image, marked = _read(row)
+        rng = np.random.default_rng([seed, 2, number, k])
+        made = pseudo_defect(image, law, texture, rng, None if marked is None else ~marked)
+        if made is None:
+            continue
+        stem = Path(folder) / "images" / f"{number:04d}-{k:02d}"
+        painted, region = made
+        ids = [_store(painted, stem.with_suffix(".png")), _store(region, stem.with_name(f"{stem.name}_mask.png"))]
+        ys, xs = np.nonzero(region)
+        out.append(
+            {
+                "image_id": ids[0],
+                "file_id": ids[0],
+                "mask_id": ids[1],
+                "uri": str(stem.with_suffix(".png")),
+                "dataset": f"pseudo-{row['dataset']}",
+                "product": label,
+                "family": law.name,
+                "defect": f"pseudo-{number:04d}",
+                "is_defect": True,
+                "mask_uri": str(stem.with_name(f"{stem.name}_mask.png")),
+                "bbox": [int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1],
+                "height": image.shape[0],
+                "width": image.shape[1],
+                "split": "",
+                "group_id": row["image_id"],
+                "intensity": "",
+                "note": "",
+            }
+        )
+    return out
+
+
+_MAKE = ray.remote(_make)
+
+
+def _read(row: dict[str, Any]) -> tuple[UInt8[np.ndarray, "H W 3"], Bool[np.ndarray, "H W"] | None]:
+    data = read_bytes(Path(row["uri"]))
+    intensity = Intensity.from_json(row["intensity"]) if row["intensity"] else None
+    image = read_image(data, name=row["uri"], intensity=intensity)
+    if not (row["is_defect"] and row["mask_uri"]):
+        return image, None
+    turned = exif_orientation(data, name=row["uri"])
+    mask, _ = read_mask(read_bytes(Path(row["mask_uri"])), image.shape[:2], name=row["mask_uri"], orientation=turned)
+    return image, mask
+
+
+def _store(pixels: np.ndarray, path: Path) -> str:
+    """Write a PNG; the sha256 of its bytes."""
+    buffer = io.BytesIO()
+    grey = pixels.ndim == 3 and bool((pixels == pixels[..., :1]).all())
+    plain = pixels[..., 0] if grey else pixels
+    Image.fromarray(plain.astype(np.uint8) * (255 if plain.dtype == bool else 1)).save(buffer, "PNG", compress_level=1)
+    with replaced_file(path) as file:
+        file.write(buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()

@@ -1,0 +1,399 @@
+"""Adapters of CLIP features: CLIP-Adapter, CLIP-ProtoNet, Tip-Adapter(-F), Zip-Adapter(-F).
+
+| paper | here |
+| --- | --- |
+| Gao et al., "CLIP-Adapter", IJCV 2024 (arXiv 2021): W1, W2 (eq. 4), residual ratio alpha (eq. 6) | `CLIPAdapter` |
+| MVREC's prototype row; with text, Proto-CLIP (IROS 2024), eq. 3 to 5 | `CLIPProtoNet` |
+| Zhang et al., "Tip-Adapter", ECCV 2022: F_train, L_train, alpha, beta (eq. 3 to 6) | `TipAdapter`, `TipAdapterF` |
+| Lyu et al., "MVREC", AAAI 2025: ZIP, SDPA, beta, tau | `ZipAdapter`, `ZipAdapterF` |
+
+Both views are joined, each row has unit length, and a cache holds one key an image: the mean over its copies, as
+Tip-Adapter and MVREC average theirs. Training rows are all copies.
+
+Text: where the backbone has a text tower, class-name embeddings are CLIP's classifier weights, at CLIP's logit scale.
+Without, the normalised class means stand in their place, at a scale that suits whitened features. Zip-Adapter reads no
+text in its paper, nor here.
+
+Deviations, common to all that train: full batches; what is trained lives in the span of the support rows and class
+weights (`span_basis`), outside of which no gradient points. A query's part outside of it counts in its length only.
+
+Shapes: N support rows, I images, Q queries, W ways, E = features of both views together, R <= N + W, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from hypdefect.methods.fitting import full_batch
+from hypdefect.methods.ranges import require_at_least, require_positive, require_share
+from hypdefect.methods.support import SupportRows, aligned, joined, span_basis
+from hypdefect.types import FeatureBatch
+
+
+def unit(batch: FeatureBatch) -> Float[Tensor, "N E"]:
+    return F.normalize(joined(batch), dim=1)
+
+
+def inside(f: Float[Tensor, "N E"], basis: Float[Tensor, "E R"]) -> tuple[Float[Tensor, "N R"], Float[Tensor, "N"]]:
+    """Coordinates of rows in a span, and the squared length of what lies outside of it."""
+    x = f @ basis
+    return x, (f.square().sum(1) - x.square().sum(1)).clamp_min(0)
+
+
+def affinity(cosine: Tensor, beta: float) -> Tensor:
+    """exp(-beta (1 - cosine)): Tip-Adapter's eq. 4, MVREC's activation."""
+    return (beta * (cosine - 1)).exp()
+
+
+# ---- CLIP-Adapter --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CLIPAdapterConfig:
+    ratio: float = 0.2
+    """alpha: share of the adapted feature."""
+    hidden: int = 64
+    """Width of the bottleneck."""
+    text_scale: float = 100.0
+    """CLIP's logit scale."""
+    prototype_scale: float = 10.0
+    """Logit scale where class means stand for the text."""
+    steps: int = 30
+    lr: float = 1e-2
+    weight_decay: float = 1e-2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_share(self, "ratio")
+        require_positive(self, "text_scale", "prototype_scale", "lr")
+        require_at_least(self, 1, "hidden")
+        require_at_least(self, 0, "steps", "weight_decay")
+
+
+class CLIPAdapter:
+    """f* = alpha ReLU(f W1) W2 + (1 - alpha) f; logits are scaled cosines of f* with the classes' weights.
+
+    Deviation: W1 and W2 start as Gaussians; the released code has a second ReLU behind W2, which the paper has not.
+    """
+
+    def __init__(self, config: CLIPAdapterConfig, dim: int) -> None:
+        self.config, self.dim = config, dim
+        self.fitted: dict[str, Tensor] | None = None
+
+    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+        config, rows = self.config, SupportRows.read(support, n_way)
+        weights = rows.class_weights(config.text_scale, config.prototype_scale)
+        f = F.normalize(rows.f_NE, dim=1)
+        basis = span_basis(torch.cat([f, F.normalize(weights, dim=1)]))
+        generator = torch.Generator().manual_seed(config.seed)
+        width, hidden = basis.shape[1], config.hidden
+        down = torch.randn(width, hidden, generator=generator, dtype=torch.float64)
+        up = torch.randn(hidden, width, generator=generator, dtype=torch.float64) / (hidden * width) ** 0.5
+        in_span, x = weights @ basis, inside(f, basis)
+        full_batch(
+            [down, up],
+            lambda: F.cross_entropy(self.scores(*x, in_span, down, up), rows.labels_N),
+            steps=config.steps,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+        )
+        self.fitted = {"basis": basis, "weights": in_span, "down": down, "up": up}
+
+    def scores(
+        self,
+        x: Float[Tensor, "N R"],
+        outside: Float[Tensor, "N"],
+        weights: Float[Tensor, "W R"],
+        down: Float[Tensor, "R H"],
+        up: Float[Tensor, "H R"],
+    ) -> Float[Tensor, "N W"]:
+        ratio = self.config.ratio
+        adapted = ratio * (x @ down).relu() @ up + (1 - ratio) * x
+        norm = (adapted.square().sum(1) + (1 - ratio) ** 2 * outside).sqrt().clamp_min(1e-12)
+        return adapted @ weights.T / norm[:, None]
+
+    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+        """Raises RuntimeError before `adapt`."""
+        if self.fitted is None:
+            raise RuntimeError("CLIPAdapter.logits needs adapt() first")
+        fitted = self.fitted
+        return self.scores(*inside(unit(query), fitted["basis"]), fitted["weights"], fitted["down"], fitted["up"])
+
+    def export(self) -> dict[str, Tensor]:
+        if self.fitted is None:
+            raise RuntimeError("CLIPAdapter.export needs adapt() first")
+        return dict(self.fitted)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.fitted = aligned(tensors)
+
+
+# ---- CLIP-ProtoNet -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CLIPProtoNetConfig:
+    temperature: float = 0.11
+    """tau of MVREC."""
+    text_share: float = 0.5
+    """Share of the text prototypes' probabilities, where there is text."""
+    text_scale: float = 100.0
+    """CLIP's logit scale."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "temperature", "text_scale")
+        require_share(self, "text_share")
+
+
+class CLIPProtoNet:
+    """Prototypes of CLIP features, without training: the comparison row of MVREC and HypDFS.
+
+    Neither paper defines it further; MVREC's code averages the copies and views of an image, then the unit images of a
+    class, and scores by cosine/tau. With text, as Proto-CLIP, probabilities of the image prototypes are mixed with
+    those of the text: p = (1 - s) softmax(cos/tau) + s softmax(scale cos).
+
+    Deviation: whole and crop are joined, not averaged (their whitened spaces are not one); text probabilities are
+    CLIP's own, where Proto-CLIP takes a second distance softmax.
+    """
+
+    def __init__(self, config: CLIPProtoNetConfig, dim: int) -> None:
+        self.config, self.dim = config, dim
+        self.prototypes_WE: Tensor | None = None
+        self.text_WE: Tensor | None = None
+
+    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+        rows = SupportRows.read(support, n_way)
+        f, labels = rows.image_means()
+        share = F.one_hot(labels, n_way).T.to(f)
+        self.prototypes_WE = F.normalize(share @ F.normalize(f, dim=1), dim=1)
+        self.text_WE = rows.text_WE
+
+    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+        """Raises RuntimeError before `adapt`."""
+        if self.prototypes_WE is None:
+            raise RuntimeError("CLIPProtoNet.logits needs adapt() first")
+        config, f = self.config, unit(query)
+        image = f @ self.prototypes_WE.T / config.temperature
+        if self.text_WE is None:
+            return image
+        text = config.text_scale * f @ self.text_WE.T
+        shares = torch.tensor([1 - config.text_share, config.text_share], dtype=f.dtype, device=f.device)
+        both = torch.stack([image.log_softmax(1), text.log_softmax(1)]) + shares.log()[:, None, None]
+        return both.logsumexp(0)
+
+    def export(self) -> dict[str, Tensor]:
+        if self.prototypes_WE is None:
+            raise RuntimeError("CLIPProtoNet.export needs adapt() first")
+        return {"prototypes": self.prototypes_WE} | ({} if self.text_WE is None else {"text": self.text_WE})
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.prototypes_WE, self.text_WE = tensors["prototypes"], tensors.get("text")
+
+
+# ---- Tip-Adapter ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TipAdapterConfig:
+    alpha: float = 1.0
+    """Weight of the cache against the classes' weights."""
+    beta: float = 5.5
+    """Sharpness of the affinities."""
+    text_scale: float = 100.0
+    """CLIP's logit scale."""
+    prototype_scale: float = 10.0
+    """Logit scale where class means stand for the text."""
+
+    def __post_init__(self) -> None:
+        require_at_least(self, 0, "alpha")
+        require_positive(self, "beta", "text_scale", "prototype_scale")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TipAdapterFConfig(TipAdapterConfig):
+    steps: int = 20
+    """Tip-Adapter-F's epochs."""
+    lr: float = 1e-2
+    """1e-3 in the paper, in CLIP's coordinates: steps in those of the span are shorter."""
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        TipAdapterConfig.__post_init__(self)
+        require_positive(self, "lr")
+        require_at_least(self, 0, "steps", "weight_decay")
+
+
+class TipAdapter:
+    """logits = alpha exp(-beta (1 - f F_train^T)) L_train + scale f W_c^T (eq. 6), without training."""
+
+    def __init__(self, config: TipAdapterConfig, dim: int) -> None:
+        self.config, self.dim = config, dim
+        self.fitted: dict[str, Tensor] | None = None
+
+    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+        rows = SupportRows.read(support, n_way)
+        means, labels = rows.image_means()
+        weights = rows.class_weights(self.config.text_scale, self.config.prototype_scale)
+        values = F.one_hot(labels, n_way).to(means)
+        keys = self.keys(rows, F.normalize(means, dim=1), values, weights)
+        self.fitted = {"keys": keys, "values": values, "weights": weights}
+
+    def keys(self, rows: SupportRows, keys_IE: Tensor, values_IW: Tensor, weights_WE: Tensor) -> Tensor:
+        return keys_IE
+
+    def scores(
+        self,
+        f: Float[Tensor, "N _"],
+        keys: Float[Tensor, "I _"],
+        values: Float[Tensor, "I W"],
+        weights: Float[Tensor, "W _"],
+    ) -> Float[Tensor, "N W"]:
+        return self.config.alpha * affinity(f @ keys.T, self.config.beta) @ values + f @ weights.T
+
+    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+        """Raises RuntimeError before `adapt`."""
+        if self.fitted is None:
+            raise RuntimeError(f"{type(self).__name__}.logits needs adapt() first")
+        return self.scores(unit(query), **self.fitted)
+
+    def export(self) -> dict[str, Tensor]:
+        if self.fitted is None:
+            raise RuntimeError(f"{type(self).__name__}.export needs adapt() first")
+        return dict(self.fitted)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.fitted = aligned(tensors)
+
+
+class TipAdapterF(TipAdapter):
+    """Tip-Adapter whose keys F_train are trained by cross-entropy (section 3.3), L_train and W_c fixed."""
+
+    def __init__(self, config: TipAdapterFConfig, dim: int) -> None:
+        super().__init__(config, dim)
+        self.training = config
+
+    def keys(self, rows: SupportRows, keys_IE: Tensor, values_IW: Tensor, weights_WE: Tensor) -> Tensor:
+        f, config = F.normalize(rows.f_NE, dim=1), self.training
+        basis = span_basis(f)
+        x, keys = f @ basis, keys_IE @ basis
+        fixed = f @ weights_WE.T
+        full_batch(
+            [keys],
+            lambda: F.cross_entropy(
+                config.alpha * affinity(x @ keys.T, config.beta) @ values_IW + fixed, rows.labels_N
+            ),
+            steps=config.steps,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
+        )
+        return keys @ basis.T
+
+
+# ---- Zip-Adapter ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZipAdapterConfig:
+    beta: float = 3.0
+    """Sharpness of the affinities; in MVREC 32 (1 where trained), for CLIP's features, which are all alike."""
+    temperature: float = 0.11
+    """tau, which divides the logits."""
+
+    def __post_init__(self) -> None:
+        require_positive(self, "beta", "temperature")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZipAdapterFConfig(ZipAdapterConfig):
+    steps: int = 30
+    lr: float = 1e-2
+    weight_decay: float = 1e-2
+
+    def __post_init__(self) -> None:
+        ZipAdapterConfig.__post_init__(self)
+        require_positive(self, "lr")
+        require_at_least(self, 0, "steps", "weight_decay")
+
+
+class ZipAdapter:
+    """logits = exp(-beta (1 - cos(ZIP(q), ZIP(K)))) V / tau with ZIP(x) = SiLU(W x + b) + x, W = b = 0, V one-hot.
+
+    The zero-initialised projection (ZIP) is the identity without training, so that this is a cache of one key an
+    image.
+    """
+
+    def __init__(self, config: ZipAdapterConfig, dim: int) -> None:
+        self.config, self.dim = config, dim
+        self.fitted: dict[str, Tensor] | None = None
+
+    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+        rows = SupportRows.read(support, n_way)
+        f = F.normalize(rows.f_NE, dim=1)
+        basis = span_basis(f)
+        means, labels = rows.image_means()
+        width = basis.shape[1]
+        fitted = {
+            "keys": F.normalize(means, dim=1) @ basis,
+            "values": F.one_hot(labels, n_way).to(f),
+            "weight": f.new_zeros(width, width),
+            "bias": f.new_zeros(width),
+        }
+        self.train(f @ basis, rows.labels_N, fitted)
+        self.fitted = fitted | {"basis": basis}
+
+    def train(self, x: Tensor, labels: Tensor, fitted: dict[str, Tensor]) -> None:
+        """Nothing to do: the projection stays the identity."""
+
+    def scores(
+        self,
+        x: Float[Tensor, "N R"],
+        outside: Float[Tensor, "N"],
+        keys: Float[Tensor, "I R"],
+        values: Float[Tensor, "I W"],
+        weight: Float[Tensor, "R R"],
+        bias: Float[Tensor, "R"],
+    ) -> Float[Tensor, "N W"]:
+        query, key = (F.silu(y @ weight.T + bias) + y for y in (x, keys))
+        norm = (query.square().sum(1) + outside).sqrt().clamp_min(1e-12)
+        cosine = query @ F.normalize(key, dim=1).T / norm[:, None]
+        return affinity(cosine, self.config.beta) @ values / self.config.temperature
+
+    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+        """Raises RuntimeError before `adapt`."""
+        if self.fitted is None:
+            raise RuntimeError(f"{type(self).__name__}.logits needs adapt() first")
+        fitted = dict(self.fitted)
+        return self.scores(*inside(unit(query), fitted.pop("basis")), **fitted)
+
+    def export(self) -> dict[str, Tensor]:
+        if self.fitted is None:
+            raise RuntimeError(f"{type(self).__name__}.export needs adapt() first")
+        return dict(self.fitted)
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.fitted = aligned(tensors)
+
+
+class ZipAdapterF(ZipAdapter):
+    """Zip-Adapter whose keys and projection are trained by cross-entropy.
+
+    As in MVREC's released configuration, without its optional triplet term. Deviation: that takes 500 AdamW steps at
+    1e-4; here they are fewer and longer.
+    """
+
+    def __init__(self, config: ZipAdapterFConfig, dim: int) -> None:
+        super().__init__(config, dim)
+        self.training = config
+
+    def train(self, x: Tensor, labels: Tensor, fitted: dict[str, Tensor]) -> None:
+        outside = x.new_zeros(len(x))
+        full_batch(
+            [fitted["keys"], fitted["weight"], fitted["bias"]],
+            lambda: F.cross_entropy(self.scores(x, outside, **fitted), labels),
+            steps=self.training.steps,
+            lr=self.training.lr,
+            weight_decay=self.training.weight_decay,
+        )

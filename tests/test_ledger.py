@@ -1,0 +1,92 @@
+"""The ledger keeps what it is given, refuses what cannot be, and says which part is damaged."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from hypdefect.errors import ArtifactError, ConfigError, DataError
+from hypdefect.ledger import SCHEMA, append, commit, latest, read, read_part
+from tests.ledger_rows import as_table, draws, row
+
+
+def test_parts_add_up_and_stay_as_they_are(tmp_path: Path) -> None:
+    assert read(tmp_path).num_rows == 0
+    first = append(draws([[0.5, 0.6]]), tmp_path)
+    before = first.read_bytes()
+    second = append(draws([[0.7]], run_id="run1", k_shot=5, validation_acc=math.nan), tmp_path)
+    assert first.read_bytes() == before
+    assert {first, second} == set((tmp_path / "ledger").iterdir())
+    table = read(tmp_path)
+    assert table.schema == SCHEMA
+    assert table["acc"].to_pylist() == [0.5, 0.6, 0.7]  # the older part first
+    assert table.slice(0, 2).to_pylist() == draws([[0.5, 0.6]])
+    assert math.isnan(table["validation_acc"][2].as_py())
+    assert read_part(second).num_rows == 1
+
+
+def test_reading_can_ask_for_values(tmp_path: Path) -> None:
+    append(draws([[0.5, 0.6], [0.7, 0.8]]), tmp_path)
+    append(draws([[0.9]], run_id="run1", dataset="elpv"), tmp_path)
+    assert read(tmp_path, dataset="mtd", partition=1)["acc"].to_pylist() == [0.7, 0.8]
+    assert read(tmp_path, dataset="neu_seg").num_rows == 0
+    with pytest.raises(ConfigError, match="no column datset"):
+        read(tmp_path, datset="mtd")
+
+
+WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
+    "none": ([], "no rows"),
+    "unknown column": ([row() | {"auroc": 0.5}], "unknown: auroc"),
+    "missing column": ([{k: v for k, v in row().items() if k != "ece"}], "unknown: ece"),
+    "empty cell": ([row(label=None)], "label has empty cells"),
+    "wrong type": ([row(k_shot="five")], "do not fit"),
+    "two runs": ([row(), row(run_id="other", draw=1)], "one run, got 2"),
+    "same draw": ([row(), row(0.5)], "stands twice"),
+    "percent": ([row() | {"macro_f1": 70.0}], r"macro_f1 must lie in \[0, 1\]"),
+    "not finite": ([row() | {"ece": math.nan}], r"ece must lie in \[0, 1\]"),
+    "confusion of three": ([row(class_names=["a", "b", "c"])], "3 classes"),
+    "queries uncounted": ([row(num_queries=41)], "does not count 41"),
+    "confusion of another draw": ([row(0.75) | {"acc": 0.9}], "contradicts accuracy 0.9"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_rows_that_cannot_be_are_refused(name: str, tmp_path: Path) -> None:
+    rows, message = WRONG[name]
+    with pytest.raises(DataError, match=message):
+        append(rows, tmp_path)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
+def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path) -> None:
+    part = append(draws([[0.5, 0.6]]), tmp_path)
+    whole = part.read_bytes()
+    for damage in (b"", whole[: len(whole) // 2], b"PAR1" + whole[10:]):
+        part.write_bytes(damage)
+        with pytest.raises(ArtifactError, match=f"{part} is damaged .* move it out of .* run its evaluation again"):
+            read(tmp_path)
+    pq.write_table(as_table(draws([[0.5]])).drop_columns(["ece"]), part)
+    with pytest.raises(ArtifactError, match="has format ''"):
+        read(tmp_path)
+    with pytest.raises(ArtifactError, match="no ledger part"):
+        read_part(tmp_path / "none.parquet")
+
+
+def test_latest_is_the_newest_run_of_each_task() -> None:
+    later = {"run_id": "run1", "created": "2026-01-02T00:00:00+00:00"}
+    table = as_table(
+        draws([[0.1]], **later),
+        draws([[0.2]]),  # older, though written later
+        draws([[0.3]], split="random"),
+        draws([[0.4]], study="curvature"),
+        draws([[0.5]], study="curvature", **later),
+    )
+    assert latest(table)["acc"].to_pylist() == [0.1, 0.3, 0.5]
+    assert latest(table.slice(0, 0)).num_rows == 0
+
+
+def test_commit_is_one() -> None:
+    assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", commit())

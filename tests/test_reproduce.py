@@ -1,0 +1,176 @@
+"""jobs/reproduce.py: which rows it makes, what it says of absent data, and that its cells are those of its draws."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from hypdefect import ledger
+from hypdefect.errors import ConfigError
+from hypdefect.store import FeatureStore
+from hypdefect.task import TaskConfig, ingested, plan_task
+from hypdefect.types import VIEWS
+from jobs.reproduce import CURVATURES, ReproduceJob, main, settings
+from tests.tiny_clip import write_alpha
+from tests.tiny_dataset import make_mtd_tree
+from tests.trees import photo, rectangle, save_csv
+
+TINY = ("--backbone", "tiny_random", "--copies", "1", "--method.steps", "2")
+
+
+def run(monkeypatch: pytest.MonkeyPatch, place: Path, *words: object) -> Any:
+    summary = place / "summary.json"
+    monkeypatch.setenv("HYPDEFECT_DATA", str(place / "nowhere"))
+    monkeypatch.setattr(sys, "argv", ["reproduce.py", "hypdfs", *map(str, words), "--json", str(summary)])
+    main()
+    return json.loads(summary.read_text())
+
+
+def make_two_products(root: Path, per_class: int = 8) -> Path:
+    """MVTec-FS's layout: two of its products with two classes each and the official split."""
+    for place, (product, defects) in enumerate({"carpet": ("color", "cut"), "grid": ("bent", "glue")}.items()):
+        rows: dict[str, list[dict[str, Any]]] = {"train": [], "valid": []}
+        for i in range(per_class):
+            part, folder = ("train", "training") if i % 2 else ("valid", "testing")
+            for kind, defect in enumerate(defects):
+                relative = f"{folder}/{defect}/{i:03d}.png"
+                photo(root / "image" / product / relative, (kind,), i, place)
+                x0, y0, x1, y1 = rectangle(kind, i)
+                points = json.dumps([(x0, y0), (x1, y0), (x1, y1), (x0, y1)])
+                rows[part].append({"img_rel_path": relative, "label": defect, "points": points})
+        for part, lines in rows.items():
+            save_csv(root / "CONFIG" / f"{product}_config1" / f"{part}.csv", lines)
+    return root
+
+
+def fill_store(home: Path, task: TaskConfig, *products: str) -> None:
+    """Features of every image of a set, drawn at random: what these tests are about comes after extraction."""
+    rng = np.random.default_rng(0)
+    manifest = ingested(task.dataset, task.root, home).table
+    for product in products or ("",):
+        plan = plan_task(replace(task, product=product), manifest)
+        keys = [key for request in plan.requests() for key in request.row_keys()]
+        store = FeatureStore(home, plan.key)
+        store.create()
+        store.write(keys, {view: rng.normal(size=(len(keys), plan.key.dim)).astype(np.float32) for view in VIEWS})
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_and_their_published_figures(nested: bool) -> None:
+    rows = settings(ReproduceJob(nested=nested))
+    by_study: dict[str, list[Any]] = {}
+    for row in rows:
+        by_study.setdefault(row.study, []).append(row)
+    printed = {study: [row.cell and row.cell.value for row in own] for study, own in by_study.items()}
+    assert printed == {
+        "main": [73.7, 79.3, 86.1, 89.3, 89.4, 91.7, 55.4, 59.4, 67.6, 78.6, 78.6, 86.4],
+        "adapter": [69.5, 78.1, 86.4],
+        "loss": [78.1, 79.2, 86.4],
+        "backbone": [52.5, 69.5],
+        "ode": [None, None, None],
+        "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
+    }
+    full = ReproduceJob().method
+    assert by_study["main"][1].config.method == full
+    assert [r.config.method.curvature for r in by_study["curvature"]] == [*CURVATURES, full.curvature]
+    assert [r.config.method.learn_curvature for r in by_study["curvature"]] == [False] * len(CURVATURES) + [True]
+    for study, field in (("adapter", "adapter"), ("loss", "loss"), ("ode", "ode")):
+        for row in by_study[study]:
+            assert getattr(row.config.method, field) == row.variant
+    (_, real, synthetic), (euclidean, hyperbolic, _) = by_study["adapter"], by_study["loss"]
+    assert synthetic.config.method == full
+    # where the paper prints one figure for two rows, nested settings are one setting
+    assert (real.config == euclidean.config) == nested
+    assert (hyperbolic.config == by_study["curvature"][2].config) == nested
+
+
+def test_absent_data_is_skipped_with_what_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = run(monkeypatch, tmp_path, *TINY)
+    out = " ".join(capsys.readouterr().out.split())
+    assert {cell["ours"] for cell in result["cells"]} == {cell["difference"] for cell in result["cells"]} == {None}
+    assert all(cell["skip"] for cell in result["cells"])
+    for text in (
+        "mvtec_fs is not here: get it from https://github.com/ShuaiLYU/MVTec-FS",
+        "or pass --mvtec-fs DIR",
+        "or pass --mtd DIR",
+        "clip_l14_grit20m_fultune_2xe.pth",
+        "--clip clip_vit_l14",
+        "55.4",
+        "SKIP",
+    ):
+        assert text in out, text
+    assert out.count("mtd is not here") == 1  # however many rows want it
+
+
+def test_what_was_named_and_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"--mtd .*gone does not exist"):
+        run(monkeypatch, tmp_path, *TINY, "--mtd", tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"'gone\.pth' is no file"):
+        run(monkeypatch, tmp_path, *TINY, "--alphaclip", "alphaclip:ViT-L-14@gone.pth")
+
+
+@pytest.mark.ray
+def test_cells_are_those_of_the_draws_in_the_ledger(
+    ray_local: Any,
+    hypdefect_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    mtd, mvtec_fs, alphaclip = (
+        make_mtd_tree(tmp_path / "mtd", 12),
+        make_two_products(tmp_path / "fs"),
+        write_alpha(tmp_path),
+    )
+    base = TaskConfig(dataset="mtd", root=mtd, backbone="tiny_random", copies=1, k_shot=1)
+    fill_store(hypdefect_home, base)
+    fill_store(hypdefect_home, replace(base, backbone=alphaclip))
+    fill_store(hypdefect_home, replace(base, dataset="mvtec_fs", root=mvtec_fs), "carpet", "grid")
+    data = ("--mtd", mtd, "--mvtec-fs", mvtec_fs, "--alphaclip", alphaclip)
+    before = ledger.read(hypdefect_home).num_rows
+    studies = ("--studies", "main", "loss", "backbone", "--shots", "1", "--draws", "2")
+    result = run(monkeypatch, tmp_path, *TINY, *data, *studies)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "with tiny_random, random split, 2 draws" in out
+    assert "Ours: tiny_random, another backbone" in out
+    assert "mean over products, 2 of 14 are here" in out
+    assert out.count("SKIP") == 2  # the row VanillaCLIP and its reason
+    rows = ledger.read(hypdefect_home).slice(before).to_pylist()
+    assert {(r["label"], r["study"]) for r in rows} == {
+        ("mtd", "paper"),
+        ("mtd", "ablation/loss"),
+        ("mtd", "ablation/backbone"),
+        ("mvtec_fs-carpet", "paper"),
+        ("mvtec_fs-grid", "paper"),
+    }
+    names = {"main": "paper", "loss": "ablation/loss", "backbone": "ablation/backbone"}
+    for cell in result["cells"]:
+        if cell["skip"]:
+            assert cell["row"] == "VanillaCLIP"
+            continue
+        variant = {"main": "", "loss": f"loss {cell['row']}", "backbone": cell["row"]}[cell["study"]]
+        key = (cell["dataset"], names[cell["study"]], cell["method"]["name"], variant, cell["k_shot"], cell["backbone"])
+        of = [
+            r for r in rows if (r["dataset"], r["study"], r["method"], r["variant"], r["k_shot"], r["backbone"]) == key
+        ]
+        assert len(of) == 2 * (2 if cell["dataset"] == "mvtec_fs" else 1)
+        means = [np.mean([r["acc"] for r in of if r["draw"] == draw]) for draw in (0, 1)]
+        assert cell["ours"]["mean"] == pytest.approx(np.mean(means))
+        assert cell["ours"]["n"] == 2
+        assert cell["ours"]["std"] == pytest.approx(np.std(means, ddof=1))
+        assert cell["difference"] == pytest.approx(100 * np.mean(means) - cell["published"])
+
+
+@pytest.mark.ray
+def test_partitions_of_an_official_split_are_refused(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = make_two_products(tmp_path / "fs")
+    with pytest.raises(ConfigError, match="official split: --partitions must be 1"):
+        run(monkeypatch, tmp_path, *TINY, "--datasets", "mvtec_fs", "--mvtec-fs", tree, "--shots", 1, "--partitions", 2)
