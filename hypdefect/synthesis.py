@@ -35,14 +35,14 @@ MIN_PIXELS = 12
 MIN_OPACITY = 0.5
 JITTER = 0.15
 """Standard deviation of the logarithm of each size of one image round its law's."""
+MIN_WAVE = 10.0
+"""Shortest waves of the noise in pixels: of shorter ones hardly a piece has MIN_PIXELS."""
 TRIES = 20
-STEPS = 9
-"""Halvings in the search for a level."""
 PATCH = 160
 """Side in pixels of the pieces that photographs are cut into where they stand for textures."""
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff")
-SIZES = {"small": (0.0003, 0.001), "medium": (0.003, 0.01), "large": (0.1, 0.3)}
-"""Shares of the image that a region covers."""
+SIZES = {"small": (0.002, 0.006), "medium": (0.015, 0.05), "large": (0.12, 0.35)}
+"""Shares of the image that a region covers at most."""
 ELONGATIONS = {"round": (1.0, 2.0), "long": (8.0, 14.0)}
 STRATA = [
     (size, elongation, border)
@@ -108,7 +108,7 @@ class Law:
 
     name: str
     coverage: float
-    """Share of the image that is covered."""
+    """Share of the image that is covered at most; most regions are smaller."""
     stretch: float
     """How much longer the noise's waves are along one direction, another one in every image."""
     at_border: bool
@@ -116,8 +116,8 @@ class Law:
 
     @property
     def grain(self) -> float:
-        """Length of the noise's short waves as a share of the image's shorter side: about one of them fits a region."""
-        return max(2.5 * math.sqrt(self.coverage / self.stretch), 0.03)
+        """Length of the noise's short waves as a share of the image's shorter side: a region has a few of them."""
+        return max(0.6 * math.sqrt(self.coverage / self.stretch), 0.025)
 
 
 def draw_laws(seed: int) -> list[Law]:
@@ -144,7 +144,7 @@ def noise_field(size: tuple[int, int], law: Law, rng: np.random.Generator) -> Fl
     angle = rng.uniform(0, math.pi)
     fy, fx = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None]
     along, across = math.cos(angle) * fx + math.sin(angle) * fy, math.cos(angle) * fy - math.sin(angle) * fx
-    length = max(law.grain * min(size), 2.0)
+    length = max(law.grain * min(size), MIN_WAVE)
     spectrum = np.fft.rfft2(rng.standard_normal(size))
     spectrum *= np.exp(-((along * length * law.stretch) ** 2 + (across * length) ** 2) / 2)
     spectrum[0, 0] = 0
@@ -167,42 +167,29 @@ def draw_region(
     )
     for _ in range(TRIES):
         height = noise_field(size, own, rng)
-        if allowed is not None:
-            height = np.where(allowed, height, -np.inf)
-        region = _grown(height, own)
+        share = min(max(2.5 * own.coverage, 0.004), 0.6)  # of several pieces one is taken
+        chosen = height > np.quantile(height, 1 - share)
+        region = _piece(chosen if allowed is None else chosen & allowed, own, rng)
         if int(region.sum()) >= MIN_PIXELS:
             return region
     return None
 
 
-def _grown(height: Float[np.ndarray, "H W"], law: Law) -> Bool[np.ndarray, "H W"]:
-    """The level set round the highest point (of the border) whose connected piece there has the law's size.
-
-    The level is found by halving; of a piece that is still too large, what lies nearest to the point is kept.
-    """
-    where = height
+def _piece(chosen: Bool[np.ndarray, "H W"], law: Law, rng: np.random.Generator) -> Bool[np.ndarray, "H W"]:
+    """One of the larger connected pieces; of one that is too large, what lies nearest to a random point of it."""
+    labels, count = ndimage.label(chosen, structure=np.ones((3, 3)))
+    if not count:
+        return chosen
+    sizes = np.bincount(labels.ravel(), minlength=count + 1)[1:].astype(float)
+    rank = sizes * np.exp(0.5 * rng.standard_normal(count))
     if law.at_border:
-        where = np.full_like(height, -np.inf)
-        for edge in (np.s_[0, :], np.s_[-1, :], np.s_[:, 0], np.s_[:, -1]):
-            where[edge] = height[edge]
-    top = np.unravel_index(int(where.argmax()), height.shape)
-    if not np.isfinite(height[top]):
-        return np.zeros(height.shape, dtype=bool)
-    target = max(int(law.coverage * height.size), MIN_PIXELS)
-    finite = np.sort(height[np.isfinite(height)])[::-1]
-    low, high = 0, len(finite) - 1  # positions in the sorted heights: at `high` the piece is large enough
-    piece = np.isfinite(height)
-    for _ in range(STEPS):
-        middle = (low + high) // 2
-        labels, _ = ndimage.label(height >= min(finite[middle], height[top]), structure=np.ones((3, 3)))
-        found = labels == labels[top]
-        if found.sum() >= target:
-            high, piece = middle, found
-        else:
-            low = middle
-    ys, xs = np.nonzero(piece)
-    near = np.argsort(np.hypot(ys - top[0], xs - top[1]), kind="stable")[:target]
-    region = np.zeros_like(piece)
+        rim = np.concatenate([labels[0], labels[-1], labels[:, 0], labels[:, -1]])
+        rank = np.where(np.isin(np.arange(1, count + 1), rim), rank + 10 * sizes.max(), rank)
+    ys, xs = np.nonzero(labels == rank.argmax() + 1)
+    most = max(int(law.coverage * chosen.size), MIN_PIXELS)
+    at = int(rng.integers(len(ys)))
+    near = np.argsort(np.hypot(ys - ys[at], xs - xs[at]), kind="stable")[:most]
+    region = np.zeros_like(chosen)
     region[ys[near], xs[near]] = True
     return region
 

@@ -155,7 +155,8 @@ def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
         found.append(Entrant(candidates=candidates(base, get_space(name), job.trials, job.seed)))
     for name in names if start and start.projection else ():
-        method = job.meta.train.method if name == "hypdfs" else None
+        learned = name == "hypdfs" and bool(start and start.core)
+        method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None
         base = RunConfig(
             name=name,
             method=method,
@@ -163,7 +164,7 @@ def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
             features="meta",
             support_copies=job.support_copies,
         )
-        space = get_space("hypdfs_meta" if name == "hypdfs" else name)
+        space = get_space("hypdfs_meta" if learned else name)
         # the projection was trained behind one transform
         sampled = [replace(c, transform=base.transform) for c in candidates(base, space, 3 * job.trials, job.seed)]
         tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])

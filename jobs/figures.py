@@ -111,7 +111,7 @@ def plot_shots(path: Path, curves: Sequence[Curve]) -> None:
             axes.plot(x, y, color=colour, lw=line, zorder=order, ls="--" if curve.role == "twin" else "-")
             if curve.role != "other":
                 axes.errorbar(x, y, half, fmt="o", ms=4.5, color=colour, elinewidth=line * 0.7, zorder=order)
-        low, high = axes.get_ylim()
+        low, high = _shares(axes)
         ends = [percent(curve.accuracy[max(curve.accuracy)])[0] for curve in named]
         last = len(shots) - 1
         for curve, end, y in zip(named, ends, spread(ends, (high - low) * 0.055), strict=True):
@@ -130,6 +130,13 @@ def plot_shots(path: Path, curves: Sequence[Curve]) -> None:
         axes.set_axisbelow(True)
         axes.set(xlabel="K, support images a class", ylabel="accuracy on unseen images, %")
         axes.set_title("accuracy against K (bars: 95 % interval)")
+
+
+def _shares(axes: Axes) -> tuple[float, float]:
+    """The limits of an axis of shares, which end at 0 and 100 whatever an interval of few values says."""
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(low, 0.0), min(high, 102.0))
+    return axes.get_ylim()
 
 
 def _rows(path: Path, curves: Sequence[Curve], k: int) -> None:
@@ -191,7 +198,7 @@ def plot_curvature(path: Path, bars: Mapping[int, Sequence[Bar]]) -> None:
     with drawn(path, 9.6, 3.7) as figure:
         left, right = figure.subplots(1, 2)
         right.axhline(0, color=DARK, lw=0.9)
-        shades = dict(zip(sorted(bars), mpl.colormaps["Blues"](np.linspace(0.45, 0.95, len(bars))), strict=True))
+        shades = dict(zip(sorted(bars), mpl.colormaps["Blues"](np.linspace(0.95, 0.45, len(bars))[::-1]), strict=True))
         for number, (k, own) in enumerate(sorted(bars.items())):
             for axes in (left, right):
                 chosen = own if axes is left else [bar for bar in own if bar.difference is not None]
@@ -211,6 +218,7 @@ def plot_curvature(path: Path, bars: Mapping[int, Sequence[Bar]]) -> None:
             axes.grid(axis="y", color=GRID)
             axes.set_axisbelow(True)
             axes.set_xlabel("curvature c (0: Euclidean; steps not to scale)")
+        _shares(left)
         left.set(title="accuracy (bars: 95 % interval)", ylabel="accuracy, %")
         right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points of accuracy")
 

@@ -43,6 +43,7 @@ from jobs.results_page import (
     replace_results,
     section_html,
     shown,
+    variant_of,
 )
 
 Hidden = tyro.conf.Suppress
@@ -50,7 +51,7 @@ Hidden = tyro.conf.Suppress
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportJob(TaskConfig):
-    """The flags of a task say where its features are; which task it is, and its K, the ledger says."""
+    """The flags of a task say where its features are, as those of its evaluation; which task it is, the ledger says."""
 
     label: str = ""
     """Only this task (data set, or data set and product as `mvtec-bottle`); default: every task of the ledger."""
@@ -249,7 +250,7 @@ def ablation_bars(table: pa.Table, k: int, config: str | None) -> list[Bar]:
     reference = next(iter([*same, *rows]))
     paired = {d.name: d.interval for d in paired_to(own, reference.name)}
     rows = [reference, *(r for r in rows if r is not reference)]
-    return [Bar(r.variant or shown(r), r.accuracy, paired.get(r.name)) for r in rows]
+    return [Bar(variant_of(r, own), r.accuracy, paired.get(r.name)) for r in rows]
 
 
 def _config_of(table: pa.Table, name: str, k: int, partition: int | None = None) -> str | None:

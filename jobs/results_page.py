@@ -113,6 +113,12 @@ def shown(row: Row) -> str:
     return f"{name}, {row.variant}" if row.variant else name
 
 
+def variant_of(row: Row, table: pa.Table) -> str:
+    """What a row of a study changes: `real` of `adapter real` in the study ablation/adapter."""
+    study = str(table["study"][0].as_py()).removeprefix("ablation/")
+    return row.variant.removeprefix(f"{study} ") or shown(row)
+
+
 def signed(value: float) -> str:
     return f"{100 * value:+.2f}".replace("-", "−")
 
@@ -142,10 +148,10 @@ def verdict(found: Interval) -> str:
 
 
 def listed(differences: Sequence[Difference], names: dict[str, str], most: int = 4) -> str:
-    """`a, +0.30 ± 0.52; b, ...`, the nearest to 0 first."""
-    near = sorted(differences, key=lambda d: abs(d.interval.mean))
-    text = ", ".join(f"{names[d.reference]} ({difference(d.interval)})" for d in near[:most])
-    return text + (f" and {len(near) - most} more" if len(near) > most else "")
+    """`a (+0.30 ± 0.52), b (...)`, the smallest first; of many, how many and the two ends."""
+    found = sorted(differences, key=lambda d: d.interval.mean)
+    texts = [f"{names[d.reference]} ({difference(d.interval)})" for d in found]
+    return ", ".join(texts) if len(texts) <= most else f"{len(texts)}, from {texts[0]} to {texts[-1]}"
 
 
 def ours(rows: Sequence[Row]) -> Row | None:
@@ -360,7 +366,8 @@ def overview(found: Sequence[Section]) -> str:
         for side in (compared.plain, compared.meta, compared.twin):
             rivals = [d for d in side if d.k_shot == k]
             if not rivals:
-                cells.append("<td class='faint'>not run</td>")
+                same = side is compared.meta and own and own.features == "plain"
+                cells.append(f"<td class='faint'>{'as left' if same else 'not run'}</td>")
                 continue
             closest = min(rivals, key=lambda d: d.interval.mean)
             state = verdict(closest.interval)
@@ -507,7 +514,7 @@ def study_html(tables: dict[str, pa.Table]) -> str:
             own = {k: rows[variant, k] for k in shots if (variant, k) in rows}
             row = own[max(own)]
             text = f"<td>{html.escape(name.removeprefix('ablation/'))}</td>"
-            text += f'<td class="left">{html.escape(row.variant or shown(row))}</td>'
+            text += f'<td class="left">{html.escape(variant_of(row, table))}</td>'
             text += "".join(f"<td>{accuracy(own[k].accuracy) if k in own else ''}</td>" for k in shots)
             lines.append(f"<tr>{text}</tr>")
     heads = '<th>study</th><th class="left">variant</th>' + "".join(f"<th>K = {k}, %</th>" for k in shots)

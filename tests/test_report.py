@@ -280,12 +280,12 @@ def test_the_reference_of_an_ablation_is_the_full_method_even_where_another_vari
     full = report.full_config(tables, 5, None)
     assert full == "{}"
     bars = report.ablation_bars(tables["ablation/loss"], 5, full)
-    assert bars[0].label == "loss HDCL"
+    assert bars[0].label == "HDCL"
     assert bars[0].difference is None
     of = {bar.label: bar for bar in bars}
-    assert of["loss Euclidean"].difference is not None
-    gap = of["loss Euclidean"].accuracy.mean - of["loss HDCL"].accuracy.mean
-    assert of["loss Euclidean"].difference.mean == pytest.approx(gap)
+    assert of["Euclidean"].difference is not None
+    gap = of["Euclidean"].accuracy.mean - of["HDCL"].accuracy.mean
+    assert of["Euclidean"].difference.mean == pytest.approx(gap)
     assert report.full_config({"ablation/loss": tables["ablation/loss"]}, 5, "own") == "own"
 
 

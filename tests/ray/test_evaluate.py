@@ -31,7 +31,7 @@ from hypdefect.training import core_tensors
 from hypdefect.types import VIEWS, EpisodeSpec
 from tests.ray.search_script import BASE, SPEC, make_task
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.ray
 CONFIGS = {
     "curved": override(BASE, {"method.curvature": 0.5, "transform.whitening": 0.1}),
     "flat": override(BASE, {"method.curvature": 0.0}),
