@@ -92,8 +92,7 @@ def main() -> None:
     with connected():
         plans = planned(job)
         run = ledger.identity(job, plans, protocol=job.protocol)
-        for plan in plans:
-            fill(plan)
+        fill(*plans)
         ready = time.monotonic()
         for plan in plans:
             task = load_task(plan, home())
@@ -224,10 +223,10 @@ def show(table: pa.Table, job: EvaluateJob) -> dict[str, Any]:
                 f"± is the 95 % interval over {'partitions' if job.partitions > 1 else 'draws'}; p is Wilcoxon's, "
                 f"corrected (Holm).\nBest Euclidean: {fair.name} ({by}); strictest: {strict.name}, best on the queries."
             )
-        table_console(160).print(shown)
+        table_console(170).print(shown)
     decided = claims(table)
     if decided.plain or decided.meta or decided.twin:
-        table_console(160).print(claims_table(decided.plain, decided.meta, decided.twin, job.shots))
+        table_console(170).print(claims_table(decided.plain, decided.meta, decided.twin, job.shots))
     return {"leaderboard": [asdict(r) for r in rows], "paired": [asdict(d) for d in paired], "claims": asdict(decided)}
 
 
@@ -235,7 +234,7 @@ def leaderboard_table(rows: Sequence[Row], fair: Sequence[Difference], strict: S
     table = Table()
     columns = ("method", "accuracy", "std", "balanced", "macro F1", "ECE", "fit, ms", "predict, ms")
     for column in (*columns, "- best Euclidean", "p", "- strictest", "p"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+        table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in rows:
         differences = [cell for side in (fair, strict) for cell in difference_cells(side, row.name)]
         table.add_row(
@@ -285,7 +284,7 @@ def points(value: Interval) -> str:
 
 
 def signed(value: Interval) -> str:
-    return f"+{points(value)}" if value.mean >= 0 else points(value)
+    return f"{100 * value.mean:+.2f}{f' ± {100 * value.half_width:.2f}' if value.n > 1 else ''}"
 
 
 def plain(value: Any) -> Any:

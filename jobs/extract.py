@@ -86,7 +86,7 @@ def main() -> None:
         return
     plan = prepare(job)
     with connected():
-        report = fill(plan, job.workers, everything=job.all)
+        report = fill(plan, workers=job.workers, everything=job.all)
         seconds = time.monotonic() - begun
     path = FeatureStore(home(), plan.key).path
     table = Table(title=f"features of {job.dataset}")
@@ -213,13 +213,20 @@ def prepare(config: TaskConfig) -> TaskPlan:
     return plan_task(config, found.table)
 
 
-def fill(plan: TaskPlan, workers: int = 0, *, everything: bool = False) -> ExtractReport:
+def fill(plan: TaskPlan, *others: TaskPlan, workers: int = 0, everything: bool = False) -> ExtractReport:
     """Extract what the store lacks and say what was there.
+
+    Args:
+        others: the same task at other partitions.
 
     Raises:
         DataError: some images could not be extracted; all others are stored.
     """
-    requests = plan.requests()
+    wanted = {r.image_id: r for r in plan.requests()}
+    for request in (r for other in others for r in other.requests()):
+        if request.copies > wanted.setdefault(request.image_id, request).copies:
+            wanted[request.image_id] = request
+    requests = list(wanted.values())
     if plan.imported:
         return ExtractReport(len(requests), 0, ())
     if everything:

@@ -310,8 +310,8 @@ def run_task(job: ReproduceJob, plans: Sequence[TaskPlan], own: Sequence[Setting
     """Score the settings on one product with one backbone: their accuracies into `found`, all else into the ledger."""
     run = ledger.identity(job, plans, protocol="draws")
     rows: list[dict[str, Any]] = []
+    fill(*plans)
     for number, plan in enumerate(plans):
-        fill(plan)
         task = load_task(plan, home())
         for k_shot in sorted({setting.k_shot for setting in own}):
             at_k = [setting for setting in own if setting.k_shot == k_shot]

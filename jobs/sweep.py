@@ -99,7 +99,7 @@ def main() -> None:
     with connected() as dashboard:
         workers = num_workers(job.workers)
         say(f"sweep {job.name}, everything under {home()}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
-        fill(plan, workers)
+        fill(plan, workers=workers)
         task = load_task(plan, home())
         sample_episode(task.pool, episode_spec(job), 0)  # too few images for a validation episode: say so now
         write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
@@ -172,7 +172,7 @@ def starting_point(job: SweepJob, module: ModuleType) -> tuple[MetaStart | None,
     start, config = load_start(job.init)
     return start, RunConfig(
         name=module.METHOD,
-        method=to_mapping(config.train.method),
+        method=to_mapping(config.train.method) if start.core else None,
         transform=config.transform,
         features="meta" if start.projection else "plain",
     )

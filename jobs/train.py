@@ -25,9 +25,11 @@ from hypdefect.distributed.train import check, train
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
+from hypdefect.features import TransformConfig
 from hypdefect.metrics import interval, paired
+from hypdefect.synthesis import SynthesisConfig
 from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, pseudo_pool, pseudo_requests, task_label
-from hypdefect.training import MetaConfig, load_start, write_run
+from hypdefect.training import MetaConfig, TrainConfig, load_start, write_run
 from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
@@ -38,12 +40,20 @@ from jobs.synthesize import pseudo_classes
 class TrainJob(TaskConfig):
     base: Literal["pseudo", "pool"] = "pseudo"
     """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
-    meta: MetaConfig = field(default_factory=MetaConfig)
+    synthesis: SynthesisConfig = SynthesisConfig()
+    train: TrainConfig = field(default_factory=lambda: MetaConfig().train)
+    transform: TransformConfig = TransformConfig()
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
     name: str = ""
     """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
     continues."""
     check_episodes: int = 20
     """Episodes of the support pool on which plain and meta-trained features are compared."""
+
+    @property
+    def meta(self) -> MetaConfig:
+        return MetaConfig(synthesis=self.synthesis, train=self.train, transform=self.transform, workers=self.workers)
 
 
 def main() -> None:
@@ -138,10 +148,8 @@ def fill_pseudo(plan: TaskPlan, manifest: Any) -> None:
 
 def judged(task: FewShotTask, job: TrainJob, start: MetaStart) -> tuple[list[float], list[float]]:
     """Accuracy of the support pool's episodes without and with what was learned."""
-    spec = EpisodeSpec(k_shot=job.k_shot, seed=job.meta.train.seed + 1, split=job.split)
-    plain = RunConfig(
-        method=to_mapping(replace(job.meta.train.method, steps=0)), transform=job.meta.transform, pretrained=False
-    )
+    spec = EpisodeSpec(k_shot=job.k_shot, seed=job.train.seed + 1, split=job.split)
+    plain = RunConfig(method=to_mapping(replace(job.train.method, steps=0)), transform=job.transform, pretrained=False)
     learned = replace(plain, features="meta" if start.projection else "plain", pretrained=True)
     before, after = validate(task, [plain, learned], spec, range(job.check_episodes), start)
     return before, after

@@ -5,10 +5,11 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 import torch
 
@@ -28,6 +29,8 @@ from hypdefect.task import (
     ingested,
     load_task,
     plan_task,
+    pseudo_pool,
+    pseudo_requests,
 )
 from hypdefect.types import VIEWS
 from hypdefect.views import FULL_REGION, RecipeConfig, RegionExtractor
@@ -106,6 +109,62 @@ def test_normals_are_capped_and_alike_in_all_partitions(mtd: pa.Table) -> None:
     assert len(a.normal_ids) == 3
     assert a.normal_ids == b.normal_ids
     assert plan_task(config(max_normals=0), mtd).normal_ids == ()
+
+
+def pseudo_on(manifest: pa.Table) -> pa.Table:
+    """A pseudo-defect on every image: four classes, every other image of the set in turn."""
+    rows = []
+    for i, row in enumerate(manifest.to_pylist()):
+        image_id = hashlib.sha256(f"pseudo {row['image_id']}".encode()).hexdigest()
+        made = {"image_id": image_id, "file_id": image_id, "mask_id": "m", "mask_uri": "m.png", "is_defect": True}
+        rows.append(row | made | {"defect": f"pseudo-{i % 4}", "group_id": row["image_id"]})
+    return pa.Table.from_pylist(rows, schema=manifest.schema)
+
+
+@pytest.mark.parametrize(("dataset", "split"), [("mtd", "random"), ("mtd", "grouped"), ("elpv", "random")])
+def test_no_pseudo_defect_lies_on_a_query(
+    mtd: pa.Table, elpv: pa.Table, dataset: str, split: Literal["random", "grouped"]
+) -> None:
+    manifest = mtd if dataset == "mtd" else elpv
+    plan, rows = plan_task(config(dataset=dataset, split=split), manifest), rows_of(manifest)
+    source_of = {row["image_id"]: row["group_id"] for row in pseudo_on(manifest).to_pylist()}
+    requests = pseudo_requests(plan, pseudo_on(manifest))
+    sources = {source_of[r.image_id] for r in requests}
+    assert sources
+    assert not sources & set(plan.partition.query)
+    assert not any(rows[i]["is_defect"] for i in sources)
+    tested = {rows[i]["group_id"] for i in plan.partition.query} - {""}
+    assert split == "random" or not tested & {rows[i]["group_id"] for i in sources}
+    assert {bool(r.mask_id) for r in requests} == {plan.uses_mask}
+
+
+def test_without_normals_pseudo_defects_lie_on_support_candidates(mtd: pa.Table) -> None:
+    defects = mtd.filter(pc.field("is_defect"))
+    plan = plan_task(config(), defects)
+    assert plan.normal_ids == ()
+    assert plan.source_ids == set(plan.partition.pool)
+
+
+def test_pseudo_classes_are_read_with_the_features_of_the_task(mtd: pa.Table, tmp_path: Path) -> None:
+    plan, pseudo = plan_task(config(), mtd), pseudo_on(mtd)
+    extract(plan, tmp_path)
+    task, transform = load_task(plan, tmp_path), TransformConfig(whitening=None)
+    requests = pseudo_requests(plan, pseudo)
+    keys = [key for r in requests for key in r.row_keys()]
+    rng = np.random.default_rng(0)
+    views = {view: rng.normal(size=(len(keys), plan.key.dim)).astype(np.float32) for view in VIEWS}
+    FeatureStore(tmp_path, plan.key).write(keys, views)
+    pool = pseudo_pool(plan, task, pseudo, tmp_path, transform, least=1)
+    assert set(pool.class_names) <= {f"pseudo-{i}" for i in range(4)}
+    assert set(pool.image_ids) == {r.image_id for r in requests}
+    first = pool.batch(np.array([0]))
+    raw = FeatureStore(tmp_path, plan.key).load([k for r in requests for k in r.row_keys()])
+    row = raw.select(raw.rows_of([pool.image_ids[0]]))
+    torch.testing.assert_close(
+        first.views["crop"], torch.from_numpy(task.transform(transform).table(row).views["crop"])
+    )
+    with pytest.raises(DataError, match="raise --synthesis"):
+        pseudo_pool(plan, task, pseudo, tmp_path, transform, least=99)
 
 
 def test_where_good_is_a_class_only_supports_serve_as_normals(elpv: pa.Table) -> None:

@@ -31,7 +31,11 @@ TINY = ("--backbone", "tiny_random", "--copies", "1", "--k-shot", "2")
 RECIPE = ("--recipe.whole-size", "64", "--recipe.crop-size", "64", "--recipe.window", "48")
 SEARCH = ("--trials", "3", "--episodes", "4", "--rungs", "2", "--draws", "3", "--finalists", "2", "--workers", "1")
 CROWD = ("--workers", "64", "--train.episodes-per-step", "64")
-TRAIN = ("--train.steps", "3", "--train.episodes-per-step", "2", "--train.n-way", "3", "--check-episodes", "4")
+TRAIN = (
+    *("--train.steps", "3", "--train.episodes-per-step", "2", "--train.n-way", "3", "--train.projection", "4"),
+    *("--train.method.adapter", "real+synthetic", "--train.method.ode", "fc", "--train.method.loss", "hdcl"),
+    *("--synthesis.textures", "1", "--check-episodes", "4"),
+)  # fmt: skip
 
 # Many command lines in one process: importing torch and Ray for each would take most of the time of these tests.
 MANY = """
@@ -162,9 +166,11 @@ def test_extract(user: User, extracted: Done) -> None:
 
 def test_train(user: User, trained: Done) -> None:
     assert trained.path == user.home / "runs" / "meta"
-    start, method = load_start(trained.path)
-    assert method.adapter == "real+synthetic"
-    assert all(np.isfinite(x.numpy()).all() for x in start.values())
+    start, known = load_start(trained.path)
+    assert known.train.method.adapter == "real+synthetic"
+    assert all(np.isfinite(x.numpy()).all() for x in start.core.values())
+    assert {view: x.shape[1] for view, x in start.projection.items()} == {"whole": 4, "crop": 4}
+    assert (user.home / "synthetic").is_dir()
     assert len(trained.result["losses"]) == 3
     assert trained.result["run"] == str(trained.path)
     assert "60 images cached, 0 extracted" in trained.stderr
@@ -198,14 +204,15 @@ def test_sweep(user: User, which: str, request: pytest.FixtureRequest) -> None:
     assert done.path == Path(result["model"]["path"]) == resolve(user.home, f"hypdefect-mtd@{version}").path
     assert resolve(user.home, "hypdefect-mtd@champion").version == 2
     if which == "swept_meta":
-        assert {"pretrained"} < set(result["trials"][0]["params"])
-        assert result["selected"]["pretrained"] in (True, False)
+        assert {"pretrained", "features"} < set(result["trials"][0]["params"])
+        assert result["selected"]["features"] in ("plain", "meta")
 
 
-def test_the_published_model_predicts_as_the_sweep_did(user: User, swept: Done) -> None:
+@pytest.mark.parametrize(("version", "sweep"), [(1, "first"), (2, "second")])
+def test_the_published_model_predicts_as_the_sweep_did(user: User, swept_meta: Done, version: int, sweep: str) -> None:
     """The predictions of draw 0, whose supports the published model has, from image files."""
-    predictor = Predictor.load(resolve(user.home, "hypdefect-mtd@1"))
-    rows = pq.read_table(user.home / "sweeps" / "first" / "predictions.parquet").to_pylist()
+    predictor = Predictor.load(resolve(user.home, f"hypdefect-mtd@{version}"))
+    rows = pq.read_table(user.home / "sweeps" / sweep / "predictions.parquet").to_pylist()
     expected = {r["image_id"]: r for r in rows if r["method"] == "hypdfs" and r["draw"] == 0}
     (manifest,) = (user.home / "manifests").glob("mtd-*-*.parquet")
     about = {r["image_id"]: r for r in read_manifest(manifest).to_pylist()}
@@ -219,11 +226,12 @@ def test_the_published_model_predicts_as_the_sweep_did(user: User, swept: Done) 
 
 
 EVALUATE = ("--methods", "prototype", "hypdfs", "--shots", 1, 2, "--draws", 2, "--trials", 2, "--episodes", 2)
+PLAIN = (*EVALUATE, "--features", "plain")
 
 
 def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None:
     """The same rows on a private Ray and on a cluster with more workers, times apart."""
-    args = ("evaluate", *data, *EVALUATE, "--split", "grouped", "--partitions", 2)
+    args = ("evaluate", *data, *PLAIN, "--split", "grouped", "--partitions", 2)
     alone = user.run(*map(str, args))
     (shared,) = user.run_many(args)
     assert shared.code == 0, shared.stderr
@@ -243,15 +251,18 @@ def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None
 
 
 def test_evaluate_by_other_protocols(user: User, data: tuple[object, ...], swept: Done) -> None:
-    first = user.run("evaluate", *data, *EVALUATE, "--protocol", "first", "--trials", 0)
+    line = ("evaluate", *data, *PLAIN, "--protocol", "first", "--trials", 0, "--json", "first.json")
+    first, sweep = user.run_many(line, ("evaluate", "--sweep", "first", "--draws", 3, "--json", "sweep.json"))
+    assert (first.code, sweep.code) == (0, 0), first.stderr + sweep.stderr
     table = read_part(first.path)
     assert set(table["protocol"].to_pylist()) == {"first"}
     assert set(table["draw"].to_pylist()) == {0}
     assert np.isnan(table["validation_acc"].to_numpy()).all()
-    assert {r["accuracy"]["half_width"] for r in first.result["leaderboard"]} == {None}
-    sweep = user.run("evaluate", "--sweep", "first", "--draws", 3)
-    found = {r["name"]: r["accuracy"]["mean"] for r in sweep.result["leaderboard"]}
-    expected = {n: r["accuracy"]["mean"] for n, r in swept.result["test"].items()}
+    board = json.loads((user.place / "first.json").read_text())["leaderboard"]
+    assert {row["accuracy"]["half_width"] for row in board} == {None}
+    board = json.loads((user.place / "sweep.json").read_text())["leaderboard"]
+    found = {row["name"]: row["accuracy"]["mean"] for row in board}
+    expected = {name: result["accuracy"]["mean"] for name, result in swept.result["test"].items()}
     assert found["hypdfs"] == pytest.approx(expected["hypdfs"])  # the same configuration, draws and queries
     assert found["prototype"] == pytest.approx(expected["nearest prototype"])
 
