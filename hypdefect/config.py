@@ -7,6 +7,7 @@ import errno
 import hashlib
 import json
 import os
+import shlex
 import sys
 import types
 import typing
@@ -230,6 +231,15 @@ def _default(cls: type[T], args: list[str]) -> T:
         if arg.startswith("--config="):
             return from_mapping(cls, load_yaml(Path(arg.partition("=")[2])), arg.partition("=")[2])
     return cls()
+
+
+def command_line() -> str:
+    """The command of this process as its user would type it again, without --json FILE."""
+    script, *words = sys.argv
+    if "--json" in words:
+        at = words.index("--json")
+        words = words[:at] + words[at + 2 :]
+    return shlex.join(["python", "/".join(Path(script).parts[-2:]), *words])
 
 
 def run_job(main: Callable[[], None]) -> None:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hypdefect.config import digest, to_mapping
+from hypdefect.config import command_line, digest, to_mapping
 from hypdefect.datasets import write_table
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import Scored
@@ -24,6 +24,7 @@ SCHEMA = pa.schema(
         ("run_id", pa.string()),  # one evaluation: all its rows are paired by (partition, draw)
         ("created", pa.string()),  # UTC, ISO 8601
         ("commit", pa.string()),  # git commit of the code, "-dirty" appended where files differed; "" unknown
+        ("command", pa.string()),  # what made the rows
         ("config_digest", pa.string()),  # of the job's resolved configuration
         ("data_digest", pa.string()),  # of manifest, feature key and all partitions used
         ("label", pa.string()),  # the task: data set and product
@@ -70,6 +71,7 @@ def identity(config: Any, plans: Sequence[TaskPlan], *, protocol: str, study: st
         "run_id": uuid.uuid4().hex[:12],
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit(),
+        "command": command_line(),
         "config_digest": digest(to_mapping(config)),
         "data_digest": digest([plan.provenance() for plan in plans]),
         "label": task.label,

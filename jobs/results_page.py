@@ -15,7 +15,6 @@ import pyarrow as pa
 from hypdefect.comparison import OURS, TWIN, Difference, Row, claims, display_name, leaderboard, paired_to
 from hypdefect.config import replaced_file
 from hypdefect.errors import ConfigError
-from hypdefect.methods import METHODS
 from hypdefect.metrics import Interval
 from hypdefect.task import TaskConfig
 from hypdefect.types import SplitKind
@@ -79,20 +78,8 @@ class Section:
 
     @property
     def command(self) -> str:
-        """What makes these rows again, with default trials."""
-        methods = sorted(set(self.main["method"].to_pylist()))
-        chosen = ["all"] if set(methods) >= set(METHODS) else sorted(methods)
-        command = ["python", "jobs/evaluate.py", "--dataset", self.one("dataset")]
-        if product := self.one("product"):
-            command += ["--product", product]
-        if self.backbone != TaskConfig().backbone and not self.one("dataset").startswith("imported:"):
-            command += ["--backbone", self.backbone]
-        command += ["--methods", *chosen, "--split", self.split, "--shots", *map(str, self.shots)]
-        command += ["--protocol", self.protocol] if self.protocol != "draws" else []
-        command += ["--partition", str(self.partitions[0])] if self.partitions[0] else []
-        command += ["--partitions", str(len(self.partitions))] if len(self.partitions) > 1 else []
-        command += ["--draws", str(self.draws)] if self.protocol == "draws" else []
-        return shlex.join(command)
+        """What made these rows."""
+        return self.one("command")
 
     def study_command(self, *studies: str) -> str:
         """What makes the rows of HypDFS's studies; "" where no job does."""

@@ -17,6 +17,7 @@ def row(accuracy: float = 0.75, **changes: Any) -> dict[str, Any]:
         "run_id": "run0",
         "created": "2026-01-01T00:00:00+00:00",
         "commit": "",
+        "command": "python jobs/evaluate.py --dataset mtd --draws 3",
         "config_digest": "c",
         "data_digest": "d",
         "label": "mtd",

@@ -76,6 +76,7 @@ def generated(
                             "run_id": digest([study, label, split, created])[:12],
                             "created": created,
                             "commit": "0123456789abcdef0123456789abcdef01234567-dirty",
+                            "command": "python jobs/evaluate.py --dataset mtd --methods all",
                             "config_digest": digest(["config", study]),
                             "data_digest": digest(["data", label]),
                             "label": label,
