@@ -185,7 +185,7 @@ def test_the_page_holds_everything_and_needs_nothing_else(tmp_path: Path, monkey
     assert not page.all("link")
     for text in ("0123456789ab-dirty", "3 partitions × 3 draws", "mono <good>", "tip adapter f", TWIN):
         assert text in page.text
-    assert "--split grouped --shots 1 3 5 --partitions 3 --draws 3" in page.text
+    assert "python jobs/evaluate.py --dataset mtd --methods all" in page.text
 
 
 def test_what_is_missing_is_said_with_the_command_that_makes_it(
