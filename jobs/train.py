@@ -21,7 +21,7 @@ from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract
-from hypdefect.distributed.train import check, train
+from hypdefect.distributed.train import check, check_workers, train
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
@@ -93,6 +93,7 @@ def trained(
     Raises:
         ConfigError: a run of that name has other settings; and as `check`. DataError: too few pseudo-defects.
     """
+    check_workers(config.train, config.workers)
     if base == "pseudo":
         made = pseudo_classes(plan, config.synthesis)
         fill_pseudo(plan, made.manifest)

@@ -61,12 +61,21 @@ def check(pool: LabelledFeatures, config: TrainConfig, workers: int) -> None:
     Raises:
         ConfigError, DataError: as `train`.
     """
+    check_workers(config, workers)
+    sample_episode(pool, episode_spec(config, pool), 0)
+
+
+def check_workers(config: TrainConfig, workers: int) -> None:
+    """The part of `check` that needs no data.
+
+    Raises:
+        ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
+    """
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if workers > cpus:
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
     if config.episodes_per_step % workers:
         raise ConfigError(f"train.episodes_per_step={config.episodes_per_step} is no multiple of {workers} workers")
-    sample_episode(pool, episode_spec(config, pool), 0)
 
 
 def train(

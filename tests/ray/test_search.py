@@ -192,7 +192,7 @@ def test_scrambled_queries_change_no_choice_and_no_weight(
 
 
 def test_search_data_has_no_place_for_a_query(task: FewShotTask, data: SearchData) -> None:
-    assert {f.name for f in fields(SearchData)} == {"pool", "normals", "block_dims", "shape_dims"}
+    assert {f.name for f in fields(SearchData)} == {"pool", "normals", "block_dims", "shape_dims", "start"}
     held = {*data.pool.image_ids.tolist(), *data.pool.table.image_ids.tolist()}
     assert held.isdisjoint(task.queries.image_ids.tolist())
 
