@@ -3,7 +3,7 @@
 Draw i is the same whatever was drawn before it, on any worker.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -161,7 +161,7 @@ def build_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int, *, cop
     def relabel(batch: FeatureBatch) -> FeatureBatch:
         position = {int(label): i for i, label in enumerate(classes)}
         labels = batch.labels.clone().apply_(lambda label: position[int(label)])
-        return FeatureBatch(image_ids=batch.image_ids, views=batch.views, labels=labels, aug_index=batch.aug_index)
+        return replace(batch, labels=labels, text=None if batch.text is None else batch.text[classes])
 
     return Episode(
         support=relabel(pool.batch(support, copies=copies)),

@@ -4,6 +4,8 @@ import importlib
 from pathlib import Path
 from types import ModuleType
 
+import optuna
+
 from hypdefect.errors import ConfigError
 
 
@@ -17,3 +19,14 @@ def get_space(name: str) -> ModuleType:
     if name not in known:
         raise ConfigError(f"no search space {name!r} in tune_spaces/; known: {', '.join(known)}")
     return importlib.import_module(f"{__name__}.{name}")
+
+
+FIRST_FEATURES: list[dict[str, object]] = [{"transform.whitening": None}, {"transform.whitening": 0.1}]
+"""Tried right after the defaults: how the features are whitened matters most, and differs by data set."""
+
+
+def of_features(trial: optuna.Trial) -> None:
+    """What every method varies of its features."""
+    trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
+    trial.suggest_categorical("support_copies", [0, 2])
+    trial.suggest_categorical("transform.shape_weight", [0.05, 0.1, 0.15])

@@ -2,13 +2,12 @@
 
 import optuna
 
+from tune_spaces import FIRST_FEATURES, of_features
+
 METHOD, METRIC, MODE = "clip_protonet", "val/episode/acc", "max"
-# how the features are whitened matters most, and differs by data set
-FIRST: list[dict[str, object]] = [{"transform.whitening": None}, {"transform.whitening": 0.1}]
+FIRST = FIRST_FEATURES
 
 
 def space(trial: optuna.Trial) -> None:
-    trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
-    trial.suggest_categorical("support_copies", [0, 2])
-    trial.suggest_categorical("transform.shape_weight", [0.05, 0.1, 0.15])
+    of_features(trial)
     trial.suggest_float("method.text_share", 0.1, 0.9)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
-from hypdefect.methods.support import SupportRows, aligned, joined, span_basis
+from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
 from hypdefect.types import FeatureBatch
 
 
@@ -73,15 +73,15 @@ class CLIPAdapterConfig:
         require_at_least(self, 0, "steps", "weight_decay")
 
 
-class CLIPAdapter:
+class CLIPAdapter(Fitted):
     """f* = alpha ReLU(f W1) W2 + (1 - alpha) f; logits are scaled cosines of f* with the classes' weights.
 
     Deviation: W1 and W2 start as Gaussians; the released code has a second ReLU behind W2, which the paper has not.
     """
 
     def __init__(self, config: CLIPAdapterConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.fitted: dict[str, Tensor] | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         config, rows = self.config, SupportRows.read(support, n_way)
@@ -117,18 +117,8 @@ class CLIPAdapter:
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.fitted is None:
-            raise RuntimeError("CLIPAdapter.logits needs adapt() first")
-        fitted = self.fitted
+        fitted = self.tensors("logits")
         return self.scores(*inside(unit(query), fitted["basis"]), fitted["weights"], fitted["down"], fitted["up"])
-
-    def export(self) -> dict[str, Tensor]:
-        if self.fitted is None:
-            raise RuntimeError("CLIPAdapter.export needs adapt() first")
-        return dict(self.fitted)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.fitted = aligned(tensors)
 
 
 # ---- CLIP-ProtoNet -------------------------------------------------------------------------------------------------
@@ -148,7 +138,7 @@ class CLIPProtoNetConfig:
         require_share(self, "text_share")
 
 
-class CLIPProtoNet:
+class CLIPProtoNet(Fitted):
     """Prototypes of CLIP features, without training: the comparison row of MVREC and HypDFS.
 
     Neither paper defines it further; MVREC's code averages the copies and views of an image, then the unit images of a
@@ -160,37 +150,27 @@ class CLIPProtoNet:
     """
 
     def __init__(self, config: CLIPProtoNetConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.prototypes_WE: Tensor | None = None
-        self.text_WE: Tensor | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         f, labels = rows.image_means()
         share = F.one_hot(labels, n_way).T.to(f)
-        self.prototypes_WE = F.normalize(share @ F.normalize(f, dim=1), dim=1)
-        self.text_WE = rows.text_WE
+        prototypes = F.normalize(share @ F.normalize(f, dim=1), dim=1)
+        self.fitted = {"prototypes": prototypes} | ({} if rows.text_WE is None else {"text": rows.text_WE})
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.prototypes_WE is None:
-            raise RuntimeError("CLIPProtoNet.logits needs adapt() first")
+        fitted = self.tensors("logits")
         config, f = self.config, unit(query)
-        image = f @ self.prototypes_WE.T / config.temperature
-        if self.text_WE is None:
+        image = f @ fitted["prototypes"].T / config.temperature
+        if "text" not in fitted:
             return image
-        text = config.text_scale * f @ self.text_WE.T
+        text = config.text_scale * f @ fitted["text"].T
         shares = torch.tensor([1 - config.text_share, config.text_share], dtype=f.dtype, device=f.device)
         both = torch.stack([image.log_softmax(1), text.log_softmax(1)]) + shares.log()[:, None, None]
         return both.logsumexp(0)
-
-    def export(self) -> dict[str, Tensor]:
-        if self.prototypes_WE is None:
-            raise RuntimeError("CLIPProtoNet.export needs adapt() first")
-        return {"prototypes": self.prototypes_WE} | ({} if self.text_WE is None else {"text": self.text_WE})
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.prototypes_WE, self.text_WE = tensors["prototypes"], tensors.get("text")
 
 
 # ---- Tip-Adapter ---------------------------------------------------------------------------------------------------
@@ -226,12 +206,12 @@ class TipAdapterFConfig(TipAdapterConfig):
         require_at_least(self, 0, "steps", "weight_decay")
 
 
-class TipAdapter:
+class TipAdapter(Fitted):
     """logits = alpha exp(-beta (1 - f F_train^T)) L_train + scale f W_c^T (eq. 6), without training."""
 
     def __init__(self, config: TipAdapterConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.fitted: dict[str, Tensor] | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
@@ -255,17 +235,8 @@ class TipAdapter:
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.fitted is None:
-            raise RuntimeError(f"{type(self).__name__}.logits needs adapt() first")
-        return self.scores(unit(query), **self.fitted)
-
-    def export(self) -> dict[str, Tensor]:
-        if self.fitted is None:
-            raise RuntimeError(f"{type(self).__name__}.export needs adapt() first")
-        return dict(self.fitted)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.fitted = aligned(tensors)
+        fitted = self.tensors("logits")
+        return self.scores(unit(query), **fitted)
 
 
 class TipAdapterF(TipAdapter):
@@ -318,7 +289,7 @@ class ZipAdapterFConfig(ZipAdapterConfig):
         require_at_least(self, 0, "steps", "weight_decay")
 
 
-class ZipAdapter:
+class ZipAdapter(Fitted):
     """logits = exp(-beta (1 - cos(ZIP(q), ZIP(K)))) V / tau with ZIP(x) = SiLU(W x + b) + x, W = b = 0, V one-hot.
 
     The zero-initialised projection (ZIP) is the identity without training, so that this is a cache of one key an
@@ -326,8 +297,8 @@ class ZipAdapter:
     """
 
     def __init__(self, config: ZipAdapterConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.fitted: dict[str, Tensor] | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
@@ -363,18 +334,8 @@ class ZipAdapter:
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.fitted is None:
-            raise RuntimeError(f"{type(self).__name__}.logits needs adapt() first")
-        fitted = dict(self.fitted)
+        fitted = self.tensors("logits")
         return self.scores(*inside(unit(query), fitted.pop("basis")), **fitted)
-
-    def export(self) -> dict[str, Tensor]:
-        if self.fitted is None:
-            raise RuntimeError(f"{type(self).__name__}.export needs adapt() first")
-        return dict(self.fitted)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.fitted = aligned(tensors)
 
 
 class ZipAdapterF(ZipAdapter):

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hypdefect.errors import ConfigError
 from hypdefect.methods.ranges import require_at_least, require_positive
-from hypdefect.methods.support import SupportRows, joined, span_basis
+from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
 from hypdefect.types import FeatureBatch
 
 Weights = tuple[np.ndarray, np.ndarray]  # [W, R] and [W]; one row [1, R], [1] where there are two classes
@@ -36,35 +36,25 @@ class PrototypeConfig:
         require_positive(self, "temperature")
 
 
-class NearestPrototype:
+class NearestPrototype(Fitted):
     """Nearest class mean (Snell et al., "Prototypical Networks", NeurIPS 2017), without training.
 
     Logits are cosine similarity, or minus the squared distance, over the temperature.
     """
 
     def __init__(self, config: PrototypeConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.prototypes_WE: Tensor | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
-        self.prototypes_WE = SupportRows.read(support, n_way).class_means()
+        self.fitted = {"prototypes": SupportRows.read(support, n_way).class_means()}
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.prototypes_WE is None:
-            raise RuntimeError("NearestPrototype.logits needs adapt() first")
-        f, prototypes = joined(query), self.prototypes_WE.double()
+        f, prototypes = joined(query), self.tensors("logits")["prototypes"]
         if self.config.metric == "cosine":
             return F.normalize(f, dim=1) @ F.normalize(prototypes, dim=1).T / self.config.temperature
         return -torch.cdist(f, prototypes).square() / self.config.temperature
-
-    def export(self) -> dict[str, Tensor]:
-        if self.prototypes_WE is None:
-            raise RuntimeError("NearestPrototype.export needs adapt() first")
-        return {"prototypes": self.prototypes_WE}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.prototypes_WE = tensors["prototypes"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

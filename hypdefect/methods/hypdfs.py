@@ -36,7 +36,8 @@ from torchdiffeq import odeint
 
 from hypdefect import geometry
 from hypdefect.config import digest
-from hypdefect.errors import ConfigError, DataError, NumericsError
+from hypdefect.errors import ConfigError, NumericsError
+from hypdefect.methods.support import check_every_class
 from hypdefect.types import VIEWS, Episode, FeatureBatch, LossTerms
 
 
@@ -246,11 +247,7 @@ class HypDFS(nn.Module):
         Raises:
             DataError: a class without support rows. NumericsError: the loss or the ODE left the finite numbers.
         """
-        counts = torch.bincount(support.labels, minlength=n_way)
-        if len(counts) != n_way or (counts == 0).any():
-            raise DataError(
-                f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1"
-            )
+        check_every_class(support, n_way)
         config, device = self.config, support.labels.device
         generator = torch.Generator().manual_seed(config.seed)
         core = copy.deepcopy(self.core).to(device)

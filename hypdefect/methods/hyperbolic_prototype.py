@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hypdefect import geometry
 from hypdefect.methods.ranges import require_positive
-from hypdefect.methods.support import SupportRows, joined
+from hypdefect.methods.support import Fitted, SupportRows, joined
 from hypdefect.types import FeatureBatch
 
 
@@ -40,33 +40,24 @@ class HyperbolicPrototypeConfig:
         require_positive(self, "feature_scale", "max_norm", "temperature")
 
 
-class HyperbolicPrototype:
+class HyperbolicPrototype(Fitted):
     """Nearest Einstein midpoint of the class's support points."""
 
     def __init__(self, config: HyperbolicPrototypeConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.prototypes_WE: Tensor | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         share = F.one_hot(rows.labels_N, n_way).T.to(rows.f_NE)
-        self.prototypes_WE = geometry.weighted_midpoints(self.to_ball(rows.f_NE), self.config.curvature, share)
+        self.fitted = {"prototypes": geometry.weighted_midpoints(self.to_ball(rows.f_NE), self.config.curvature, share)}
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.prototypes_WE is None:
-            raise RuntimeError("HyperbolicPrototype.logits needs adapt() first")
+        prototypes = self.tensors("logits")["prototypes"]
         points = self.to_ball(joined(query))
-        return -geometry.pairwise_dist(points, self.prototypes_WE, self.config.curvature) / self.config.temperature
+        return -geometry.pairwise_dist(points, prototypes, self.config.curvature) / self.config.temperature
 
     def to_ball(self, f: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
         tangents = geometry.clip_norm(f * self.config.feature_scale, self.config.max_norm)
         return geometry.expmap0(tangents, self.config.curvature)
-
-    def export(self) -> dict[str, Tensor]:
-        if self.prototypes_WE is None:
-            raise RuntimeError("HyperbolicPrototype.export needs adapt() first")
-        return {"prototypes": self.prototypes_WE}
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.prototypes_WE = tensors["prototypes"]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive
-from hypdefect.methods.support import SupportRows, aligned, joined, span_basis
+from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
 from hypdefect.types import FeatureBatch
 
 
@@ -44,12 +44,12 @@ class RelationConfig:
         require_at_least(self, 0, "steps", "weight_decay")
 
 
-class RelationHead:
+class RelationHead(Fitted):
     """Relation scores of a query with the mean of each class."""
 
     def __init__(self, config: RelationConfig, dim: int) -> None:
+        super().__init__()
         self.config, self.dim = config, dim
-        self.fitted: dict[str, Tensor] | None = None
 
     def adapt(self, support: FeatureBatch, n_way: int) -> None:
         config, rows = self.config, SupportRows.read(support, n_way)
@@ -88,19 +88,9 @@ class RelationHead:
 
     def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
-        if self.fitted is None:
-            raise RuntimeError("RelationHead.logits needs adapt() first")
-        fitted = self.fitted
+        fitted = self.tensors("logits")
         pair = (F.normalize(joined(query), dim=1) @ fitted["of_query"].T)[:, None] + fitted["class_part"]
         return (pair.relu() @ fitted["out"] + fitted["offset"]).sigmoid() / self.config.temperature
-
-    def export(self) -> dict[str, Tensor]:
-        if self.fitted is None:
-            raise RuntimeError("RelationHead.export needs adapt() first")
-        return dict(self.fitted)
-
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.fitted = aligned(tensors)
 
 
 def means_of_others(x: Float[Tensor, "N R"], image: Tensor, target: Float[Tensor, "N W"]) -> Float[Tensor, "N R"]:

@@ -20,6 +20,33 @@ def joined(batch: FeatureBatch) -> Float[Tensor, "N E"]:
     return torch.cat([batch.views[view] for view in VIEWS], 1).double()
 
 
+def check_every_class(support: FeatureBatch, n_way: int) -> None:
+    """Raises DataError where a class has no support row."""
+    counts = torch.bincount(support.labels, minlength=n_way)
+    if len(counts) != n_way or (counts == 0).any():
+        raise DataError(f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1")
+
+
+class Fitted:
+    """The tensors that `adapt` gives a head, and all that publishing it needs."""
+
+    def __init__(self) -> None:
+        self.fitted: dict[str, Tensor] | None = None
+
+    def tensors(self, asked: str) -> dict[str, Tensor]:
+        """A copy of the mapping. Raises RuntimeError before `adapt`."""
+        if self.fitted is None:
+            raise RuntimeError(f"{type(self).__name__}.{asked} needs adapt() first")
+        return dict(self.fitted)
+
+    def export(self) -> dict[str, Tensor]:
+        return self.tensors("export")
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        # in memory of their own: sums of tensors that lie askew in a file's buffer differ in the last bits
+        self.fitted = {name: tensor.clone() for name, tensor in tensors.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class SupportRows:
     """Support rows sorted by image and copy. `image_N` numbers the images, `text_WE` are unit class-name embeddings."""
@@ -33,11 +60,7 @@ class SupportRows:
     @classmethod
     def read(cls, support: FeatureBatch, n_way: int) -> "SupportRows":
         """Raises DataError where a class has no row, or text embeddings of an odd width."""
-        counts = torch.bincount(support.labels, minlength=n_way)
-        if len(counts) != n_way or (counts == 0).any():
-            raise DataError(
-                f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1"
-            )
+        check_every_class(support, n_way)
         ids = np.array(support.image_ids)
         order = torch.from_numpy(np.lexsort((support.aug_index.cpu().numpy(), ids)))
         image = torch.from_numpy(np.unique(ids, return_inverse=True)[1])
@@ -90,8 +113,3 @@ def span_basis(rows: Float[Tensor, "N E"]) -> Float[Tensor, "E R"]:
     values, vectors = torch.linalg.eigh(rows @ rows.T)
     keep = values > 1e-10 * values[-1]
     return (rows.T @ (vectors[:, keep] / values[keep].sqrt())).flip(1)
-
-
-def aligned(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in memory of their own: sums of tensors that lie askew in a file's buffer differ in the last bits."""
-    return {name: tensor.clone() for name, tensor in tensors.items()}

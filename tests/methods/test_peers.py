@@ -273,7 +273,7 @@ def test_hyperbolic_prototypes_of_one_row_are_its_point() -> None:
     support, _ = task(k_shot=1, copies=0)
     head = fitted("hyperbolic_prototype", support, curvature=0.5, feature_scale=1.0)
     norm = joined(support).norm(dim=1, keepdim=True) * 0.5**0.5
-    torch.testing.assert_close(head.prototypes_WE, torch.tanh(norm) / norm * joined(support))
+    torch.testing.assert_close(head.tensors("logits")["prototypes"], torch.tanh(norm) / norm * joined(support))
 
 
 # ---- configurations ------------------------------------------------------------------------------------------------
