@@ -233,7 +233,8 @@ class Predictor:
             zeros = {view: torch.zeros(1, self.card.dim) for view in VIEWS}
             scores = self.classifier.logits(_batch(self.transform(zeros)))
         except (KeyError, RuntimeError) as error:
-            raise ArtifactError(f"{folder}: its tensors do not fit one another: {error}") from error
+            name = self.card.run.name
+            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
         if scores.shape != (1, len(self.card.class_names)) or not torch.isfinite(scores).all():
             names = len(self.card.class_names)
             raise ArtifactError(f"{folder}: scores {tuple(scores.shape)} for {names} classes, or not finite ones")
