@@ -31,7 +31,7 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("product", pa.string()),
         ("backbone", pa.string()),
-        ("study", pa.string()),  # main, curvature, ablation/NAME
+        ("study", pa.string()),  # main, ceiling (every label of the pool, K = 0), curvature, ablation/NAME
         ("split", pa.string()),  # random, grouped
         ("protocol", pa.string()),  # draws, first (AMC: the first K images of each class)
         ("method", pa.string()),  # name in METHODS

@@ -27,10 +27,10 @@ from hypdefect import ledger
 from hypdefect.comparison import Difference, Row, best_euclidean, claims, leaderboard, paired_to
 from hypdefect.config import from_mapping, home, parse_job, run_job, to_mapping, write_json
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.evaluate import compare
+from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.episodes import draw_support
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, MetaStart, RunConfig, candidates, first_support
+from hypdefect.evaluation import Entrant, MetaStart, RunConfig, Scored, candidates, first_support
 from hypdefect.features import TransformConfig
 from hypdefect.methods import METHODS, get_method
 from hypdefect.methods.hypdfs import HypDFSConfig
@@ -39,6 +39,7 @@ from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, plan_ta
 from hypdefect.training import MetaConfig, load_start
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
+from jobs.results_page import CEILING, ceiling_text
 from jobs.train import trained
 from tune_spaces import get_space
 
@@ -89,9 +90,10 @@ def main() -> None:
     begun = time.monotonic()
     spent: dict[str, float] = defaultdict(float)
     rows: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
     with connected():
         plans = planned(job)
-        run = ledger.identity(job, plans, protocol=job.protocol)
+        run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=study) for study in ("main", CEILING))
         fill(*plans)
         ready = time.monotonic()
         for plan in plans:
@@ -112,14 +114,18 @@ def main() -> None:
             for one in scored:
                 spent[one.config.name] += one.seconds
             rows += ledger.rows_of(scored, run, number, plan.classes)
+            limits += ledger.rows_of(ceiling(task, job, start), limit, number, plan.classes)
     seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
-    part = ledger.append(rows, home())
+    part, above = ledger.append(rows, home()), ledger.append(limits, home())
     summary = show(ledger.read_part(part), job)
+    summary["ceiling"] = [asdict(r) for r in leaderboard(ledger.read_part(above))]
+    print(ceiling_text(ledger.read_part(above)))
     each = ", ".join(f"{name} {value:.0f}" for name, value in sorted(spent.items(), key=lambda item: -item[1]))
     print(f"times: features {seconds['features']:.0f} s, methods {seconds['methods']:.0f} s (CPU seconds: {each})")
     if options.json is not None:
         write_json(options.json, plain({"job": to_mapping(job), "run": run, "seconds": seconds, **summary}))
     print(part)
+    print(above)
 
 
 def planned(job: EvaluateJob) -> list[TaskPlan]:
@@ -169,6 +175,27 @@ def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
         tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])
         found.append(Entrant(candidates=tuple(tried)[: max(job.trials, 1)]))
     return found
+
+
+def ceiling(task: FewShotTask, job: EvaluateJob, start: MetaStart | None) -> list[Scored]:
+    """What a linear head reaches that is given every label of the pool: K more images than any draw has."""
+    base = RunConfig(name="logistic_regression", transform=job.transform, support_copies=0)
+    configs = {"plain": base}
+    if start and start.projection:
+        configs["meta"] = replace(base, transform=job.meta.transform, features="meta")
+    scores = evaluate(task, configs, [np.arange(len(task.pool))], start=start)
+    return [
+        Scored(
+            config=config,
+            features=name,
+            variant="all labels of the pool",
+            k_shot=0,
+            validation=math.nan,
+            draws=tuple(scores[name]),
+            seconds=0.0,
+        )
+        for name, config in configs.items()
+    ]
 
 
 def supports_of(job: EvaluateJob, plan: TaskPlan, task: FewShotTask) -> dict[int, list[np.ndarray]]:

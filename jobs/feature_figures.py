@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
@@ -24,7 +25,7 @@ from hypdefect.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
 from hypdefect.episodes import draw_support
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import MetaStart, RunConfig, dimension
-from hypdefect.methods.hypdfs import HypDFS
+from hypdefect.methods.hypdfs import HypDFS, in_frame
 from hypdefect.task import FewShotTask
 from jobs.figures import DARK, GREY, GRID, LIGHT, drawn, short
 
@@ -90,13 +91,19 @@ def fitted_points(
     core = model.fitted
     assert core is not None
     asked = queries.batch(np.arange(len(queries)))
-    tangents, clean = model.tangents(support), support.aug_index == 0
+    tangents, clean = model.tangents(support, core), support.aug_index == 0
     c = float(model.c(core))
     evolved = model.evolve(core, model.moments(core, tangents, support.labels, pool.n_way))
     made, _ = model.synthesize(core, evolved, torch.Generator().manual_seed(config.method.seed))
     made = geometry.logmap0(made, c).flatten(0, 1).unflatten(1, (2, -1))
-    plain = torch.cat([tangents[clean], model.tangents(asked)])
-    adapted, (ball, synthetic) = model.points(core, plain, made)
+    adapted, _ = model.points(core, tangents[clean], model.tangents(asked, core), made)
+    centres = geometry.logmap0(model.centers_WE, model.scoring_c(core)).unflatten(1, (2, -1))
+    plain = torch.cat([model.tangents(support)[clean], model.tangents(asked)])
+    if core.frame is not None:
+        outside = plain - _spanned(in_frame(plain, core.frame), core.frame)
+        adapted, centres = _spanned(adapted, core.frame), _spanned(centres, core.frame)
+        adapted[: len(plain)] += outside
+    ball, synthetic = model.to_ball(core, adapted).split([len(plain), len(made)])
     per_class = len(made) // pool.n_way
     return FittedPoints(
         plain=plain.flatten(1),
@@ -106,11 +113,16 @@ def fitted_points(
         num_supports=int(clean.sum()),
         synthetic=synthetic.double(),
         synthetic_labels=torch.arange(pool.n_way).repeat_interleave(per_class),
-        prototypes=model.centers_WE.double(),
+        prototypes=model.to_ball(core, centres).double(),
         c=float(model.scoring_c(core)),
         class_names=pool.class_names,
         accuracy=float((model.logits(asked).argmax(1) == asked.labels).double().mean()),
     )
+
+
+def _spanned(x: Float[Tensor, "N V r1"], frame: Float[Tensor, "V D r"]) -> Float[Tensor, "N V D"]:
+    """Rows from their coordinates in a frame, but for what lies outside of it, which the adapter hardly changes."""
+    return torch.einsum("nvr,vdr->nvd", x[..., :-1], frame)
 
 
 def colour(label: int) -> str:

@@ -19,6 +19,8 @@ from hypdefect.metrics import Interval
 from hypdefect.task import TaskConfig
 from hypdefect.types import SplitKind
 
+CEILING = "ceiling"
+"""Study of the ledger: logistic regression on all of the pool, K = 0."""
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
 
@@ -173,6 +175,8 @@ def reading(section: Section) -> str:
         text.append(f"Beside its own c = 0 twin it is {joined(parts)}.")
     else:
         text.append("Its c = 0 twin was not run.")
+    if CEILING in section.studies:
+        text.append(ceiling_text(section.studies[CEILING]))
     if len(section.partitions) > 1:
         text.append(f"Intervals are 95 %, over the means of {len(section.partitions)} partitions.")
     else:
@@ -180,6 +184,13 @@ def reading(section: Section) -> str:
             f"Intervals are 95 %, over {section.draws} draws of one partition: another partition may move them all."
         )
     return " ".join(text)
+
+
+def ceiling_text(table: pa.Table) -> str:
+    """What the rows of the study CEILING say, in one sentence."""
+    names = {"plain": "on plain features", "meta": "on meta-trained ones"}
+    cells = [f"{accuracy(row.accuracy)} % {names[row.features]}" for row in leaderboard(table)]
+    return f"The ceiling, a linear head that is given every label of the support pool: {joined(cells)}."
 
 
 def _against_peers(differences: Sequence[Difference], where: str, label: dict[str, str]) -> str:

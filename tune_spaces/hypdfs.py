@@ -17,6 +17,8 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_float("method.beta", 1e-3, 1.0, log=True)
     trial.suggest_float("method.temperature", 0.1, 3.0, log=True)
     trial.suggest_float("method.lr", 1e-5, 1e-3, log=True)
+    trial.suggest_float("method.center_lr", 1e-3, 1e-1, log=True)
+    trial.suggest_categorical("method.adapter", ["real+synthetic", "real", "none"])
     trial.suggest_int("method.ode_steps", 0, 8)
     trial.suggest_categorical("method.ode", ["fc", "sa"])
     trial.suggest_int("method.prototypes", 1, 3)

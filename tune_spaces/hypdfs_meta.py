@@ -21,6 +21,7 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_float("method.beta", 1e-3, 1.0, log=True)
     trial.suggest_float("method.temperature", 0.1, 3.0, log=True)
     trial.suggest_float("method.lr", 1e-5, 1e-3, log=True)
+    trial.suggest_float("method.center_lr", 1e-3, 1e-1, log=True)
     trial.suggest_int("method.ode_steps", 1, 4)
     trial.suggest_int("method.prototypes", 1, 3)
     trial.suggest_float("method.noise_scale", 0.25, 2.0, log=True)

@@ -19,6 +19,9 @@ Deviations:
 - Real and synthetic features are stacked along the sample axis: along channels a query would lack its synthetic half.
 - A class centre is the midpoint of its adapted real points and of its adapted synthetic mean, so that what the ODE
   learned about the mean reaches the queries; `learn_centers` adds an offset to it.
+- A task is fitted in coordinates of its support rows' span (`axes="features"`: all features), several times faster.
+  Prototypes, centres and gradients lie in it, distances to them stay what they are; but the diagonal of Sigma is then
+  one of principal directions, and noise stays in the span.
 - The whole support is one batch (at most K x N x views rows) instead of minibatches of 32.
 
 Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D features of one view, E = 2 D, Q queries.
@@ -37,7 +40,7 @@ from torchdiffeq import odeint
 from hypdefect import geometry
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError, NumericsError
-from hypdefect.methods.support import check_every_class
+from hypdefect.methods.support import check_every_class, span_basis
 from hypdefect.types import VIEWS, Episode, FeatureBatch, LossTerms
 
 
@@ -58,10 +61,12 @@ class HypDFSConfig:
     center: Literal["einstein", "frechet"] = "einstein"
     """Class centre: closed-form midpoint, or iterated Karcher mean."""
     match_radius: bool = True
-    """Push each centre out to the mean radius of its real points: a midpoint of K scattered points sinks towards the
+    """Put each centre at the mean radius of its real points: a midpoint of K scattered points sinks towards the
     origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
     learn_centers: bool = True
-    """Fit an offset to each class centre, per task."""
+    """Fit an offset to each class centre, per task; with `match_radius` it only turns the centre."""
+    center_lr: float = 0.01
+    """Rate of the offsets, which act on few coordinates, where `lr` is that of adapter and ODE."""
     n_syn: int = 8
     """Synthetic points a class and step."""
     noise_scale: float = 1.0
@@ -69,6 +74,9 @@ class HypDFSConfig:
     shrinkage: float = 0.5
     """Share of the variance pooled over classes in each class's own (1: all pooled)."""
     covariance: Literal["diagonal", "low_rank"] = "diagonal"
+    axes: Literal["span", "features"] = "span"
+    """What a task is fitted along: principal directions of its support rows, where these are fewer than the features
+    and nothing was trained for the features' own axes; or these axes."""
     ode: Literal["fc", "sa", "none"] = "fc"
     """Network of the neural ODE: fully connected, self-attention across classes, or plain moments."""
     ode_steps: int = 1
@@ -102,7 +110,7 @@ class HypDFSConfig:
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
-        positive = ("feature_scale", "max_norm", "temperature", "contrast_temperature", "lr")
+        positive = ("feature_scale", "max_norm", "temperature", "contrast_temperature", "lr", "center_lr")
         for name in positive:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"method.{name} must be positive, got {getattr(self, name)}")
@@ -212,17 +220,57 @@ def principal_projection(f: Float[Tensor, "R V D"], dim: int, rest: int = 0) -> 
 
 
 class Core(nn.Module):
-    """What is meta-trained: projection (fixed after that), and adapter, ODE and curvature, then fitted per task."""
+    """What is meta-trained: projection (fixed after that), and adapter, ODE and curvature, then fitted per task.
 
-    def __init__(self, config: HypDFSConfig, dim: int, projection: Projection | None = None) -> None:
+    A core with a `frame` works in a task's own coordinates (`in_frame`).
+    """
+
+    frame: Tensor | None
+
+    def __init__(
+        self,
+        config: HypDFSConfig,
+        dim: int,
+        projection: Projection | None = None,
+        frame: Float[Tensor, "V D R"] | None = None,
+    ) -> None:
         super().__init__()
         self.projection = projection
-        dim = dim if projection is None else projection.dim
+        self.register_buffer("frame", frame)
+        if projection is not None:
+            dim = projection.dim
+        if frame is not None:
+            dim = frame.shape[2] + 1
         generator = torch.Generator().manual_seed(config.seed)
         wants_ode = config.ode != "none" and config.ode_steps > 0
         self.adapter = None if config.adapter == "none" else ResidualAdapter(dim, config.adapter_rank, generator)
         self.ode = MomentODE(2 * dim, config.ode_hidden, config.ode, generator) if wants_ode else None  # type: ignore[arg-type]
         self.log_c = nn.Parameter(torch.tensor(config.curvature).log()) if config.learn_curvature else None
+
+    def is_fresh(self) -> bool:
+        """Whether adapter and ODE change nothing yet: then no coordinates are special to them."""
+        last: list[Tensor] = [] if self.adapter is None else [self.adapter.up]
+        last += [] if self.ode is None else [self.ode.leave.weight, self.ode.leave.bias]
+        return not any(bool(x.any()) for x in last)
+
+
+def span_frame(tangents: Float[Tensor, "R V D"]) -> Float[Tensor, "V D r"]:
+    """Orthonormal principal directions of each view's rows, r the larger rank of both; the lower one's last are 0."""
+    bases = [span_basis(view.double()) for view in tangents.unbind(1)]
+    rank = max(basis.shape[1] for basis in bases)
+    frame = torch.stack([F.pad(basis, (0, rank - basis.shape[1])) for basis in bases])
+    largest = frame.abs().argmax(1, keepdim=True)
+    return (frame * frame.gather(1, largest).sign()).to(tangents)  # one sign, on every machine
+
+
+def in_frame(tangents: Float[Tensor, "*R V D"], frame: Float[Tensor, "V D r"]) -> Float[Tensor, "*R V r1"]:
+    """Coordinates in each view's frame, and the length of what lies outside of it.
+
+    Norms, and distances to all points of the frame's span, are those of the rows themselves.
+    """
+    x = torch.einsum("...vd,vdr->...vr", tangents, frame)
+    outside = tangents - torch.einsum("...vr,vdr->...vd", x, frame)
+    return torch.cat([x, outside.norm(dim=-1, keepdim=True)], -1)
 
 
 class HypDFS(nn.Module):
@@ -250,14 +298,17 @@ class HypDFS(nn.Module):
         check_every_class(support, n_way)
         config, device = self.config, support.labels.device
         generator = torch.Generator().manual_seed(config.seed)
-        core = copy.deepcopy(self.core).to(device)
-        offset = torch.zeros(n_way, 2 * self.dim, device=device, requires_grad=config.learn_centers)
         with torch.no_grad():
-            tangents = self.tangents(support)
-        core.projection = None  # a task does not change it
-        parameters = [p for p in core.parameters() if p.requires_grad] + ([offset] if config.learn_centers else [])
-        if config.steps and parameters:
-            optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
+            core = self.task_core(self.tangents(support)).to(device)
+            tangents = self.tangents(support, core)
+        width = tangents.shape[2]
+        offset = torch.zeros(n_way, 2 * width, device=device, requires_grad=config.learn_centers)
+        groups = [
+            {"params": [p for p in core.parameters() if p.requires_grad], "lr": config.lr},
+            {"params": [offset] if config.learn_centers else [], "lr": config.center_lr},
+        ]
+        if config.steps and any(group["params"] for group in groups):
+            optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
             moments = None if config.learn_curvature else self.moments(core, tangents, support.labels, n_way)
             for step in range(config.steps):
@@ -294,7 +345,7 @@ class HypDFS(nn.Module):
         """
         if self.fitted is None:
             raise RuntimeError("HypDFS.logits needs adapt() first")
-        h = self.to_ball(self.fitted, self.adapted(self.fitted, self.tangents(query)).double())
+        h = self.to_ball(self.fitted, self.adapted(self.fitted, self.tangents(query, self.fitted)).double())
         return (
             -geometry.pairwise_dist(h, self.centers_WE.double(), self.scoring_c(self.fitted)) / self.config.temperature
         )
@@ -308,7 +359,7 @@ class HypDFS(nn.Module):
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Become the classifier that `export` described."""
-        core = copy.deepcopy(self.core)
+        core = self.framed(tensors["core.frame"]) if "core.frame" in tensors else copy.deepcopy(self.core)
         core.load_state_dict({k.removeprefix("core."): v for k, v in tensors.items() if k.startswith("core.")})
         self.fitted = core.requires_grad_(False)
         self.centers_WE = tensors["centers"]
@@ -338,12 +389,30 @@ class HypDFS(nn.Module):
         """The classification geometry: c, or 0 where the loss is the Euclidean ablation."""
         return 0.0 if self.config.loss == "euclidean" else self.c(core)
 
-    def tangents(self, batch: FeatureBatch) -> Float[Tensor, "R V D"]:
-        """Projected, scaled and clipped features of both views."""
+    def task_core(self, tangents: Float[Tensor, "R V D"]) -> Core:
+        """A copy of the starting weights to fit to a task.
+
+        Prototypes, centres and gradients lie in the span of the support rows. Where these are fewer than the features
+        and no weights were trained for the features' own axes, the task is fitted in coordinates of that span.
+        """
+        if self.config.axes == "span" and len(tangents) + 1 < tangents.shape[2] and self.core.is_fresh():
+            return self.framed(span_frame(tangents))
+        core = copy.deepcopy(self.core)
+        core.projection = None  # a task does not change it
+        return core
+
+    def framed(self, frame: Float[Tensor, "V D r"]) -> Core:
+        core = Core(self.config, self.dim, frame=frame)
+        core.log_c = copy.deepcopy(self.core.log_c)
+        return core
+
+    def tangents(self, batch: FeatureBatch, core: Core | None = None) -> Float[Tensor, "R V D"]:
+        """Projected, scaled and clipped features of both views, in the frame of a core that has one."""
         stacked = torch.stack([batch.views[view] for view in VIEWS], dim=1)
         if self.core.projection is not None:
             stacked = self.core.projection(stacked)
-        return geometry.clip_norm(stacked * self.config.feature_scale, self.config.max_norm)
+        clipped = geometry.clip_norm(stacked * self.config.feature_scale, self.config.max_norm)
+        return clipped if core is None or core.frame is None else in_frame(clipped, core.frame)
 
     def adapted(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V D"]:
         return tangents if core.adapter is None else core.adapter(tangents)
@@ -445,9 +514,9 @@ class HypDFS(nn.Module):
     def synthetic_means(self, core: Core, evolved: Moments) -> Float[Tensor, "_ V D"]:
         """Tangents f_sd of the synthetic means, one a prototype; none without synthesis."""
         if self.config.adapter != "real+synthetic":
-            return evolved.mu_WPE.new_zeros(0, 2, self.dim)
+            return evolved.mu_WPE.new_zeros(0, 2, evolved.mu_WPE.shape[2] // 2)
         mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
-        return geometry.logmap0(mean, self.c(core)).unflatten(1, (2, self.dim))
+        return geometry.logmap0(mean, self.c(core)).unflatten(1, (2, -1))
 
     def centers(
         self,
@@ -475,9 +544,10 @@ class HypDFS(nn.Module):
         else:
             middle = geometry.weighted_midpoints(points, c, weights)
         tangent = geometry.logmap0(middle, c)
-        if self.config.match_radius:
-            tangent = F.normalize(tangent, dim=1) * (real @ radii)[:, None]
-        return geometry.expmap0(tangent + offset, c)
+        if not self.config.match_radius:
+            return geometry.expmap0(tangent + offset, c)
+        radius = (real @ radii)[:, None]
+        return geometry.expmap0(F.normalize(F.normalize(tangent, dim=1) * radius + offset, dim=1) * radius, c)
 
     def terms(
         self,
@@ -497,7 +567,7 @@ class HypDFS(nn.Module):
         made = tangents[:0]
         if config.adapter == "real+synthetic":
             z, reach = self.synthesize(core, evolved, generator)
-            made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, self.dim))  # f_sd
+            made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, -1))  # f_sd
             if config.loss == "hdcl" and config.alpha:
                 spread = self.spread_loss(core, z, reach)
         means = self.synthetic_means(core, evolved)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from hypdefect import geometry as G
 from hypdefect.errors import ConfigError, DataError, NumericsError
 from hypdefect.methods.baselines import NearestPrototype, PrototypeConfig
-from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, Moments, ResidualAdapter, whole_crop_contrast
+from hypdefect.methods.hypdfs import (
+    HypDFS,
+    HypDFSConfig,
+    Moments,
+    ResidualAdapter,
+    in_frame,
+    span_frame,
+    whole_crop_contrast,
+)
 from hypdefect.types import VIEWS, Episode, FeatureBatch
 from tests.toy_features import DIM, permuted, toy_batch
 
@@ -50,10 +58,57 @@ def moments_of(model: HypDFS, batch: FeatureBatch | None = None, n_way: int = N_
     return model.moments(model.core, model.tangents(batch), batch.labels, n_way)
 
 
-def logits_of(batch: FeatureBatch | None = None, **values: Any) -> Tensor:
-    model = hypdfs(**values)
-    model.adapt(toy_batch() if batch is None else batch, N_WAY)
-    return model.logits(toy_batch(k_shot=9, seed=4))
+def logits_of(batch: FeatureBatch | None = None, dim: int = DIM, **values: Any) -> Tensor:
+    model = hypdfs(dim, **values)
+    model.adapt(toy_batch(dim=dim) if batch is None else batch, N_WAY)
+    return model.logits(toy_batch(k_shot=9, dim=dim, seed=4))
+
+
+# ---- coordinates of the span -----------------------------------------------------------------------------------------
+
+WIDE = 40  # more features than the toy support has rows
+
+
+def test_a_frame_keeps_norms_and_distances_to_its_span() -> None:
+    rows, others = torch.randn(7, 2, WIDE, generator=rng()), torch.randn(5, 2, WIDE, generator=rng(1))
+    frame = span_frame(rows)
+    assert frame.shape == (2, WIDE, 7)
+    x, y = in_frame(rows, frame), in_frame(others, frame)
+    assert x[..., -1].abs().max() < 1e-5
+    torch.testing.assert_close(y.norm(dim=-1), others.norm(dim=-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        torch.cdist(y.flatten(1), x.flatten(1)), torch.cdist(others.flatten(1), rows.flatten(1)), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_a_view_of_lower_rank_gets_directions_of_length_zero() -> None:
+    rows = torch.randn(4, 2, WIDE, generator=rng())
+    rows[:, 1] = rows[:1, 1]
+    frame = span_frame(rows)
+    assert frame.shape == (2, WIDE, 4)
+    assert not frame[1, :, 1:].any()
+    torch.testing.assert_close(in_frame(rows, frame).norm(dim=-1), rows.norm(dim=-1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("curvature", [0.0, 0.3])
+def test_without_steps_the_span_changes_nothing(curvature: float) -> None:
+    span, features = (logits_of(dim=WIDE, axes=axes, steps=0, curvature=curvature) for axes in ("span", "features"))
+    torch.testing.assert_close(span, features, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fit_in_the_span_survives_export() -> None:
+    model, other = hypdfs(WIDE), hypdfs(WIDE)
+    model.adapt(toy_batch(dim=WIDE), N_WAY)
+    other.restore(model.export())
+    assert model.centers_WE.shape[1] < 2 * WIDE
+    query = toy_batch(k_shot=9, dim=WIDE, seed=4)
+    assert torch.equal(model.logits(query), other.logits(query))
+
+
+def test_trained_weights_keep_the_features_own_axes() -> None:
+    model = stirred(hypdfs(WIDE))
+    model.adapt(toy_batch(dim=WIDE), N_WAY)
+    assert model.centers_WE.shape == (N_WAY, 2 * WIDE)
 
 
 # ---- every field does something and nothing breaks -----------------------------------------------------------------
@@ -73,6 +128,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "max_spread": (0.0, 2.0),
     "contrast_same_class": (False, True),
     "adapter_rank": (0, 3),
+    "axes": ("span", "features"),
     "k_shot": (1, 4),
 }
 
@@ -137,8 +193,9 @@ def test_no_option_is_without_effect(name: str, value: Any) -> None:
         base |= {"margin": 3.0}
     if name == "max_spread":
         base |= {"alpha": 1.0, "margin": 0.5}
-    found = logits_of(**base | {name: value})
-    assert (found - logits_of(**base)).abs().max() > 1e-6
+    dim = WIDE if name == "axes" else DIM
+    found = logits_of(dim=dim, **base | {name: value})
+    assert (found - logits_of(dim=dim, **base)).abs().max() > 1e-6
 
 
 @pytest.mark.parametrize("covariance", ["diagonal", "low_rank"])
@@ -617,7 +674,10 @@ def test_centres_lie_between_the_real_midpoint_and_the_synthetic_mean(center: An
     matched = hypdfs(center=center, curvature=0.3)
     offset = torch.tensor([[0.0, 0], [0.5, 0]])
     pushed = matched.centers(matched.core, h, means[:0], torch.tensor([1.0, 3, 2]), torch.tensor([0, 0, 1]), offset)
-    torch.testing.assert_close(G.logmap0(pushed, 0.3), torch.tensor([[2.0, 0], [0.5, 2.0]]), rtol=1e-4, atol=1e-4)
+    turned = 2 * F.normalize(torch.tensor([0.5, 2.0]), dim=0)  # an offset turns a centre, its radius stays
+    torch.testing.assert_close(
+        G.logmap0(pushed, 0.3), torch.stack([torch.tensor([2.0, 0]), turned]), rtol=1e-4, atol=1e-4
+    )
 
 
 # ---- fitting -------------------------------------------------------------------------------------------------------
