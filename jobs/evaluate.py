@@ -124,8 +124,8 @@ def main() -> None:
     print(f"times: features {seconds['features']:.0f} s, methods {seconds['methods']:.0f} s (CPU seconds: {each})")
     if options.json is not None:
         write_json(options.json, plain({"job": to_mapping(job), "run": run, "seconds": seconds, **summary}))
-    print(part)
     print(above)
+    print(part)
 
 
 def planned(job: EvaluateJob) -> list[TaskPlan]:

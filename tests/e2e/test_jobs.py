@@ -240,13 +240,15 @@ def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None
     same = [name for name in table.schema.names if name not in own]
     assert table.select(same).equals(again.select(same))
     np.testing.assert_array_equal(table["validation_acc"].to_numpy(), again["validation_acc"].to_numpy())
-    assert read(user.home).num_rows == 2 * table.num_rows == 2 * 2 * 2 * 2 * 3  # partitions, K, draws, methods and twin
+    assert read(user.home, study="main").num_rows == 2 * table.num_rows == 2 * 2 * 2 * 2 * 3  # partitions, K, draws, methods and twin
     names = {"hypdfs", "prototype", "hypdfs, c = 0 twin"}
     assert {(r["name"], r["k_shot"]) for r in alone.result["leaderboard"]} == {(n, k) for n in names for k in (1, 2)}
     assert {d["reference"] for d in alone.result["paired"]} == {"prototype"}
     assert [len(alone.result["claims"][side]) for side in ("plain", "meta", "twin")] == [2, 0, 2]
     for text in (*names, "K = 2", "Best Euclidean: prototype (by validation accuracy)", "at matched distance scale"):
         assert text in alone.stdout
+    assert set(read(user.home, study="ceiling")["k_shot"].to_pylist()) == {0}
+    assert "every label of the support pool" in alone.stdout
     assert table["config_digest"][0].as_py() == alone.result["run"]["config_digest"]
 
 
