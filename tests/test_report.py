@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 
 from hypdefect import ledger
-from hypdefect.comparison import TWIN
+from hypdefect.comparison import TWIN, leaderboard
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import MetaStart, RunConfig
@@ -275,6 +275,17 @@ def test_the_reading_says_level_where_the_interval_holds_zero() -> None:
     assert "ahead of all at every K" in text
 
 
+def test_the_ceiling_is_said_where_it_was_measured() -> None:
+    skill = {("logistic_regression", "plain", "all labels of the pool"): 0.1}
+    parts = (generated(MAIN, shots=(5,)), generated(skill, study="ceiling", shots=(0,), draws=1))
+    (section,) = report.sections(table(*parts))
+    (row,) = leaderboard(section.studies["ceiling"])
+    said = "a linear head that is given every label of the support pool: "
+    assert f"{said}{row.accuracy.percent()} % on plain features." in reading(section)
+    (section,) = report.sections(table(parts[0]))
+    assert said not in reading(section)
+
+
 def test_the_reference_of_an_ablation_is_the_full_method_even_where_another_variant_is_better() -> None:
     rows = ablations()
     tables = {s: table([r for r in rows if r["study"] == s]) for s in ("ablation/adapter", "ablation/loss")}
@@ -358,14 +369,15 @@ def test_long_names_are_cut() -> None:
     assert short("x" * 30, 10) == "x" * 9 + "…"
 
 
-def toy_task(copies: int = 1) -> FewShotTask:
-    pool = toy_pool(n_way=3, per_class=6, copies=copies)
-    return FewShotTask(pool=pool, queries=toy_pool(n_way=3, per_class=4, seed=0), normals=None, block_dims=(DIM,))
+def toy_task(copies: int = 1, dim: int = DIM) -> FewShotTask:
+    pool = toy_pool(n_way=3, per_class=6, copies=copies, dim=dim)
+    queries = toy_pool(n_way=3, per_class=4, dim=dim, seed=0)
+    return FewShotTask(pool=pool, queries=queries, normals=None, block_dims=(dim,))
 
 
-@pytest.mark.parametrize("curvature", [0.05, 0.0])
-def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: float) -> None:
-    task = toy_task()
+@pytest.mark.parametrize(("curvature", "dim"), [(0.05, DIM), (0.0, DIM), (0.05, 40)])  # 40: fitted in its span
+def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: float, dim: int) -> None:
+    task = toy_task(dim=dim)
     config = RunConfig(method={"curvature": curvature, "adapter_rank": 2, "n_syn": 3}, support_copies=1)
     points = fitted_points(task, config, 2, 0, 0)
     nearest = pairwise_dist(points.ball[6:], points.prototypes, curvature).argmin(1)

@@ -240,7 +240,9 @@ def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None
     same = [name for name in table.schema.names if name not in own]
     assert table.select(same).equals(again.select(same))
     np.testing.assert_array_equal(table["validation_acc"].to_numpy(), again["validation_acc"].to_numpy())
-    assert read(user.home, study="main").num_rows == 2 * table.num_rows == 2 * 2 * 2 * 2 * 3  # partitions, K, draws, methods and twin
+    assert (
+        read(user.home, study="main").num_rows == 2 * table.num_rows == 2 * 2 * 2 * 2 * 3
+    )  # partitions, K, draws, methods and twin
     names = {"hypdfs", "prototype", "hypdfs, c = 0 twin"}
     assert {(r["name"], r["k_shot"]) for r in alone.result["leaderboard"]} == {(n, k) for n in names for k in (1, 2)}
     assert {d["reference"] for d in alone.result["paired"]} == {"prototype"}

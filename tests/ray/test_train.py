@@ -50,19 +50,17 @@ def assert_same(model: HypDFS, losses: list[float], expected: tuple[dict[str, to
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_result_does_not_depend_on_the_workers(
-    ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path, workers: int
+def test_two_workers_learn_what_one_process_does(
+    ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path
 ) -> None:
     started = core_tensors(HypDFS(CONFIG.method, dimension(pool)))
     assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
-    model, losses = train(pool, CONFIG, workers=workers, name="run", folder=tmp_path)
+    model, losses = train(pool, CONFIG, workers=2, name="run", folder=tmp_path)
     assert_same(model, losses, expected)
-    if workers == 1:  # a run that is complete does nothing when it is asked for again
-        kept = sorted(tmp_path.rglob("core.safetensors"))
-        model, losses = train(pool, CONFIG, workers=1, name="run", folder=tmp_path)
-        assert_same(model, losses, expected)
-        assert sorted(tmp_path.rglob("core.safetensors")) == kept
+    kept = sorted(tmp_path.rglob("core.safetensors"))  # a run that is complete does nothing when asked for again
+    model, losses = train(pool, CONFIG, workers=1, name="run", folder=tmp_path)
+    assert_same(model, losses, expected)
+    assert sorted(tmp_path.rglob("core.safetensors")) == kept
 
 
 def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
@@ -99,7 +97,7 @@ def kill_one_worker(folder: Path, killed: list[int]) -> None:
 
 
 def test_a_killed_worker_changes_nothing(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=150, report_every=5, lr=1e-3)  # rounding grows with the steps
+    config = replace(CONFIG, steps=80, report_every=5, lr=1e-3)  # rounding grows with the steps
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
