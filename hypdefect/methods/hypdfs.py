@@ -40,6 +40,7 @@ from torchdiffeq import odeint
 from hypdefect import geometry
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError, NumericsError
+from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.methods.support import check_every_class, span_basis
 from hypdefect.types import VIEWS, Episode, FeatureBatch, LossTerms
 
@@ -110,20 +111,11 @@ class HypDFSConfig:
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
-        positive = ("feature_scale", "max_norm", "temperature", "contrast_temperature", "lr", "center_lr")
-        for name in positive:
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"method.{name} must be positive, got {getattr(self, name)}")
-        for name in ("noise_scale", "alpha", "beta", "margin", "max_spread", "weight_decay"):
-            if not getattr(self, name) >= 0:
-                raise ConfigError(f"method.{name} must not be negative, got {getattr(self, name)}")
-        for name, least in (("prototypes", 1), ("n_syn", 1), ("ode_steps", 0), ("ode_hidden", 1), ("steps", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"method.{name} must be at least {least}, got {getattr(self, name)}")
-        if self.adapter_rank < 0:
-            raise ConfigError(f"method.adapter_rank must not be negative, got {self.adapter_rank}")
-        if not 0 <= self.shrinkage <= 1:
-            raise ConfigError(f"method.shrinkage must lie in [0, 1], got {self.shrinkage}")
+        require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature", "lr", "center_lr")
+        require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "weight_decay")
+        require_at_least(self, 0, "ode_steps", "steps", "adapter_rank")
+        require_at_least(self, 1, "prototypes", "n_syn", "ode_hidden")
+        require_share(self, "shrinkage")
         if self.learn_curvature and self.curvature == 0:
             raise ConfigError("method.learn_curvature needs a curvature above 0 to start from")
 

@@ -758,11 +758,11 @@ def test_views_are_not_interchangeable() -> None:
         ({"curvature": math.nan}, "curvature c"),
         ({"learn_curvature": True, "curvature": 0.0}, "learn_curvature needs a curvature above 0"),
         ({"shrinkage": 1.1}, r"shrinkage must lie in \[0, 1\]"),
-        ({"adapter_rank": -1}, "adapter_rank must not be negative"),
+        ({"adapter_rank": -1}, "adapter_rank must be at least 0"),
         *(({n: 0.0}, f"method.{n} must be positive, got 0.0") for n in (
             "feature_scale", "max_norm", "temperature", "contrast_temperature", "lr")),
         *(({n: math.nan}, f"method.{n} must") for n in ("feature_scale", "alpha", "margin", "lr")),
-        *(({n: -1.0}, f"method.{n} must not be negative, got -1.0") for n in (
+        *(({n: -1.0}, f"method.{n} must be at least 0, got -1.0") for n in (
             "noise_scale", "alpha", "beta", "margin", "max_spread", "weight_decay")),
         *(({n: -1}, f"method.{n} must be at least") for n in (
             "prototypes", "n_syn", "ode_steps", "ode_hidden", "steps")),
