@@ -22,10 +22,10 @@ import tyro
 
 from hypdefect import ledger
 from hypdefect.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
-from hypdefect.config import from_mapping, home, parse_job, replaced_file, run_job, write_json
+from hypdefect.config import command_line, from_mapping, home, parse_job, replaced_file, run_job, write_json
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
-from hypdefect.task import TaskConfig, TaskPlan, load_task
+from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task
 from hypdefect.types import SplitKind
 from jobs.display import configure_logging, say
 from jobs.extract import prepare
@@ -45,6 +45,7 @@ from jobs.results_page import (
     shown,
     variant_of,
 )
+from jobs.train import found_start
 
 Hidden = tyro.conf.Suppress
 
@@ -59,6 +60,8 @@ class ReportJob(TaskConfig):
     """Folder of the page; default: $HYPDEFECT_HOME/report."""
     readme: Path | None = None
     """Write the tables between the results markers of this Markdown file, and nothing else."""
+    peers: int = 0
+    """Peers shown of each kind of features in that file, the best at the largest K; 0: all."""
     features: bool = True
     """Draw what needs the task's features (t-SNE, Poincare disk, label tree)."""
     seed: int = 0
@@ -77,7 +80,7 @@ def main() -> None:
     if options.json is not None:
         write_json(options.json, [machine(section) for section in found])
     if job.readme is not None:
-        replace_results(job.readme, markdown(found, f"python jobs/report.py --readme {job.readme.name}"))
+        replace_results(job.readme, markdown(found, command_line(), job.peers))
         print(job.readme)
         return
     folder = job.out or home() / "report"
@@ -262,34 +265,29 @@ def _config_of(table: pa.Table, name: str, k: int, partition: int | None = None)
     return None
 
 
-def feature_pictures(
-    folder: Path, section: Section, job: ReportJob, start: MetaStart | None = None
-) -> tuple[list[Picture], list[str]]:
+def feature_pictures(folder: Path, section: Section, job: ReportJob) -> tuple[list[Picture], list[str]]:
     """What HypDFS makes of the features of draw 0, or a note why it cannot be drawn.
 
-    Args:
-        start: of the meta-training run that the evaluation used; None: only a fit on plain features can be drawn.
+    On meta-trained features where the evaluation used some and their run is still here, else on plain ones.
     """
-    rows = [r for r in leaderboard(section.main) if r.method == OURS and not r.variant]
-    wanted = "meta" if start is not None and start.projection else "plain"
     k = max(section.shots)
-    config = _config_of(section.main, display_name(OURS, wanted), k, job.partition)
-    if config is None:
-        why = f"HypDFS was not run on {wanted} features" if rows else "HypDFS was not run"
-        return [], [f"Pictures of the features: {why} at K = {k} on partition {job.partition}."]
+    chosen = (_config_of(section.main, display_name(OURS, name), k, job.partition) for name in ("meta", "plain"))
+    configs = [from_mapping(RunConfig, json.loads(config)) for config in chosen if config is not None]
+    if not configs:
+        return [], [f"Pictures of the features: HypDFS was not run at K = {k} on partition {job.partition}."]
     settings = {f.name: getattr(job, f.name) for f in fields(TaskConfig)}
     about = {"dataset": section.one("dataset"), "product": section.one("product"), "split": section.split}
     about |= {} if about["dataset"].startswith("imported:") else {"backbone": section.backbone}
     try:
         plan = prepare(TaskConfig(**settings | about | {"k_shot": k}))
-        points = fitted_points(
-            load_task(plan, home()), from_mapping(RunConfig, json.loads(config)), k, job.seed, 0, start
-        )
+        task = load_task(plan, home())
+        config, start = drawable(plan, task, configs)
+        points = fitted_points(task, config, k, job.seed, 0, start)
     except (ConfigError, DataError, ArtifactError) as error:
         say(f"{section.title}: features not drawn: {error}")
         extract = f"python jobs/extract.py --dataset {about['dataset']} --split {section.split}"
         return [], [f"Pictures of the features: not drawn, as the task's features were not found. Made by {extract}"]
-    where = f"{wanted.replace('meta', 'meta-trained')} features, partition {job.partition}, draw 0, K = {k}"
+    where = f"{config.features.replace('meta', 'meta-trained')} features, partition {job.partition}, draw 0, K = {k}"
     found = []
 
     def picture(name: str, title: str, caption: str) -> Path:
@@ -314,6 +312,20 @@ def feature_pictures(
     )
     plot_radius(picture("radius", "Radius against depth in the label tree", caption), points, families(plan))
     return found, []
+
+
+def drawable(plan: TaskPlan, task: FewShotTask, configs: Sequence[RunConfig]) -> tuple[RunConfig, MetaStart | None]:
+    """The first configuration whose features can be made here, and what its meta-training gave.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    for config in configs:
+        if config.features == "plain":
+            return config, None
+        if start := found_start(plan, task, config.transform):
+            return config, start
+    raise ConfigError("the meta-training run of the evaluation is not here")
 
 
 def families(plan: TaskPlan) -> list[str]:

@@ -5,6 +5,7 @@ import html
 import math
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -232,8 +233,12 @@ def machine(section: Section) -> dict[str, Any]:
 # -- Markdown ------------------------------------------------------------------------------------------------------
 
 
-def markdown(found: Sequence[Section], command: str) -> str:
-    """Compact tables for a README: accuracy at every K, and by how much HypDFS is ahead over the same draws."""
+def markdown(found: Sequence[Section], command: str, peers: int = 0) -> str:
+    """Compact tables for a README: accuracy at every K, and by how much HypDFS is ahead over the same draws.
+
+    Args:
+        peers: rows of each kind of features beside HypDFS's own, the best at the largest K; 0: all.
+    """
     lines = [f"Made by `{command}`. Accuracy on unseen images in %, ± is the 95 % interval."]
     for section in found:
         rows = leaderboard(section.main)
@@ -243,7 +248,9 @@ def markdown(found: Sequence[Section], command: str) -> str:
         heads = ["method", "features", *(f"K = {k}" for k in section.shots)]
         heads += [f"HypDFS ahead by, K = {k}" for k in section.shots] if own else []
         lines += [f"| {' | '.join(heads)} |", f"| {' | '.join(['---'] * 2 + ['--:'] * (len(heads) - 2))} |"]
-        for own_rows in ordered(rows):
+        groups = ordered(rows)
+        kept = groups if not peers else best_peers(groups, peers)
+        for own_rows in kept:
             first = own_rows[max(own_rows)]
             bold = "**" if own and first.name == own.name else ""
             cells = [f"{bold}{shown(first)}{bold}", first.features]
@@ -252,6 +259,11 @@ def markdown(found: Sequence[Section], command: str) -> str:
                 deltas = [paired.get((k, first.name)) for k in section.shots]
                 cells += ["" if delta is None else difference(minus(delta)) for delta in deltas]
             lines.append(f"| {' | '.join(cells)} |")
+        if len(kept) < len(groups):
+            lines += [
+                "",
+                f"{len(groups) - len(kept)} further rows of peers, each below those of its kind, are left out.",
+            ]
         lines += ["", reading(section)]
     return "\n".join(lines)
 
@@ -273,6 +285,19 @@ def ordered(rows: Sequence[Row]) -> list[dict[int, Row]]:
         return rank, -row.k_shot, -row.accuracy.mean
 
     return sorted(grouped, key=place)
+
+
+def best_peers(groups: Sequence[dict[int, Row]], most: int) -> list[dict[int, Row]]:
+    """HypDFS's rows, and of the peers on each kind of features the first so many: `ordered` has the best first."""
+    counts: Counter[str] = Counter()
+    kept = []
+    for group in groups:
+        row = group[max(group)]
+        if row.method != OURS:
+            counts[row.features] += 1
+        if row.method == OURS or counts[row.features] <= most:
+            kept.append(group)
+    return kept
 
 
 def replace_results(path: Path, text: str) -> None:

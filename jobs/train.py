@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 from rich.table import Table
 
 from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write_json
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract
+from hypdefect.distributed.synthesize import stored
 from hypdefect.distributed.train import check, check_workers, train
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
@@ -97,8 +99,7 @@ def trained(
     if base == "pseudo":
         made = pseudo_classes(plan, config.synthesis)
         fill_pseudo(plan, made.manifest)
-        least = config.train.k_shot + config.train.n_query
-        pool = pseudo_pool(plan, task, made.manifest, home(), config.transform, least)
+        pool = learned_from(plan, task, made.manifest, config)
     else:
         pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
     settings = identity(plan, pool, config, base)
@@ -121,6 +122,29 @@ def trained(
     return folder
 
 
+def found_start(plan: TaskPlan, task: FewShotTask, transform: TransformConfig) -> MetaStart | None:
+    """What a finished run learned from the pseudo-defects of this very task behind this transform; None: no such run.
+
+    Nothing is trained, and nothing extracted.
+    """
+    for record in sorted((home() / "runs").glob("*/record.json")):
+        settings = json.loads((record.parent / "job.json").read_text())
+        if (settings["base"], settings["feature_key"]) != ("pseudo", plan.key.digest):
+            continue
+        start, config = load_start(record.parent)
+        if settings["normals"] != digest(list(plan.normal_ids)) or config.transform != transform:
+            continue
+        made = stored(plan.manifest, task_label(plan.config), home(), config.synthesis)
+        if made and identity(plan, learned_from(plan, task, made.manifest, config), config, "pseudo") == settings:
+            return start
+    return None
+
+
+def learned_from(plan: TaskPlan, task: FewShotTask, manifest: pa.Table, config: MetaConfig) -> LabelledFeatures:
+    """The pseudo classes of a task that have enough images for an episode."""
+    return pseudo_pool(plan, task, manifest, home(), config.transform, config.train.k_shot + config.train.n_query)
+
+
 def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: str) -> dict[str, Any]:
     """Everything that determines the outcome: the features of which images, whitened by which, trained how."""
     return {
@@ -133,7 +157,7 @@ def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: s
     }
 
 
-def fill_pseudo(plan: TaskPlan, manifest: Any) -> None:
+def fill_pseudo(plan: TaskPlan, manifest: pa.Table) -> None:
     """Features of the pseudo-defects a task may use.
 
     Raises:

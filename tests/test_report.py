@@ -129,7 +129,7 @@ def ablations() -> list[dict[str, Any]]:
 
 def run(home: Path, monkeypatch: pytest.MonkeyPatch, *args: str) -> None:
     monkeypatch.setenv("HYPDEFECT_HOME", str(home))
-    monkeypatch.setattr("sys.argv", ["report.py", *args])
+    monkeypatch.setattr("sys.argv", ["jobs/report.py", *args])
     report.main()
 
 
@@ -329,7 +329,8 @@ def test_readme_block_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: 
     readme.write_text(
         "# before\n<!-- results: begin -->\nold\n<!-- results: end -->\nafter ünïcode\n", encoding="utf-8"
     )
-    run(tmp_path, monkeypatch, "--readme", str(readme))
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path, monkeypatch, "--readme", "README.md")
     first = readme.read_text(encoding="utf-8")
     assert first.startswith("# before\n<!-- results: begin -->\nMade by `python jobs/report.py --readme README.md`")
     assert first.endswith("<!-- results: end -->\nafter ünïcode\n")
@@ -341,8 +342,12 @@ def test_readme_block_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: 
     cells = next([cell.strip() for cell in row] for row in rows if row[0].strip() == "tip adapter f")
     assert cells[-1] == f"{mean:+.2f} ± {half:.2f}"
     assert [row[0].strip() for row in rows][2:4] == ["**HypDFS**", f"HypDFS, {TWIN}"]
-    run(tmp_path, monkeypatch, "--readme", str(readme))
+    run(tmp_path, monkeypatch, "--readme", "README.md")
     assert readme.read_text(encoding="utf-8") == first
+    run(tmp_path, monkeypatch, "--readme", "README.md", "--peers", "1")
+    kept = [line.split("|")[1].strip() for line in readme.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    assert kept[2:] == ["**HypDFS**", f"HypDFS, {TWIN}", "HypDFS", "prototype", "shrinkage lda"]
+    assert "Left out: 3 peers that read lower at K = 5." in readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -56,13 +56,12 @@ def synthesize(
     Raises:
         DataError: no source images, or unreadable ones. ConfigError: the texture folder holds no picture.
     """
+    if found := stored(manifest, label, home, config):
+        return found
     named, textures = load_textures(config)
     classes = [(law, texture) for texture in textures for law in draw_laws(config.seed)]
     chosen = sources(manifest)
-    identity = [VERSION, to_mapping(config) | {"texture_folder": named}, manifest_digest(manifest)]
-    folder = home / "synthetic" / f"{label}-{digest(identity)[:12]}"
-    if (folder / "manifest.parquet").is_file():
-        return SyntheticSet(read_manifest(folder / "manifest.parquet"), folder, True)
+    folder = _folder(manifest, label, home, config, named)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng([config.seed, 1]).permutation(len(chosen)).tolist()
     waiting = []
@@ -80,6 +79,18 @@ def synthesize(
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["uri"])), schema=MANIFEST_SCHEMA)
     write_manifest(table, folder / "manifest.parquet")
     return SyntheticSet(table, folder, False)
+
+
+def stored(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig) -> SyntheticSet | None:
+    """The set that `synthesize` made of these settings and images, if it did."""
+    folder = _folder(manifest, label, home, config, load_textures(config)[0])
+    path = folder / "manifest.parquet"
+    return SyntheticSet(read_manifest(path), folder, True) if path.is_file() else None
+
+
+def _folder(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig, named: str) -> Path:
+    identity = [VERSION, to_mapping(config) | {"texture_folder": named}, manifest_digest(manifest)]
+    return home / "synthetic" / f"{label}-{digest(identity)[:12]}"
 
 
 def _make(

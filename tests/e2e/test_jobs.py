@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -229,6 +230,18 @@ EVALUATE = ("--methods", "prototype", "hypdfs", "--shots", 1, 2, "--draws", 2, "
 PLAIN = (*EVALUATE, "--features", "plain")
 
 
+META = (
+    *("--meta.synthesis.textures", "1", "--meta.train.steps", "2", "--meta.train.episodes-per-step", "2"),
+    *("--meta.train.n-way", "3", "--meta.train.projection", "4"),
+)
+
+
+def config_of_ours(rows: pa.Table) -> Any:
+    """The configuration of HypDFS on meta-trained features at the largest K."""
+    own = [r for r in rows.to_pylist() if (r["method"], r["features"], r["variant"]) == ("hypdfs", "meta", "")]
+    return json.loads(max(own, key=lambda r: r["k_shot"])["method_config"])
+
+
 def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None:
     """The same rows on a private Ray and on a cluster with more workers, times apart."""
     args = ("evaluate", *data, *PLAIN, "--split", "grouped", "--partitions", 2)
@@ -256,8 +269,19 @@ def test_evaluate(user: User, data: tuple[object, ...], extracted: Done) -> None
 
 def test_evaluate_by_other_protocols(user: User, data: tuple[object, ...], swept: Done) -> None:
     line = ("evaluate", *data, *PLAIN, "--protocol", "first", "--trials", 0, "--json", "first.json")
-    first, sweep = user.run_many(line, ("evaluate", "--sweep", "first", "--draws", 3, "--json", "sweep.json"))
+    first, sweep, meta, page = user.run_many(
+        line,
+        ("evaluate", "--sweep", "first", "--draws", 3, "--json", "sweep.json"),
+        ("evaluate", *data, *EVALUATE, *META),
+        ("report", "--root", "mtd", *TINY, *RECIPE),
+    )
     assert (first.code, sweep.code) == (0, 0), first.stderr + sweep.stderr
+    assert (meta.code, page.code) == (0, 0), meta.stderr + page.stderr
+    rows = read_part(meta.path)
+    assert set(rows["features"].to_pylist()) == {"plain", "meta"}
+    shown = page.path.read_text()
+    assert "Poincaré disk" in shown
+    assert ("Meta-trained features, partition 0" in shown) == (config_of_ours(rows)["features"] == "meta")
     table = read_part(first.path)
     assert set(table["protocol"].to_pylist()) == {"first"}
     assert set(table["draw"].to_pylist()) == {0}
