@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from hypdefect.config import from_mapping, to_mapping, write_json
 from hypdefect.episodes import LabelledFeatures, build_episode
-from hypdefect.errors import ArtifactError, ConfigError, NumericsError
+from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import MetaStart
 from hypdefect.features import TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
@@ -95,7 +95,7 @@ def learner(pool: LabelledFeatures, config: TrainConfig, shape_dims: int = 0) ->
         shape_dims: trailing numbers of each view that describe the region's shape and are not projected.
 
     Raises:
-        ConfigError: a projection to more numbers than the pool's images span.
+        DataError: a projection to more numbers than the pool's images span.
     """
     views = pool.table.views
     dim = int(views[VIEWS[0]].shape[1])
@@ -103,7 +103,10 @@ def learner(pool: LabelledFeatures, config: TrainConfig, shape_dims: int = 0) ->
         return HypDFS(config.method, dim)
     most = min(dim - shape_dims, len(pool) - 1)
     if config.projection > most:
-        raise ConfigError(f"train.projection={config.projection}, but the base classes span {most} directions at most")
+        raise DataError(
+            f"the {len(pool)} images of the base classes span {most} directions at most, train.projection is "
+            f"{config.projection}: give more (--synthesis.per-class), or lower it"
+        )
     clean = pool.table.aug_index == 0
     stacked = torch.stack([torch.from_numpy(views[view][clean]) for view in VIEWS], 1)
     return HypDFS(config.method, dim, principal_projection(stacked, config.projection, shape_dims))

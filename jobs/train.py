@@ -22,7 +22,7 @@ from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract
-from hypdefect.distributed.synthesize import stored
+from hypdefect.distributed.synthesize import sources, stored
 from hypdefect.distributed.train import check, check_workers, train
 from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
@@ -97,7 +97,7 @@ def trained(
     """
     check_workers(config.train, config.workers)
     if base == "pseudo":
-        made = pseudo_classes(plan, config.synthesis)
+        made = pseudo_classes(plan, enough(plan, config.synthesis))
         fill_pseudo(plan, made.manifest)
         pool = learned_from(plan, task, made.manifest, config)
     else:
@@ -134,10 +134,23 @@ def found_start(plan: TaskPlan, task: FewShotTask, transform: TransformConfig) -
         start, config = load_start(record.parent)
         if settings["normals"] != digest(list(plan.normal_ids)) or config.transform != transform:
             continue
-        made = stored(plan.manifest, task_label(plan.config), home(), config.synthesis)
+        made = stored(plan.manifest, task_label(plan.config), home(), enough(plan, config.synthesis))
         if made and identity(plan, learned_from(plan, task, made.manifest, config), config, "pseudo") == settings:
             return start
     return None
+
+
+def enough(plan: TaskPlan, config: SynthesisConfig) -> SynthesisConfig:
+    """Twice the images a class where part of them will lie on queries, or on parts that queries show.
+
+    Raises:
+        DataError: nearly all would.
+    """
+    names = [row["image_id"] for row in sources(plan.manifest)]
+    usable = sum(name in plan.source_ids for name in names)
+    if usable < len(names) / 4:
+        raise DataError(f"of {len(names)} images to paint pseudo-defects on only {usable} are free to learn from")
+    return config if usable > 3 * len(names) / 4 else replace(config, per_class=2 * config.per_class)
 
 
 def learned_from(plan: TaskPlan, task: FewShotTask, manifest: pa.Table, config: MetaConfig) -> LabelledFeatures:

@@ -11,7 +11,7 @@ import torch
 
 from hypdefect.config import from_mapping, to_mapping
 from hypdefect.episodes import LabelledFeatures, build_episode
-from hypdefect.errors import ArtifactError, ConfigError, NumericsError
+from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
@@ -277,7 +277,7 @@ def test_a_learned_representation_goes_to_the_features_and_the_rest_to_the_class
 
 
 def test_a_projection_wider_than_the_base_classes_span_is_refused() -> None:
-    with pytest.raises(ConfigError, match="span 5 directions at most"):
+    with pytest.raises(DataError, match="span 5 directions at most"):
         learner(toy_pool(), replace(SMALL, projection=6), shape_dims=1)
 
 
