@@ -48,7 +48,7 @@ stop: .venv/.installed ## stop the head and the dashboards this checkout started
 test: .venv/.installed ## all tests, the slow ones last (ARGS go to pytest, then in one process)
 ifeq ($(strip $(ARGS)),)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not e2e"
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "ray or e2e"
+	$(BIN)/python -m pytest -m "ray or e2e"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif

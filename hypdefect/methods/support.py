@@ -44,7 +44,7 @@ class Fitted:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         # in memory of their own: sums of tensors that lie askew in a file's buffer differ in the last bits
-        self.fitted = {name: tensor.clone() for name, tensor in tensors.items()}
+        self.fitted = {name: tensor.to(torch.float64, copy=True) for name, tensor in tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)

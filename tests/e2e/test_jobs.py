@@ -273,7 +273,7 @@ def test_evaluate_by_other_protocols(user: User, data: tuple[object, ...], swept
         line,
         ("evaluate", "--sweep", "first", "--draws", 3, "--json", "sweep.json"),
         ("evaluate", *data, *EVALUATE, *META),
-        ("report", "--root", "mtd", *TINY, *RECIPE),
+        ("report", "--root", "mtd", "--copies", "1", *RECIPE),
     )
     assert (first.code, sweep.code) == (0, 0), first.stderr + sweep.stderr
     assert (meta.code, page.code) == (0, 0), meta.stderr + page.stderr
