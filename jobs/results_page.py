@@ -260,7 +260,8 @@ def markdown(found: Sequence[Section], command: str, peers: int = 0) -> str:
                 cells += ["" if delta is None else difference(minus(delta)) for delta in deltas]
             lines.append(f"| {' | '.join(cells)} |")
         if len(kept) < len(groups):
-            lines += ["", f"Left out: {len(groups) - len(kept)} peers that read lower at K = {max(section.shots)}."]
+            left = len(groups) - len(kept)
+            lines += ["", f"Left out: {left} rows of peers that read lower at K = {max(section.shots)}."]
         lines += ["", reading(section)]
     return "\n".join(lines)
 

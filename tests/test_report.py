@@ -347,7 +347,7 @@ def test_readme_block_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: 
     run(tmp_path, monkeypatch, "--readme", "README.md", "--peers", "1")
     kept = [line.split("|")[1].strip() for line in readme.read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
     assert kept[2:] == ["**HypDFS**", f"HypDFS, {TWIN}", "HypDFS", "prototype", "shrinkage lda"]
-    assert "Left out: 3 peers that read lower at K = 5." in readme.read_text(encoding="utf-8")
+    assert "Left out: 3 rows of peers that read lower at K = 5." in readme.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
