@@ -158,7 +158,7 @@ def _against(table: pa.Table, k_shot: int, own: str, others: list[str]) -> list[
             k_shot=k_shot,
             name=own,
             reference=d.name,
-            interval=Interval(0.0 - d.interval.mean, d.interval.std, d.interval.half_width, d.interval.n),
+            interval=-d.interval,
             p=d.p,
         )
         for d in paired_to(table.filter(pa.array(wanted, pa.bool_())), own)

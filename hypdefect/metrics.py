@@ -27,6 +27,10 @@ class Interval:
     def high(self) -> float:
         return self.mean + self.half_width
 
+    def __neg__(self) -> "Interval":
+        """The same difference seen from the other side."""
+        return Interval(0.0 - self.mean, self.std, self.half_width, self.n)
+
     def percent(self) -> str:
         """`84.31 ± 0.62`: mean and half width as percentages."""
         return f"{100 * self.mean:.2f} ± {100 * self.half_width:.2f}"

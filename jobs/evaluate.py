@@ -178,7 +178,7 @@ def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
 
 
 def ceiling(task: FewShotTask, job: EvaluateJob, start: MetaStart | None) -> list[Scored]:
-    """What a linear head reaches that is given every label of the pool: K more images than any draw has."""
+    """What a linear head reaches that is given every label of the pool, many more than a draw's K a class."""
     base = RunConfig(name="logistic_regression", transform=job.transform, support_copies=0)
     configs = {"plain": base}
     if start and start.projection:

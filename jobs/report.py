@@ -36,7 +36,6 @@ from jobs.results_page import (
     Section,
     machine,
     markdown,
-    minus,
     ordered,
     ours,
     page_html,
@@ -183,7 +182,7 @@ def curves(section: Section, rows: Sequence[Row], own: Row | None) -> list[Curve
         elif row.name in best.values():
             role = "peer"
         text = f"{shown(row)} ({row.features})" if both else shown(row)
-        deltas = {at: minus(ahead[at, row.name]) for at in group if (at, row.name) in ahead}
+        deltas = {at: -ahead[at, row.name] for at in group if (at, row.name) in ahead}
         found.append(Curve(text, role, {at: r.accuracy for at, r in group.items()}, deltas))
     return found
 

@@ -122,11 +122,6 @@ def difference(found: Interval) -> str:
     return f"{signed(found.mean)}{half}"
 
 
-def minus(found: Interval) -> Interval:
-    """The same difference seen from the other side."""
-    return Interval(-found.mean, found.std, found.half_width, found.n)
-
-
 STATES = {"ahead": "ahead of", "level": "level with", "behind": "behind"}
 
 
@@ -257,7 +252,7 @@ def markdown(found: Sequence[Section], command: str, peers: int = 0) -> str:
             cells += [accuracy(own_rows[k].accuracy) if k in own_rows else "" for k in section.shots]
             if own:
                 deltas = [paired.get((k, first.name)) for k in section.shots]
-                cells += ["" if delta is None else difference(minus(delta)) for delta in deltas]
+                cells += ["" if delta is None else difference(-delta) for delta in deltas]
             lines.append(f"| {' | '.join(cells)} |")
         if len(kept) < len(groups):
             left = len(groups) - len(kept)
@@ -489,7 +484,7 @@ def ahead_html(section: Section) -> str:
             if found is None:
                 cells.append("<td></td><td></td>")
                 continue
-            delta = minus(found.interval)
+            delta = -found.interval
             p = probability(p_of[at, name]) if section.repeated and (at, name) in p_of else ""
             cells.append(f'<td class="{verdict(delta)}">{difference(delta)}</td><td class="faint">{p}</td>')
         lines.append(_line(group, rows, cells))

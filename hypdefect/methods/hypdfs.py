@@ -394,6 +394,7 @@ class HypDFS(nn.Module):
         return core
 
     def framed(self, frame: Float[Tensor, "V D r"]) -> Core:
+        """Fresh weights for a task's own coordinates."""
         core = Core(self.config, self.dim, frame=frame)
         core.log_c = copy.deepcopy(self.core.log_c)
         return core
