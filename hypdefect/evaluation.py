@@ -13,9 +13,9 @@ from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 from torch import Tensor, nn
 
 from hypdefect.config import from_mapping, override
-from hypdefect.episodes import LabelledFeatures, build_episode
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import LabelledFeatures, build_episode
+from hypdefect.features.spec import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import Classifier, build, get_method
 from hypdefect.methods.hypdfs import HypDFSConfig

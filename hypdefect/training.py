@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hypdefect.config import from_mapping, to_mapping, write_json
-from hypdefect.episodes import LabelledFeatures, build_episode
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import MetaStart
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import LabelledFeatures, build_episode
+from hypdefect.features.spec import TransformConfig
+from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
-from hypdefect.synthesis import SynthesisConfig
 from hypdefect.types import VIEWS, EpisodeSpec, SplitKind
 
 _PROJECTION = "core.projection."

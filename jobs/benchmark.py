@@ -28,21 +28,21 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from hypdefect import geometry
-from hypdefect.backbones import get_backbone
 from hypdefect.config import parse_job, run_job, write_json
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import extract
 from hypdefect.distributed.tune import SearchConfig, SearchData, search
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureKey, FeatureTable, ImageRequest, RowKey
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import extraction_key
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.extract import RecipeConfig, extractor_for
+from hypdefect.features.spec import FeatureKey, FeatureTable, ImageRequest, RowKey
+from hypdefect.features.store import FeatureStore
 from hypdefect.images import read_image
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.store import FeatureStore
-from hypdefect.task import extraction_key
 from hypdefect.types import VIEWS, EpisodeSpec, FeatureBatch
-from hypdefect.views import RecipeConfig, extractor_for
 from jobs.display import configure_logging, say, table_console
 
 Section = Literal["geometry", "fit", "tune", "store"]

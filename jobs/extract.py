@@ -21,15 +21,15 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from hypdefect.backbones import get_backbone
 from hypdefect.config import home, parse_job, run_job, write_json
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.extract import ExtractReport, extract
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features import TEXT_VIEWS, FeatureKey, prompt_key
-from hypdefect.imported import PREFIX, import_features, is_imported, read_import
-from hypdefect.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
-from hypdefect.task import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.imported import PREFIX, import_features, is_imported, read_import
+from hypdefect.features.spec import TEXT_VIEWS, FeatureKey, prompt_key
+from hypdefect.features.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
 from jobs.display import configure_logging, progress, say, table_console
 
 
@@ -180,7 +180,7 @@ def bring(job: ExtractJob) -> tuple[Path, dict[str, object]]:
 
 def read_prompts(job: ExtractJob) -> tuple[Path, dict[str, object]]:
     """Store the text features of prompts, those that are not there yet."""
-    from hypdefect import clip  # open_clip takes seconds to import
+    from hypdefect.features import clip  # open_clip takes seconds to import
 
     spec = get_backbone(job.backbone)
     key = FeatureKey(

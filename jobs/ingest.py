@@ -89,7 +89,7 @@ def main() -> None:
     if result.twins is not None:
         report_twins(result.manifest, result.twins, out.with_name(f"{out.stem}.twins.png"))
     if job.audit:
-        from hypdefect.task import note_manifest  # brings torch, which nothing else here waits for
+        from hypdefect.families.few_shot import note_manifest  # brings torch, which nothing else here waits for
 
         note_manifest(job.dataset, job.root, home(), out, result.quarantine.num_rows, job.channels)
     if options.json is not None:

@@ -20,18 +20,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 
-from hypdefect import ledger
-from hypdefect.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
 from hypdefect.config import command_line, from_mapping, home, parse_job, replaced_file, run_job, write_json
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task
-from hypdefect.types import SplitKind
-from jobs.display import configure_logging, say
-from jobs.extract import prepare
-from jobs.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
-from jobs.figures import Bar, Curve, Role, plot_ablations, plot_ahead, plot_confusions, plot_curvature, plot_shots
-from jobs.results_page import (
+from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task
+from hypdefect.results import ledger
+from hypdefect.results.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
+from hypdefect.results.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
+from hypdefect.results.figures import (
+    Bar,
+    Curve,
+    Role,
+    plot_ablations,
+    plot_ahead,
+    plot_confusions,
+    plot_curvature,
+    plot_shots,
+)
+from hypdefect.results.page import (
     Picture,
     Section,
     machine,
@@ -44,6 +50,9 @@ from jobs.results_page import (
     shown,
     variant_of,
 )
+from hypdefect.types import SplitKind
+from jobs.display import configure_logging, say
+from jobs.extract import prepare
 from jobs.train import found_start
 
 Hidden = tyro.conf.Suppress

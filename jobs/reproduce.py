@@ -21,23 +21,23 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional
 
-from hypdefect import ledger
-from hypdefect.backbones import get_backbone
 from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write_json
 from hypdefect.datasets import get_dataset
-from hypdefect.datasets.mvtec_fs import IMAGES as MVTEC_FS
+from hypdefect.datasets.readers.mvtec_fs import IMAGES as MVTEC_FS
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import evaluate
-from hypdefect.episodes import draw_support
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, Scored
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import draw_support
+from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, ingested, load_task, plan_task
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.features.spec import TransformConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.metrics import Interval, clustered_interval
-from hypdefect.published import Cell, figure, published
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, ingested, load_task, plan_task
+from hypdefect.results import ledger
+from hypdefect.results.published import Cell, figure, published
 from hypdefect.types import SplitKind
-from hypdefect.views import RecipeConfig
 from jobs.display import Advance, configure_logging, progress, say, table_console
 from jobs.extract import fill
 

@@ -24,19 +24,19 @@ from hypdefect.datasets import write_table
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import evaluate, validate
 from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, finished, search
-from hypdefect.episodes import draw_support, sample_episode
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, dimension
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import draw_support, sample_episode
+from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, task_label
+from hypdefect.features.spec import TransformConfig
 from hypdefect.metrics import Interval, interval, paired
 from hypdefect.predictor import save_model
 from hypdefect.registry import ModelEntry, publish
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, task_label
+from hypdefect.results.sweep_figure import plot_sweep
 from hypdefect.training import load_start
 from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
-from jobs.plots import plot_sweep
 from tune_spaces import get_space
 
 

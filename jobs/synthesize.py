@@ -20,10 +20,10 @@ from hypdefect.config import home, parse_job, run_job, write_json
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.synthesize import SyntheticSet, synthesize
 from hypdefect.errors import ConfigError
+from hypdefect.families.few_shot import TaskConfig, TaskPlan, task_label
+from hypdefect.features.imported import is_imported
 from hypdefect.images import read_image
-from hypdefect.imported import is_imported
-from hypdefect.synthesis import SynthesisConfig
-from hypdefect.task import TaskConfig, TaskPlan, task_label
+from hypdefect.images.pseudo_defects import SynthesisConfig
 from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import prepare
 

@@ -24,13 +24,21 @@ from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract
 from hypdefect.distributed.synthesize import sources, stored
 from hypdefect.distributed.train import check, check_workers, train
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import (
+    FewShotTask,
+    TaskConfig,
+    TaskPlan,
+    load_task,
+    pseudo_pool,
+    pseudo_requests,
+    task_label,
+)
+from hypdefect.features.spec import TransformConfig
+from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.metrics import interval, paired
-from hypdefect.synthesis import SynthesisConfig
-from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task, pseudo_pool, pseudo_requests, task_label
 from hypdefect.training import MetaConfig, TrainConfig, load_start, write_run
 from hypdefect.types import EpisodeSpec
 from jobs.display import configure_logging, progress, say, table_console

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from hypdefect.ledger import SCHEMA
+from hypdefect.results.ledger import SCHEMA
 
 CLASSES = ["crack", "dent"]
 

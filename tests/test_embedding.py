@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hypdefect import geometry as G
-from hypdefect.embedding import embed_in_disk, midpoint_radii
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.results.embedding import embed_in_disk, midpoint_radii
 
 F64 = torch.float64
 

@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypdefect.episodes import LabelledFeatures, build_episode, draw_support, sample_episode
 from hypdefect.errors import DataError
-from hypdefect.features import FeatureTable
+from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, sample_episode
+from hypdefect.features.spec import FeatureTable
 from hypdefect.types import EpisodeSpec, FeatureBatch
 from tests.toy_features import toy_pool
 

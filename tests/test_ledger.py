@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.ledger import SCHEMA, append, commit, latest, read, read_part
+from hypdefect.results.ledger import SCHEMA, append, commit, latest, read, read_part
 from tests.ledger_rows import as_table, draws, row
 
 

@@ -12,17 +12,17 @@ import torch
 
 from hypdefect import predictor as module
 from hypdefect import registry
-from hypdefect.backbones import BACKBONES, Backbone, get_backbone
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureKey, FeatureTransform, RowKey, TransformConfig
+from hypdefect.features.backbones import BACKBONES, Backbone, get_backbone
+from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
+from hypdefect.features.region_shape import SHAPE_DIMS
+from hypdefect.features.spec import FeatureKey, FeatureTransform, RowKey, TransformConfig
+from hypdefect.features.store import FeatureStore
 from hypdefect.methods import METHODS
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.region_shape import SHAPE_DIMS
 from hypdefect.registry import write_checksums
-from hypdefect.store import FeatureStore
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import RecipeConfig, RegionExtractor, dims_of
 from tests.tiny_dataset import draw
 
 CLASSES = ("dent", "scratch", "stain")

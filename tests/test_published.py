@@ -7,7 +7,7 @@ from dataclasses import fields
 import pytest
 
 from hypdefect.errors import DataError
-from hypdefect.published import MEAN, PAPERS, Cell, figure, published
+from hypdefect.results.published import MEAN, PAPERS, Cell, figure, published
 
 KEY = [f.name for f in fields(Cell) if f.name not in ("value", "std", "decimals", "note")]
 CELLS = {"hypdfs": 35, "hypad": 248, "hadnet": 18, "amc": 728}

@@ -11,21 +11,21 @@ import pytest
 import torch
 from scipy import stats
 
-from hypdefect import ledger
-from hypdefect.comparison import TWIN, leaderboard
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import MetaStart, RunConfig
+from hypdefect.families.few_shot import FewShotTask
 from hypdefect.geometry import pairwise_dist
-from hypdefect.ledger import SCHEMA
 from hypdefect.methods import METHODS
 from hypdefect.metrics import Interval
-from hypdefect.task import FewShotTask
+from hypdefect.results import ledger
+from hypdefect.results.comparison import TWIN, leaderboard
+from hypdefect.results.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
+from hypdefect.results.figures import short, spread
+from hypdefect.results.ledger import SCHEMA
+from hypdefect.results.page import reading, replace_results, verdict
 from hypdefect.types import VIEWS
 from jobs import report
-from jobs.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
-from jobs.figures import short, spread
-from jobs.results_page import reading, replace_results, verdict
 from tests.toy_features import DIM, toy_pool
 
 Method = tuple[str, str, str]  # name, features, variant

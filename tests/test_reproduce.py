@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hypdefect import ledger
 from hypdefect.errors import ConfigError
-from hypdefect.store import FeatureStore
-from hypdefect.task import TaskConfig, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, ingested, plan_task
+from hypdefect.features.store import FeatureStore
+from hypdefect.results import ledger
 from hypdefect.types import VIEWS
 from jobs.reproduce import CURVATURES, ReproduceJob, main, settings
 from tests.tiny_clip import write_alpha

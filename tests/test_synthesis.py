@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hypdefect.errors import ConfigError
-from hypdefect.synthesis import (
+from hypdefect.images.pseudo_defects import (
     ELONGATIONS,
     MIN_PIXELS,
     SIZES,

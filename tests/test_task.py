@@ -13,14 +13,9 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from hypdefect.backbones import Backbone, get_backbone
 from hypdefect.datasets import ingest, read_manifest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features import ImageRequest, TransformConfig
-from hypdefect.images import read_image, read_mask
-from hypdefect.region_shape import SHAPE_DIMS
-from hypdefect.store import FeatureStore
-from hypdefect.task import (
+from hypdefect.families.few_shot import (
     FewShotTask,
     TaskConfig,
     TaskPlan,
@@ -32,8 +27,13 @@ from hypdefect.task import (
     pseudo_pool,
     pseudo_requests,
 )
+from hypdefect.features.backbones import Backbone, get_backbone
+from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
+from hypdefect.features.region_shape import SHAPE_DIMS
+from hypdefect.features.spec import ImageRequest, TransformConfig
+from hypdefect.features.store import FeatureStore
+from hypdefect.images import read_image, read_mask
 from hypdefect.types import VIEWS
-from hypdefect.views import FULL_REGION, RecipeConfig, RegionExtractor
 from tests.tiny_dataset import make_elpv_tree, make_folder_tree, make_mtd_tree
 
 RECIPE = RecipeConfig(whole_size=32, window=48, crop_size=32)

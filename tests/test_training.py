@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hypdefect.config import from_mapping, to_mapping
-from hypdefect.episodes import LabelledFeatures, build_episode
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTransform, TransformConfig
+from hypdefect.families.episodes import LabelledFeatures, build_episode
+from hypdefect.features.spec import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import MetaConfig, TrainConfig, learner, load_start, meta_train, write_run
 from hypdefect.types import EpisodeSpec

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hypdefect import torchvision_ops as torchvision_ops
+from hypdefect.features import torchvision_ops as torchvision_ops
 
 import open_clip  # isort: skip
 

@@ -6,8 +6,8 @@ Shapes: N images, D features of one view.
 import numpy as np
 import torch
 
-from hypdefect.episodes import LabelledFeatures
-from hypdefect.features import FeatureTable
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.features.spec import FeatureTable
 from hypdefect.types import VIEWS, FeatureBatch
 
 DIM = 6

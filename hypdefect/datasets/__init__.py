@@ -720,7 +720,9 @@ _MODULES = (
     "label_studio",
     "cvat",
 )
-DATASETS: dict[str, DatasetCard] = {name: importlib.import_module(f"{__name__}.{name}").CARD for name in _MODULES}
+DATASETS: dict[str, DatasetCard] = {
+    name: importlib.import_module(f"{__name__}.readers.{name}").CARD for name in _MODULES
+}
 
 
 def get_dataset(name: str) -> DatasetCard:

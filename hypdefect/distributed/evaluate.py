@@ -9,8 +9,6 @@ import numpy as np
 import ray
 import torch
 
-from hypdefect.comparison import TWIN
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import (
     DrawScore,
@@ -22,9 +20,11 @@ from hypdefect.evaluation import (
     score_draw,
     validation_scores,
 )
-from hypdefect.features import TransformConfig
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import FewShotTask
+from hypdefect.features.spec import TransformConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.task import FewShotTask
+from hypdefect.results.comparison import TWIN
 from hypdefect.types import EpisodeSpec, SplitKind
 
 Start = dict[str, torch.Tensor] | None

@@ -16,12 +16,12 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from hypdefect.backbones import BackboneSpec
 from hypdefect.errors import DataError
-from hypdefect.features import FeatureKey, ImageRequest, RowKey
+from hypdefect.features.backbones import BackboneSpec
+from hypdefect.features.extract import FULL_REGION, Prepared, extractor_for
+from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
+from hypdefect.features.store import FeatureStore
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
-from hypdefect.store import FeatureStore
-from hypdefect.views import FULL_REGION, Prepared, extractor_for
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from hypdefect.config import digest, replaced_file, to_mapping
 from hypdefect.datasets import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
 from hypdefect.errors import DataError
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
-from hypdefect.synthesis import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
+from hypdefect.images.pseudo_defects import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
 
 
 @dataclass(frozen=True, slots=True)

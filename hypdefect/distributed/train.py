@@ -12,8 +12,8 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 
 from hypdefect.config import from_mapping, to_mapping
-from hypdefect.episodes import LabelledFeatures, sample_episode
 from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.families.episodes import LabelledFeatures, sample_episode
 from hypdefect.methods.hypdfs import HypDFS
 from hypdefect.training import TrainConfig, checkpoint_losses, episode_spec, learner, load_checkpoint, meta_train
 

@@ -24,10 +24,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from hypdefect.config import override, to_mapping
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, HypdefectError, NumericsError
 from hypdefect.evaluation import MetaStart, RunConfig, validation_scores
-from hypdefect.features import FeatureTransform, TransformConfig
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.features.spec import FeatureTransform, TransformConfig
 from hypdefect.types import EpisodeSpec
 
 logger = logging.getLogger(__name__)

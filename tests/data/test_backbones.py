@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from hypdefect.backbones import (
+from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.features.backbones import (
     BACKBONES,
     Backbone,
     BackboneSpec,
@@ -21,7 +22,6 @@ from hypdefect.backbones import (
     read_weights,
     weights_path,
 )
-from hypdefect.errors import ArtifactError, ConfigError
 
 import timm  # isort: skip
 

@@ -19,9 +19,10 @@ from PIL import Image
 
 from hypdefect import images
 from hypdefect.datasets import DATASETS, NO_NORMALS_NOTE, ManifestRow, ingest, manifest_digest
-from hypdefect.datasets.folder import CARD
+from hypdefect.datasets.readers.folder import CARD
 from hypdefect.distributed.extract import Extractor
 from hypdefect.errors import DataError
+from hypdefect.families.few_shot import image_requests
 from hypdefect.images import (
     ALPHA_NOTE,
     Intensity,
@@ -33,7 +34,6 @@ from hypdefect.images import (
     read_mask,
     read_raw,
 )
-from hypdefect.task import image_requests
 from tests.tiny_dataset import make_folder_tree
 
 # Pillow's remarks on damaged metadata; the image itself is judged.

@@ -11,17 +11,17 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hypdefect import clip
-from hypdefect.backbones import Backbone, get_backbone, patch_grid
 from hypdefect.errors import ArtifactError, ConfigError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTransform, TransformConfig
+from hypdefect.features import clip
+from hypdefect.features.backbones import Backbone, get_backbone, patch_grid
+from hypdefect.features.extract import RecipeConfig, dims_of, extractor_for, region_center, window_slices
+from hypdefect.features.patches import patch_features
+from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.features.spec import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
-from hypdefect.patches import patch_features
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import RecipeConfig, dims_of, extractor_for, region_center, window_slices
 from tests.reference.alpha_clip import image_features
 from tests.tiny_clip import CONFIG, HEAD_WIDTH, SIDE, alpha_state, clip_model, write_alpha, write_config
 
@@ -194,7 +194,7 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
 
 
 def _forget_specs() -> None:
-    from hypdefect import backbones
+    from hypdefect.features import backbones
 
     backbones._describe.cache_clear()
 

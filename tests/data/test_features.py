@@ -7,13 +7,7 @@ import pytest
 import torch
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features import (
-    FeatureTable,
-    FeatureTransform,
-    ImageRequest,
-    RowKey,
-    TransformConfig,
-)
+from hypdefect.features.spec import FeatureTable, FeatureTransform, ImageRequest, RowKey, TransformConfig
 from hypdefect.types import VIEWS
 
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features import RowKey
-from hypdefect.imported import import_features, read_file, read_import
-from hypdefect.store import FeatureStore
-from hypdefect.task import TaskConfig, load_task, plan_task
+from hypdefect.families.few_shot import TaskConfig, load_task, plan_task
+from hypdefect.features.imported import import_features, read_file, read_import
+from hypdefect.features.spec import RowKey
+from hypdefect.features.store import FeatureStore
 
 CLASSES = ("crack", "good", "pit", "stain")
 

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hypdefect.datasets import IngestResult, ManifestRow, get_dataset, ingest
-from hypdefect.datasets import visa as visa_module
+from hypdefect.datasets.readers import visa as visa_module
 from hypdefect.errors import DataError
 from hypdefect.images import read_mask
 from tests.trees import (

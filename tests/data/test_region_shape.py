@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypdefect.region_shape import LIMIT, SHAPE_DIMS, STANDARD, descriptors, region_shape
-from hypdefect.synthesis import draw_laws, draw_region
+from hypdefect.features.region_shape import LIMIT, SHAPE_DIMS, STANDARD, descriptors, region_shape
+from hypdefect.images.pseudo_defects import draw_laws, draw_region
 
 NAMES = tuple(STANDARD)
 MOVED_BY_A_QUARTER_TURN = {"steepness", "log box height", "log box width"}

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from hypdefect.datasets.shapes import MAX_POINTS, Box, Brush, Ellipse, Polygon, Rle, RleBox, Shape, draw, unpack
+from hypdefect.datasets.readers.shapes import MAX_POINTS, Box, Brush, Ellipse, Polygon, Rle, RleBox, Shape, draw, unpack
 from hypdefect.errors import DataError
 from tests.annotated_trees import brush_rle, coco_text, runs_of
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from hypdefect.config import run_job
-from hypdefect.features import prompt_key
-from hypdefect.store import FeatureStore, open_store
+from hypdefect.features.spec import prompt_key
+from hypdefect.features.store import FeatureStore, open_store
 from jobs import extract
 from tests.data.test_store import KEY, flip, keys_of, write
 from tests.tiny_clip import clip_model, open_clip, write_config

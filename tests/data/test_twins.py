@@ -28,7 +28,7 @@ from hypdefect.datasets.twins import (
     unite,
 )
 from hypdefect.errors import DataError
-from hypdefect.task import ingested
+from hypdefect.families.few_shot import ingested
 from jobs.ingest import main
 from tests.data.test_ingest_job import run
 from tests.data.test_partition import table

@@ -10,11 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from hypdefect.backbones import Backbone, get_backbone
 from hypdefect.errors import ConfigError
-from hypdefect.region_shape import SHAPE_DIMS, region_shape
-from hypdefect.types import VIEWS
-from hypdefect.views import (
+from hypdefect.features.backbones import Backbone, get_backbone
+from hypdefect.features.extract import (
     RecipeConfig,
     RegionExtractor,
     augment,
@@ -28,6 +26,8 @@ from hypdefect.views import (
     views_of,
     window_slices,
 )
+from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.types import VIEWS
 
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 PROFILE = settings(deadline=None, database=None, max_examples=200)

@@ -19,9 +19,9 @@ import yaml
 import hypdefect
 from hypdefect.datasets import read_manifest
 from hypdefect.images import read_bytes, read_image, read_mask
-from hypdefect.ledger import read, read_part
 from hypdefect.predictor import Predictor
 from hypdefect.registry import resolve
+from hypdefect.results.ledger import read, read_part
 from hypdefect.training import load_start
 from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 

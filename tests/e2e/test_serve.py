@@ -19,12 +19,12 @@ import yaml
 from PIL import Image
 
 from hypdefect import registry
-from hypdefect.backbones import get_backbone
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTransform, TransformConfig
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.extract import RecipeConfig, dims_of
+from hypdefect.features.spec import FeatureTransform, TransformConfig
 from hypdefect.images import FORMATS
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.views import RecipeConfig, dims_of
 from tests.tiny_dataset import draw
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray]

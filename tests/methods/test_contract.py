@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from hypdefect.episodes import draw_support
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, score_draw, validation_scores
+from hypdefect.families.episodes import draw_support
 from hypdefect.methods import METHODS, Classifier, build, get_method
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import core_tensors

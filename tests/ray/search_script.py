@@ -13,10 +13,10 @@ import optuna
 
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.tune import SearchConfig, SearchData, search
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.evaluation import RunConfig
-from hypdefect.features import FeatureTable
-from hypdefect.task import FewShotTask
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import FewShotTask
+from hypdefect.features.spec import FeatureTable
 from hypdefect.types import VIEWS, EpisodeSpec
 
 BLOCK_DIMS = (4, 8)

@@ -9,10 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from hypdefect.comparison import TWIN
 from hypdefect.config import override
 from hypdefect.distributed.evaluate import CHUNK, compare, evaluate, validate
-from hypdefect.episodes import LabelledFeatures, draw_support
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import (
     DrawScore,
@@ -25,8 +23,10 @@ from hypdefect.evaluation import (
     score_draw,
     validation_scores,
 )
+from hypdefect.families.episodes import LabelledFeatures, draw_support
+from hypdefect.families.few_shot import FewShotTask
 from hypdefect.metrics import calibration_error
-from hypdefect.task import FewShotTask
+from hypdefect.results.comparison import TWIN
 from hypdefect.training import core_tensors
 from hypdefect.types import VIEWS, EpisodeSpec
 from tests.ray.search_script import BASE, SPEC, make_task

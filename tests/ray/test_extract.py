@@ -17,11 +17,11 @@ import pytest
 import hypdefect
 from hypdefect.distributed import extract as module
 from hypdefect.distributed.extract import extract
-from hypdefect.features import FeatureKey, ImageRequest
-from hypdefect.store import FeatureStore
-from hypdefect.task import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.features.spec import FeatureKey, ImageRequest
+from hypdefect.features.store import FeatureStore
 from hypdefect.types import VIEWS
-from hypdefect.views import RecipeConfig
 from tests.tiny_dataset import make_mtd_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]

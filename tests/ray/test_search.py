@@ -24,10 +24,10 @@ import hypdefect
 import tune_spaces
 from hypdefect.config import override
 from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, default_point, finished, search, storage
-from hypdefect.episodes import LabelledFeatures, draw_support
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import RunConfig, dimension, validation_scores
-from hypdefect.task import FewShotTask
+from hypdefect.families.episodes import LabelledFeatures, draw_support
+from hypdefect.families.few_shot import FewShotTask
 from hypdefect.types import EpisodeSpec
 from jobs.sweep import SweepJob, select
 from tests.ray.search_script import BASE, NAME, SPEC, as_space, make_task, search_data, small_space

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hypdefect.distributed.train import train
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError, HypdefectError, NumericsError
 from hypdefect.evaluation import dimension
+from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import TrainConfig, core_tensors, meta_train
 from tests.ray.search_script import SMALL, make_task

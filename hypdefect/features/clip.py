@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from hypdefect import torchvision_ops as torchvision_ops  # declares missing operators: before open_clip
-from hypdefect.backbones import BackboneSpec, normalised, read_weights
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.features import torchvision_ops as torchvision_ops  # declares missing operators: before open_clip
+from hypdefect.features.backbones import BackboneSpec, normalised, read_weights
 
 import open_clip  # isort: skip
 from open_clip.constants import HF_SAFE_WEIGHTS_NAME, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD  # isort: skip

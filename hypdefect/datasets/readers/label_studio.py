@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.annotated import (
+from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,
     is_text,
@@ -25,8 +25,8 @@ from hypdefect.datasets.annotated import (
     refused,
     text,
 )
-from hypdefect.datasets.folder import READ, REFUSED
-from hypdefect.datasets.shapes import Box, Brush, Ellipse, Polygon, Shape
+from hypdefect.datasets.readers.folder import READ, REFUSED
+from hypdefect.datasets.readers.shapes import Box, Brush, Ellipse, Polygon, Shape
 from hypdefect.errors import DataError
 
 REGIONS = ("polygonlabels", "rectanglelabels", "ellipselabels", "brushlabels")

@@ -9,7 +9,7 @@ from jaxtyping import Bool
 
 from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.class_masks import read_indices
+from hypdefect.datasets.readers.class_masks import read_indices
 from hypdefect.errors import DataError
 
 PRODUCT = "hot_rolled_strip"

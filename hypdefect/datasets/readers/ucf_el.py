@@ -14,8 +14,8 @@ from typing import Any
 
 from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.shapes import Box, Ellipse, Polygon, Shape, draw
-from hypdefect.datasets.tables import read_rows
+from hypdefect.datasets.readers.shapes import Box, Ellipse, Polygon, Shape, draw
+from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
 
 ANNOTATIONS = "AnnotationsCombined.csv"

@@ -25,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hypdefect.backbones import read_tensors
 from hypdefect.config import from_mapping, to_mapping, write_json
 from hypdefect.datasets import MANIFEST_SCHEMA, DatasetCard, read_manifest, write_manifest
-from hypdefect.datasets.folder import GOOD
+from hypdefect.datasets.readers.folder import GOOD
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features import FeatureKey, RowKey
-from hypdefect.store import FeatureStore
+from hypdefect.features.backbones import read_tensors
+from hypdefect.features.spec import FeatureKey, RowKey
+from hypdefect.features.store import FeatureStore
 from hypdefect.types import VIEWS
 
 PREFIX = "imported:"

@@ -28,10 +28,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
-from hypdefect.backbones import Backbone, BackboneSpec
 from hypdefect.errors import ConfigError
-from hypdefect.patches import patch_features
-from hypdefect.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.features.backbones import Backbone, BackboneSpec
+from hypdefect.features.patches import patch_features
+from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS
 
 EXTRACTOR_VERSION = 3
@@ -256,7 +256,7 @@ class Prepared:
 def load_tower(spec: BackboneSpec) -> nn.Module:
     """The frozen network of a spec whose features are one vector a view."""
     if spec.family in ("openclip", "alphaclip"):
-        from hypdefect import clip  # open_clip takes seconds to import
+        from hypdefect.features import clip  # open_clip takes seconds to import
 
         return clip.ImageTower(spec)
     return Backbone(spec)

@@ -20,8 +20,8 @@ from scipy.ndimage import binary_opening
 
 from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow, inside
-from hypdefect.datasets.class_masks import read_indices
-from hypdefect.datasets.tables import read_rows
+from hypdefect.datasets.readers.class_masks import read_indices
+from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
 
 ANNOTATIONS = "image_anno.csv"

@@ -19,8 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from hypdefect.datasets import DatasetCard, ManifestRow, inside
-from hypdefect.datasets.annotated import SPLIT_NAMES, UNKNOWN, is_normal, numbers, positions, product_of, refused
-from hypdefect.datasets.shapes import Box, Polygon, Shape, draw
+from hypdefect.datasets.readers.annotated import (
+    SPLIT_NAMES,
+    UNKNOWN,
+    is_normal,
+    numbers,
+    positions,
+    product_of,
+    refused,
+)
+from hypdefect.datasets.readers.shapes import Box, Polygon, Shape, draw
 from hypdefect.errors import DataError
 from hypdefect.images import read_bytes
 

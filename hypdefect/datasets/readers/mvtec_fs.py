@@ -10,8 +10,8 @@ from pathlib import Path
 
 from hypdefect.config import data_root
 from hypdefect.datasets import DatasetCard, ManifestRow, inside
-from hypdefect.datasets.shapes import Polygon, draw
-from hypdefect.datasets.tables import read_rows
+from hypdefect.datasets.readers.shapes import Polygon, draw
+from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
 
 COMBINED = "combined"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.annotated import (
+from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,
     is_official,
@@ -23,7 +23,7 @@ from hypdefect.datasets.annotated import (
     split_named,
     text,
 )
-from hypdefect.datasets.shapes import Box, Polygon, Rle, Shape
+from hypdefect.datasets.readers.shapes import Box, Polygon, Rle, Shape
 from hypdefect.errors import DataError
 
 BESIDE_IMAGES = "_annotations.coco.json"

@@ -11,7 +11,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hypdefect.backbones import BackboneSpec, check_name, get_backbone, patch_grid
 from hypdefect.config import digest, write_json
 from hypdefect.datasets import (
     MANIFEST_FORMAT,
@@ -28,13 +27,14 @@ from hypdefect.datasets import (
     write_manifest,
     write_table,
 )
-from hypdefect.episodes import LabelledFeatures
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features import FeatureKey, FeatureTransform, ImageRequest, TransformConfig
-from hypdefect.imported import Imported, card_of, is_imported
-from hypdefect.store import FeatureStore
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone, patch_grid
+from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
+from hypdefect.features.imported import Imported, card_of, is_imported
+from hypdefect.features.spec import FeatureKey, FeatureTransform, ImageRequest, TransformConfig
+from hypdefect.features.store import FeatureStore
 from hypdefect.types import VIEWS, SplitKind
-from hypdefect.views import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
 
 logger = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.annotated import (
+from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,
     is_official,
@@ -19,7 +19,7 @@ from hypdefect.datasets.annotated import (
     split_named,
     text,
 )
-from hypdefect.datasets.shapes import Box, Ellipse, Polygon, RleBox, Shape
+from hypdefect.datasets.readers.shapes import Box, Ellipse, Polygon, RleBox, Shape
 from hypdefect.errors import DataError
 from hypdefect.images import read_bytes
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from hypdefect.errors import DataError
-from hypdefect.features import FeatureTable
+from hypdefect.features.spec import FeatureTable
 from hypdefect.types import Episode, EpisodeSpec, FeatureBatch
 
 

@@ -40,8 +40,8 @@ import pyarrow.parquet as pq
 
 from hypdefect.config import digest, file_sha256, from_mapping, sync, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features import FeatureKey, FeatureTable, RowKey
-from hypdefect.views import EXTRACTOR_VERSION
+from hypdefect.features.extract import EXTRACTOR_VERSION
+from hypdefect.features.spec import FeatureKey, FeatureTable, RowKey
 
 ENTRY = re.compile(r"\d{8}\.json")
 DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from hypdefect.datasets import DatasetCard, ManifestRow
-from hypdefect.datasets.annotated import (
+from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,
     is_normal,
@@ -22,8 +22,8 @@ from hypdefect.datasets.annotated import (
     refused,
     text,
 )
-from hypdefect.datasets.folder import READ
-from hypdefect.datasets.shapes import Box, Ellipse, Polygon, Shape
+from hypdefect.datasets.readers.folder import READ
+from hypdefect.datasets.readers.shapes import Box, Ellipse, Polygon, Shape
 from hypdefect.errors import DataError
 
 

@@ -21,13 +21,13 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from hypdefect import geometry
-from hypdefect.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
-from hypdefect.episodes import draw_support
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import MetaStart, RunConfig, dimension
+from hypdefect.families.episodes import draw_support
+from hypdefect.families.few_shot import FewShotTask
 from hypdefect.methods.hypdfs import HypDFS, in_frame
-from hypdefect.task import FewShotTask
-from jobs.figures import DARK, GREY, GRID, LIGHT, drawn, short
+from hypdefect.results.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
+from hypdefect.results.figures import DARK, GREY, GRID, LIGHT, drawn, short
 
 # Okabe and Ito's colours without the yellow; a further class repeats a colour with the next marker
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#444444")

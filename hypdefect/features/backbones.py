@@ -29,9 +29,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hypdefect import torchvision_ops as torchvision_ops  # declares missing operators: before timm
 from hypdefect.config import digest, file_sha256, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.features import torchvision_ops as torchvision_ops  # declares missing operators: before timm
 
 import timm  # isort: skip
 from timm.layers import BatchNormAct2d  # isort: skip
@@ -152,7 +152,7 @@ def _describe(name: str) -> BackboneSpec:
     assert match is not None  # by check_name
     family, architecture, weights = match["family"], match["architecture"], match["weights"] or ""
     if family in ("openclip", "alphaclip"):
-        from hypdefect import clip  # open_clip takes seconds to import, and most jobs do not need it
+        from hypdefect.features import clip  # open_clip takes seconds to import, and most jobs do not need it
 
         spec = clip.describe(name, family, architecture, weights)
     else:

@@ -17,9 +17,9 @@ from torch.nn.functional import normalize
 
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.region_shape import SHAPE_DIMS
+from hypdefect.features.extract import EXTRACTOR_VERSION, RecipeConfig
+from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.types import VIEWS, FeatureBatch
-from hypdefect.views import EXTRACTOR_VERSION, RecipeConfig
 
 TEXT_VIEWS = ("text",)
 

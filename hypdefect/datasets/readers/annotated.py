@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from hypdefect.datasets import ManifestRow, inside
-from hypdefect.datasets.folder import GOOD
-from hypdefect.datasets.shapes import Shape, draw
+from hypdefect.datasets.readers.folder import GOOD
+from hypdefect.datasets.readers.shapes import Shape, draw
 from hypdefect.errors import DataError
 from hypdefect.images import read_bytes
 

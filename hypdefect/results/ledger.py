@@ -17,7 +17,7 @@ from hypdefect.config import command_line, digest, to_mapping
 from hypdefect.datasets import write_table
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import Scored
-from hypdefect.task import TaskPlan
+from hypdefect.families.few_shot import TaskPlan
 
 SCHEMA = pa.schema(
     [
@@ -198,7 +198,7 @@ def latest(table: pa.Table) -> pa.Table:
 
 def commit() -> str:
     """The git commit of this code, with "-dirty" where tracked files differ from it; "" outside a checkout of it."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
 
     def git(*args: str) -> str:
         done = subprocess.run(["git", *args], cwd=root, capture_output=True, text=True, check=True, timeout=30)
