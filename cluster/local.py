@@ -30,7 +30,7 @@ from typing import Any
 import tyro
 import yaml
 
-from hypdefect import config
+from hypdefect import command_line, config, files
 from hypdefect.errors import HypdefectError
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -188,7 +188,7 @@ def _spawn(record_of: Callable[[int, str], Record], argv: list[str], log: Path, 
         )
     _CHILDREN[process.pid] = process
     record = record_of(process.pid, start_time(process.pid) or "ended at once")
-    config.write_json(record_path(record.name), asdict(record))
+    files.write_json(record_path(record.name), asdict(record))
     return record
 
 
@@ -272,9 +272,9 @@ def session_name(dashboard: str) -> str | None:
 
 
 def data_root() -> Path:
-    """`config.data_root()` as seen from the checkout: jobs run in a copy elsewhere, where `../shared` means nothing."""
+    """`files.data_root()` as seen from the checkout: jobs run in a copy elsewhere, where `../shared` means nothing."""
     with contextlib.chdir(Path.cwd() if os.environ.get("HYPDEFECT_DATA") else PROJECT):
-        return config.data_root()
+        return files.data_root()
 
 
 def _environment(mark: str) -> dict[str, str]:
@@ -292,7 +292,7 @@ def _environment(mark: str) -> dict[str, str]:
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     env["HYPDEFECT_DATA"] = str(data_root())
     if env.get("HYPDEFECT_HOME"):
-        env["HYPDEFECT_HOME"] = str(config.home())
+        env["HYPDEFECT_HOME"] = str(files.home())
     return env | {MARK: mark}
 
 
@@ -368,7 +368,7 @@ def _start_head(preferred: tuple[int, int, int, int], num_cpus: int | None, time
     with _auth(record):
         _wait_ready(record, ready, timeout_s)
         record = Record(**asdict(record) | {"session": session_name(url) or ""})
-    config.write_json(record_path(HEAD), asdict(record))
+    files.write_json(record_path(HEAD), asdict(record))
     return record
 
 
@@ -491,7 +491,7 @@ def _runtime_env(local: bool) -> dict[str, Any]:
     # Our head may have been started from another shell: the submitting shell's places count. On the user's cluster
     # only what was set on purpose is passed on; the rest is for its nodes to say.
     if local or os.environ.get("HYPDEFECT_HOME"):
-        variables["HYPDEFECT_HOME"] = str(config.home())
+        variables["HYPDEFECT_HOME"] = str(files.home())
     if local or os.environ.get("HYPDEFECT_DATA"):
         variables["HYPDEFECT_DATA"] = str(data_root())
     return runtime_env | {"env_vars": variables}
@@ -584,8 +584,8 @@ def dashboard(study: str = "", logdir: Path | None = None) -> int:
         study: Storage URL of the study; `sqlite:///<home>/sweeps/study.db` by default.
         logdir: Directory with the trials' event files; `<home>/sweeps` by default.
     """
-    study = study or f"sqlite:///{config.home()}/sweeps/study.db"
-    logdir = (logdir or config.home() / "sweeps").resolve()
+    study = study or f"sqlite:///{files.home()}/sweeps/study.db"
+    logdir = (logdir or files.home() / "sweeps").resolve()
     file = study.removeprefix("sqlite:///")
     if file != study and not Path(file).is_file():
         raise ClusterError(f"there is no study at {file} yet: run `make sweep` first, or name one with --study")
@@ -628,7 +628,7 @@ def serve(
     """
     rendered = config.load_yaml(config_file)
     for application in rendered.get("applications", []):
-        application["args"] = (application.get("args") or {}) | {"model": model, "home": str(config.home())}
+        application["args"] = (application.get("args") or {}) | {"model": model, "home": str(files.home())}
     with target() as (url, record):
         http = rendered.setdefault("http_options", {})
         http.setdefault("host", "127.0.0.1")
@@ -697,4 +697,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    config.run_job(main)
+    command_line.run_job(main)

@@ -1,45 +1,27 @@
 """Strict mapping -> dataclass, canonical digests and the command line that every job shares."""
 
-import contextlib
 import dataclasses
 import difflib
-import errno
 import hashlib
 import json
-import os
-import shlex
-import sys
 import types
 import typing
-import uuid
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, Union
+from typing import Any, Literal, TypeVar, Union
 
-import tyro
 import yaml
 
-from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.errors import ConfigError
 
 T = TypeVar("T")
 
 
-def home() -> Path:
-    """Where stores, sweeps, runs and the registry live: `$HYPDEFECT_HOME`, else `~/.hypdefect`."""
-    return Path(os.environ.get("HYPDEFECT_HOME") or Path.home() / ".hypdefect").expanduser().resolve()
-
-
-def data_root() -> Path:
-    """Where the image sets lie side by side: `$HYPDEFECT_DATA`, else `../shared/data`."""
-    return Path(os.environ.get("HYPDEFECT_DATA") or "../shared/data").expanduser().resolve()
-
-
 def to_mapping(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values (tuples become lists, paths become strings)."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=_plain))
+    return json.loads(json.dumps(dataclasses.asdict(config), default=plain_value))
 
 
-def _plain(value: Any) -> Any:
+def plain_value(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"cannot write {type(value).__name__} as JSON")
@@ -48,7 +30,7 @@ def _plain(value: Any) -> Any:
 def digest(value: Any) -> str:
     """Hex sha256 of the canonical JSON of a dataclass or plain value."""
     plain = to_mapping(value) if dataclasses.is_dataclass(value) else value
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=_plain, allow_nan=False)
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=plain_value, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,117 +135,3 @@ def load_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise ConfigError(f"config file {path}: the top level must be a mapping, got {type(loaded).__name__}")
     return loaded
-
-
-@contextlib.contextmanager
-def replaced_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that takes the place of `path` at the end: a reader sees the old one or the new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False, default=_plain)
-    with replaced_file(path) as file:
-        file.write(f"{text}\n".encode())
-
-
-def sync(path: Path) -> None:
-    """Make a file's bytes, or the names in a folder, durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class JobOptions:
-    """What every job's command line takes beside its own fields."""
-
-    config: Path | None = None
-    """YAML file whose values replace the defaults; flags on the command line replace both."""
-    dry_run: bool = False
-    """Print the resolved configuration and stop."""
-    json: Path | None = None
-    """Write the result as JSON to this file, for machines."""
-
-
-def parse_job(cls: type[T], argv: list[str] | None = None, description: str | None = None) -> tuple[T, JobOptions]:
-    """Resolve a job's config: defaults, then `--config FILE`, then flags. `--dry-run` prints it and exits 0.
-
-    Raises:
-        ConfigError: as `from_mapping`. Unknown flags end the process with tyro's message and exit status 2.
-    """
-    args = list(sys.argv[1:] if argv is None else argv)
-    default = _default(cls, args)
-
-    flat = tyro.conf.arg(name="")
-    fields = [
-        ("job", typing.Annotated[cls, flat], dataclasses.field(default=default)),
-        ("options", typing.Annotated[JobOptions, flat], dataclasses.field(default=JobOptions())),
-    ]
-    command: Any = tyro.cli(dataclasses.make_dataclass("Command", fields), args=args, description=description)
-    if command.options.dry_run:
-        print(yaml.safe_dump(to_mapping(command.job), sort_keys=False), end="")
-        raise SystemExit(0)
-    return command.job, command.options
-
-
-def _default(cls: type[T], args: list[str]) -> T:
-    for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return from_mapping(cls, load_yaml(Path(args[i + 1])), args[i + 1])
-        if arg.startswith("--config="):
-            return from_mapping(cls, load_yaml(Path(arg.partition("=")[2])), arg.partition("=")[2])
-    return cls()
-
-
-def command_line() -> str:
-    """The command of this process as its user would type it again, without --json FILE."""
-    script, *words = sys.argv
-    if "--json" in words:
-        at = words.index("--json")
-        words = words[:at] + words[at + 2 :]
-    return shlex.join(["python", "/".join(Path(script).parts[-2:]), *words])
-
-
-def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: errors a user can act on end in one line on stderr and exit status 1, not in a traceback."""
-    try:
-        main()
-    except Exception as error:
-        reason = _reason(error)
-        if reason is None:
-            raise
-        print(reason, file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _reason(error: BaseException | None) -> str | None:
-    """The message of the error on purpose, or of the full disk, that lies behind an exception; None: it is a bug.
-
-    Ray wraps what a task raised and keeps the original in `cause`.
-    """
-    while error is not None:
-        deeper = getattr(error, "cause", None) or error.__cause__
-        if isinstance(error, HypdefectError) and not hasattr(error, "cause"):
-            return f"{type(error).__name__}: {error}"
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return f"no space left: {error}. Free some, or point HYPDEFECT_HOME at another disk, and run this again"
-        error = deeper if isinstance(deeper, BaseException) else None
-    return None

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hypdefect.config import from_mapping, override
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.features.spec import TransformConfig
+from hypdefect.features.transform import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import Classifier, build, get_method
 from hypdefect.methods.hypdfs import HypDFSConfig
@@ -111,6 +111,17 @@ class DrawScore:
     predicted: np.ndarray
     probabilities: np.ndarray
     confusion: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class TrialResult:
+    """A finished trial: its number in the study, what it changed, mean validation accuracy, rungs it reached."""
+
+    number: int
+    params: dict[str, Any]
+    value: float
+    rungs: int
+    seconds: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

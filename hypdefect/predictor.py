@@ -21,12 +21,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hypdefect.config import from_mapping, to_mapping, write_json
+from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
-from hypdefect.features.spec import FeatureTransform
+from hypdefect.features.transform import FeatureTransform
+from hypdefect.files import write_json
 from hypdefect.images import Intensity, to_rgb
 from hypdefect.methods import Classifier
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hypdefect.config import file_sha256, sync, write_json
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.files import file_sha256, sync, write_json
 
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -17,11 +17,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hypdefect.config import from_mapping, to_mapping, write_json
+from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import MetaStart
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.features.spec import TransformConfig
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
 from hypdefect.types import VIEWS, EpisodeSpec, SplitKind

@@ -28,7 +28,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from hypdefect import geometry
-from hypdefect.config import parse_job, run_job, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import extract
 from hypdefect.distributed.tune import SearchConfig, SearchData, search
@@ -40,10 +40,10 @@ from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, extractor_for
 from hypdefect.features.spec import FeatureKey, FeatureTable, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.files import write_json
 from hypdefect.images import read_image
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.types import VIEWS, EpisodeSpec, FeatureBatch
-from jobs.display import configure_logging, say, table_console
 
 Section = Literal["geometry", "fit", "tune", "store"]
 BATCH = 16  # images an actor takes at once, as jobs/extract.py

@@ -23,22 +23,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.table import Table
 
-from hypdefect.config import from_mapping, home, parse_job, run_job, to_mapping, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.config import from_mapping, to_mapping
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import Entrant, MetaStart, RunConfig, Scored, candidates, first_support
 from hypdefect.families.episodes import draw_support
 from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, plan_task
-from hypdefect.features.spec import TransformConfig
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home, write_json
 from hypdefect.methods import METHODS, get_method
 from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.metrics import Interval
+from hypdefect.progress import progress
 from hypdefect.results import ledger
 from hypdefect.results.comparison import Difference, Row, best_euclidean, claims, leaderboard, paired_to
 from hypdefect.results.page import CEILING, ceiling_text
+from hypdefect.statistics import Interval
 from hypdefect.training import MetaConfig, load_start
-from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
 from jobs.train import trained
 from tune_spaces import get_space

@@ -21,16 +21,18 @@ from typing import Annotated
 import tyro
 from rich.table import Table
 
-from hypdefect.config import home, parse_job, run_job, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.datasets.ingest import ingested
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.extract import ExtractReport, extract
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, plan_task
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.imported import PREFIX, import_features, is_imported, read_import
 from hypdefect.features.spec import TEXT_VIEWS, FeatureKey, prompt_key
 from hypdefect.features.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
-from jobs.display import configure_logging, progress, say, table_console
+from hypdefect.files import home, write_json
+from hypdefect.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

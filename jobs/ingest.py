@@ -23,21 +23,15 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hypdefect.config import home, parse_job, run_job, write_json
-from hypdefect.datasets import (
-    DATASETS,
-    ClassCount,
-    DatasetCard,
-    IngestResult,
-    get_dataset,
-    ingest,
-    manifest_digest,
-    write_manifest,
-    write_table,
-)
+from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+from hypdefect.datasets import DATASETS, get_dataset
+from hypdefect.datasets.card import DatasetCard
+from hypdefect.datasets.ingest import ClassCount, IngestResult, ingest
+from hypdefect.datasets.manifest import manifest_digest, write_manifest
 from hypdefect.datasets.twins import SYMMETRIES, Twin, turn
+from hypdefect.files import home, write_json, write_table
 from hypdefect.images import Intensity, read_image
-from jobs.display import configure_logging, progress, table_console
+from hypdefect.progress import progress
 
 SHOWN_REASONS = 5
 SHOWN_PAIRS = 6
@@ -89,7 +83,7 @@ def main() -> None:
     if result.twins is not None:
         report_twins(result.manifest, result.twins, out.with_name(f"{out.stem}.twins.png"))
     if job.audit:
-        from hypdefect.families.few_shot import note_manifest  # brings torch, which nothing else here waits for
+        from hypdefect.datasets.ingest import note_manifest  # brings torch, which nothing else here waits for
 
         note_manifest(job.dataset, job.root, home(), out, result.quarantine.num_rows, job.channels)
     if options.json is not None:

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.table import Table
 
 from hypdefect import registry
-from hypdefect.config import home, parse_job, run_job, write_json
+from hypdefect.command_line import parse_job, run_job
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.files import home, write_json
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

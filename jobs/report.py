@@ -20,10 +20,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 
-from hypdefect.config import command_line, from_mapping, home, parse_job, replaced_file, run_job, write_json
+from hypdefect.command_line import command_line, configure_logging, parse_job, run_job, say
+from hypdefect.config import from_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
 from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task
+from hypdefect.files import home, replaced_file, write_json
 from hypdefect.results import ledger
 from hypdefect.results.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
 from hypdefect.results.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
@@ -51,7 +53,6 @@ from hypdefect.results.page import (
     variant_of,
 )
 from hypdefect.types import SplitKind
-from jobs.display import configure_logging, say
 from jobs.extract import prepare
 from jobs.train import found_start
 

@@ -21,24 +21,27 @@ from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional
 
-from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.config import digest, to_mapping
 from hypdefect.datasets import get_dataset
+from hypdefect.datasets.ingest import ingested
 from hypdefect.datasets.readers.mvtec_fs import IMAGES as MVTEC_FS
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import evaluate
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, Scored
 from hypdefect.families.episodes import draw_support
-from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, ingested, load_task, plan_task
+from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, plan_task
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig
-from hypdefect.features.spec import TransformConfig
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home, write_json
 from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.metrics import Interval, clustered_interval
+from hypdefect.progress import Advance, progress
 from hypdefect.results import ledger
 from hypdefect.results.published import Cell, figure, published
+from hypdefect.statistics import Interval, clustered_interval
 from hypdefect.types import SplitKind
-from jobs.display import Advance, configure_logging, progress, say, table_console
 from jobs.extract import fill
 
 Study = Literal["main", "adapter", "loss", "backbone", "ode", "curvature"]

@@ -19,23 +19,24 @@ import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from hypdefect.config import from_mapping, home, override, parse_job, run_job, to_mapping, write_json
-from hypdefect.datasets import write_table
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.config import from_mapping, override, to_mapping
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import evaluate, validate
-from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, finished, search
+from hypdefect.distributed.tune import SearchConfig, SearchData, finished, search
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, dimension
+from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, TrialResult, dimension
 from hypdefect.families.episodes import draw_support, sample_episode
 from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, task_label
-from hypdefect.features.spec import TransformConfig
-from hypdefect.metrics import Interval, interval, paired
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home, write_json, write_table
 from hypdefect.predictor import save_model
+from hypdefect.progress import progress
 from hypdefect.registry import ModelEntry, publish
 from hypdefect.results.sweep_figure import plot_sweep
+from hypdefect.statistics import Interval, interval, paired
 from hypdefect.training import load_start
 from hypdefect.types import EpisodeSpec
-from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
 from tune_spaces import get_space
 

@@ -16,15 +16,16 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from hypdefect.config import home, parse_job, run_job, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.synthesize import SyntheticSet, synthesize
 from hypdefect.errors import ConfigError
 from hypdefect.families.few_shot import TaskConfig, TaskPlan, task_label
 from hypdefect.features.imported import is_imported
+from hypdefect.files import home, write_json
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig
-from jobs.display import configure_logging, progress, say, table_console
+from hypdefect.progress import progress
 from jobs.extract import prepare
 
 SHOWN_IMAGES = 4

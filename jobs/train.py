@@ -18,7 +18,8 @@ import numpy as np
 import pyarrow as pa
 from rich.table import Table
 
-from hypdefect.config import digest, home, parse_job, run_job, to_mapping, write_json
+from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.config import digest, to_mapping
 from hypdefect.distributed.cluster import connected, num_workers
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract
@@ -27,21 +28,15 @@ from hypdefect.distributed.train import check, check_workers, train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.few_shot import (
-    FewShotTask,
-    TaskConfig,
-    TaskPlan,
-    load_task,
-    pseudo_pool,
-    pseudo_requests,
-    task_label,
-)
-from hypdefect.features.spec import TransformConfig
+from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, task_label
+from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
-from hypdefect.metrics import interval, paired
+from hypdefect.progress import progress
+from hypdefect.statistics import interval, paired
 from hypdefect.training import MetaConfig, TrainConfig, load_start, write_run
 from hypdefect.types import EpisodeSpec
-from jobs.display import configure_logging, progress, say, table_console
 from jobs.extract import fill, prepare
 from jobs.synthesize import pseudo_classes
 

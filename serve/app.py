@@ -30,7 +30,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 import hypdefect
-from hypdefect import config, registry
+from hypdefect import config, files, registry
 from hypdefect.errors import DataError
 from hypdefect.images import FORMATS, exif_orientation, read_mask, read_raw
 from hypdefect.predictor import Prediction, Predictor
@@ -87,7 +87,7 @@ class Classifier:
     """One loaded model, which computes on one thread. A health check waits its turn on it: it sees a stuck model."""
 
     def __init__(self, reference: str, home: str | None) -> None:
-        entry = registry.resolve(Path(home) if home else config.home(), reference)
+        entry = registry.resolve(Path(home) if home else files.home(), reference)
         self.predictor = Predictor.load(entry)
         which = reference.partition("@")[2]
         alias = which if which in entry.aliases else None

@@ -49,9 +49,9 @@ def hypdefect_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
     """The image sets, or a skip that says how to name them."""
-    from hypdefect import config
+    from hypdefect import files
 
-    root = config.data_root()
+    root = files.data_root()
     if not root.is_dir():
         pytest.skip(f"no image sets at {root}: set HYPDEFECT_DATA")
     return root

@@ -14,28 +14,14 @@ RAY_ALLOWED = ("hypdefect/distributed/", "jobs/", "serve/", "cluster/", "tests/"
 
 # A module imports from its own layer and those above this line of it, never from a later one.
 LAYERS = (
-    {"errors", "types", "config"},
-    {"geometry", "metrics", "embedding"},
-    {
-        "published",
-        "datasets",
-        "images",
-        "torchvision_ops",
-        "backbones",
-        "clip",
-        "patches",
-        "region_shape",
-        "views",
-        "features",
-        "store",
-        "imported",
-        "synthesis",
-        "episodes",
-        "memory_bank",
-        "task",
-    },
+    {"errors", "types", "config", "files", "command_line", "progress"},
+    {"geometry", "metrics", "statistics"},
+    {"images"},
+    {"datasets"},
+    {"features"},
     {"methods"},
-    {"training", "evaluation", "ledger", "comparison", "artifacts", "registry", "predictor"},
+    {"families", "training", "evaluation", "registry", "predictor"},
+    {"results"},
     {"distributed"},
 )
 LAYER = {name: depth for depth, names in enumerate(LAYERS) for name in names}

@@ -8,8 +8,8 @@ import pytest
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.metrics import interval
 from hypdefect.results.comparison import TWIN, best_euclidean, claims, display_name, leaderboard, paired_to
+from hypdefect.statistics import interval
 from tests.ledger_rows import as_table, draws
 
 PROTOTYPE = draws([[0.5, 0.6], [0.7, 0.8]])

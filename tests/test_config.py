@@ -11,18 +11,11 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from hypdefect.config import (
-    digest,
-    from_mapping,
-    load_yaml,
-    override,
-    parse_job,
-    run_job,
-    to_mapping,
-    write_json,
-)
+from hypdefect.command_line import parse_job, run_job
+from hypdefect.config import digest, from_mapping, load_yaml, override, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
+from hypdefect.files import write_json
 from hypdefect.methods.hypdfs import HypDFSConfig
 
 

@@ -9,15 +9,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.metrics import (
-    Interval,
-    calibration_error,
-    clustered_interval,
-    holm,
-    interval,
-    paired,
-    wilcoxon,
-)
+from hypdefect.metrics import calibration_error
+from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, wilcoxon
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
 

@@ -17,8 +17,9 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import BACKBONES, Backbone, get_backbone
 from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
 from hypdefect.features.region_shape import SHAPE_DIMS
-from hypdefect.features.spec import FeatureKey, FeatureTransform, RowKey, TransformConfig
+from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods import METHODS
 from hypdefect.predictor import Predictor, save_model
 from hypdefect.registry import write_checksums

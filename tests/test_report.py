@@ -17,13 +17,13 @@ from hypdefect.evaluation import MetaStart, RunConfig
 from hypdefect.families.few_shot import FewShotTask
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import METHODS
-from hypdefect.metrics import Interval
 from hypdefect.results import ledger
 from hypdefect.results.comparison import TWIN, leaderboard
 from hypdefect.results.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
 from hypdefect.results.figures import short, spread
 from hypdefect.results.ledger import SCHEMA
 from hypdefect.results.page import reading, replace_results, verdict
+from hypdefect.statistics import Interval
 from hypdefect.types import VIEWS
 from jobs import report
 from tests.toy_features import DIM, toy_pool

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hypdefect.datasets.ingest import ingested
 from hypdefect.errors import ConfigError
-from hypdefect.families.few_shot import TaskConfig, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, plan_task
 from hypdefect.features.store import FeatureStore
 from hypdefect.results import ledger
 from hypdefect.types import VIEWS

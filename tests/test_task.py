@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 import pytest
 import torch
 
-from hypdefect.datasets import ingest, read_manifest
+from hypdefect.datasets.ingest import ingest, ingested
+from hypdefect.datasets.manifest import read_manifest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.families.few_shot import (
     FewShotTask,
@@ -21,17 +22,16 @@ from hypdefect.families.few_shot import (
     TaskPlan,
     extraction_key,
     image_requests,
-    ingested,
     load_task,
     plan_task,
-    pseudo_pool,
-    pseudo_requests,
 )
+from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
 from hypdefect.features.backbones import Backbone, get_backbone
 from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
 from hypdefect.features.region_shape import SHAPE_DIMS
-from hypdefect.features.spec import ImageRequest, TransformConfig
+from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.transform import TransformConfig
 from hypdefect.images import read_image, read_mask
 from hypdefect.types import VIEWS
 from tests.tiny_dataset import make_elpv_tree, make_folder_tree, make_mtd_tree

@@ -13,7 +13,7 @@ from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.features.spec import FeatureTransform, TransformConfig
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import MetaConfig, TrainConfig, learner, load_start, meta_train, write_run
 from hypdefect.types import EpisodeSpec

@@ -22,7 +22,7 @@ from hypdefect.evaluation import (
 )
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.families.few_shot import FewShotTask
-from hypdefect.features.spec import TransformConfig
+from hypdefect.features.transform import TransformConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.results.comparison import TWIN
 from hypdefect.types import EpisodeSpec, SplitKind

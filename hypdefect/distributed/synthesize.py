@@ -13,9 +13,10 @@ import ray
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from hypdefect.config import digest, replaced_file, to_mapping
-from hypdefect.datasets import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
+from hypdefect.config import digest, to_mapping
+from hypdefect.datasets.manifest import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
 from hypdefect.errors import DataError
+from hypdefect.files import replaced_file
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
 from hypdefect.images.pseudo_defects import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
 

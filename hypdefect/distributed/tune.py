@@ -25,9 +25,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from hypdefect.config import override, to_mapping
 from hypdefect.errors import ConfigError, HypdefectError, NumericsError
-from hypdefect.evaluation import MetaStart, RunConfig, validation_scores
+from hypdefect.evaluation import MetaStart, RunConfig, TrialResult, validation_scores
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.features.spec import FeatureTransform, TransformConfig
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.types import EpisodeSpec
 
 logger = logging.getLogger(__name__)
@@ -62,17 +62,6 @@ class SearchData:
     block_dims: tuple[int, ...]
     shape_dims: int = 0
     start: MetaStart | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class TrialResult:
-    """A finished trial: its number in the study, what it changed, mean validation accuracy, rungs it reached."""
-
-    number: int
-    params: dict[str, Any]
-    value: float
-    rungs: int
-    seconds: float
 
 
 @functools.lru_cache(maxsize=4)

@@ -1,9 +1,7 @@
 """A few-shot task on one image set: which images are supports, queries and normals, and their features in memory."""
 
-import json
 import logging
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,29 +9,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from hypdefect.config import digest, write_json
-from hypdefect.datasets import (
-    MANIFEST_FORMAT,
-    DatasetCard,
-    Partition,
-    check_task,
-    dataset_root,
-    get_dataset,
-    ingest,
-    make_partition,
-    manifest_digest,
-    read_manifest,
-    task_classes,
-    write_manifest,
-    write_table,
-)
+from hypdefect.config import digest
+from hypdefect.datasets import get_dataset
+from hypdefect.datasets.card import DatasetCard
+from hypdefect.datasets.manifest import manifest_digest
+from hypdefect.datasets.split import Partition, check_task, make_partition, task_classes
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone, patch_grid
 from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
 from hypdefect.features.imported import Imported, card_of, is_imported
-from hypdefect.features.spec import FeatureKey, FeatureTransform, ImageRequest, TransformConfig
+from hypdefect.features.spec import FeatureKey, ImageRequest
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.types import VIEWS, SplitKind
 
 logger = logging.getLogger(__name__)
@@ -79,16 +67,6 @@ class TaskConfig:
             raise ConfigError(
                 f"pool_per_class={self.pool_per_class} leaves no validation query beside k_shot={self.k_shot}"
             )
-
-
-@dataclass(frozen=True, slots=True)
-class Ingested:
-    """A manifest, where it lies, whether it was there already, and how many images its quarantine lists."""
-
-    table: pa.Table
-    path: Path
-    cached: bool
-    quarantined: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -177,61 +155,6 @@ class FewShotTask:
         return FeatureTransform.fit(self.normals, self.block_dims, config, self.shape_dims)
 
 
-def ingested(
-    name: str,
-    root: Path | None,
-    home: Path,
-    progress: Callable[[int, int], None] | None = None,
-    channels: Sequence[int] = (),
-) -> Ingested:
-    """The manifest of an image set: the stored one where no file was added, removed or touched, else a new one.
-
-    Raises:
-        ConfigError, DataError: as `hypdefect.datasets.ingest`.
-    """
-    card = get_dataset(name)
-    folder = dataset_root(card, root)
-    note = _note(card, folder, home, channels)
-    if note.is_file():
-        known = json.loads(note.read_text())
-        if Path(known["manifest"]).is_file():
-            return Ingested(read_manifest(Path(known["manifest"])), Path(known["manifest"]), True, known["quarantined"])
-    result = ingest(name, folder, progress, channels=channels or None)
-    path = home / "manifests" / f"{name}-{manifest_digest(result.manifest)[:12]}-{note.stem[-6:]}.parquet"
-    write_manifest(result.manifest, path)
-    quarantined = result.quarantine.num_rows
-    if quarantined:
-        write_table(result.quarantine, path.with_name(f"{path.stem}.quarantine.parquet"))
-    write_json(note, {"manifest": str(path), "quarantined": quarantined})
-    return Ingested(result.manifest, path, False, quarantined)
-
-
-def note_manifest(
-    name: str, root: Path | None, home: Path, manifest: Path, quarantined: int, channels: Sequence[int] = ()
-) -> None:
-    """Make a written manifest what `ingested` gives for an image set, until one of its files changes."""
-    card = get_dataset(name)
-    note = _note(card, dataset_root(card, root), home, channels)
-    write_json(note, {"manifest": str(manifest), "quarantined": quarantined})
-
-
-def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) -> Path:
-    """The file that names the manifest of a folder; another one after any file was added, removed or touched."""
-    files: dict[Path, tuple[int, int]] = {}
-    listing = []
-    for row in card.scan(folder):
-        for path in (row.path, row.mask_path, row.label_file):
-            if path is not None and path not in files:
-                try:
-                    stat = path.stat()
-                    files[path] = (stat.st_size, stat.st_mtime_ns)
-                except OSError:  # ingestion says so
-                    files[path] = (-1, -1)
-            listing.append([str(path), *files.get(path, ()), row.product, row.defect] if path else [])
-    key = [MANIFEST_FORMAT, list(channels), sorted(listing)]
-    return home / "manifests" / f"{card.name}-{digest(key)[:16]}.json"
-
-
 def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) -> list[ImageRequest]:
     """Extraction requests for some images of a manifest.
 
@@ -288,43 +211,6 @@ def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None 
         source_ids=frozenset(normals or partition.pool),
         uses_mask=any(row["mask_id"] for row in rows if row["defect"] in classes),
         imported=imported,
-    )
-
-
-def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
-    """The images of a set of pseudo-defects that a task may use: none lies on a query, or on a part one shows."""
-    rows = [row for row in manifest.to_pylist() if row["group_id"] in plan.source_ids]
-    if not plan.uses_mask:
-        rows = [row | {"mask_uri": "", "mask_id": ""} for row in rows]
-    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
-    return [ImageRequest(**{name: row[name] for name in columns}, copies=0) for row in rows]
-
-
-def pseudo_pool(
-    plan: TaskPlan, task: FewShotTask, manifest: pa.Table, home: Path, config: TransformConfig, least: int
-) -> LabelledFeatures:
-    """The pseudo classes of a task with at least so many usable images, their features transformed as its own are.
-
-    Raises:
-        DataError: fewer than two such classes. ArtifactError: their features are not in the store.
-    """
-    requests = {r.image_id: r for r in pseudo_requests(plan, manifest)}
-    defect_of = {r["image_id"]: r["defect"] for r in manifest.select(["image_id", "defect"]).to_pylist()}
-    counts = Counter(defect_of[image_id] for image_id in requests)
-    names = sorted(name for name, count in counts.items() if count >= least)
-    if len(names) < 2:
-        raise DataError(
-            f"{len(names)} pseudo classes have {least} images on parts that are no query: raise --synthesis.per-class"
-        )
-    ids = sorted(image_id for image_id in requests if counts[defect_of[image_id]] >= least)
-    table = FeatureStore(home, plan.key).load([key for i in ids for key in requests[i].row_keys()])
-    position = {name: i for i, name in enumerate(names)}
-    return LabelledFeatures(
-        class_names=tuple(names),
-        image_ids=np.array(ids),
-        labels=np.array([position[defect_of[i]] for i in ids]),
-        groups=np.array(ids),
-        table=task.transform(config).table(table),
     )
 
 

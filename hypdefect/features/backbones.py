@@ -29,9 +29,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from hypdefect.config import digest, file_sha256, to_mapping
+from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError
 from hypdefect.features import torchvision_ops as torchvision_ops  # declares missing operators: before timm
+from hypdefect.files import file_sha256
 
 import timm  # isort: skip
 from timm.layers import BatchNormAct2d  # isort: skip

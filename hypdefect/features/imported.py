@@ -25,13 +25,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from hypdefect.config import from_mapping, to_mapping, write_json
-from hypdefect.datasets import MANIFEST_SCHEMA, DatasetCard, read_manifest, write_manifest
+from hypdefect.config import from_mapping, to_mapping
+from hypdefect.datasets.card import DatasetCard
+from hypdefect.datasets.manifest import MANIFEST_SCHEMA, read_manifest, write_manifest
 from hypdefect.datasets.readers.folder import GOOD
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.features.backbones import read_tensors
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.files import write_json
 from hypdefect.types import VIEWS
 
 PREFIX = "imported:"

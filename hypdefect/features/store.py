@@ -38,10 +38,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hypdefect.config import digest, file_sha256, from_mapping, sync, to_mapping
+from hypdefect.config import digest, from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.features.extract import EXTRACTOR_VERSION
 from hypdefect.features.spec import FeatureKey, FeatureTable, RowKey
+from hypdefect.files import file_sha256, sync
 
 ENTRY = re.compile(r"\d{8}\.json")
 DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -23,8 +23,9 @@ from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
 from sklearn.datasets import load_sample_images
 
-from hypdefect.config import data_root, digest
+from hypdefect.config import digest
 from hypdefect.errors import ConfigError
+from hypdefect.files import data_root
 from hypdefect.images import read_bytes, read_image
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from hypdefect.errors import DataError
 from hypdefect.methods import METHODS
-from hypdefect.metrics import Interval, clustered_interval, holm, independent, paired, wilcoxon
+from hypdefect.statistics import Interval, clustered_interval, holm, independent, paired, wilcoxon
 
 TWIN = "c = 0 twin"
 """`variant` of HypDFS's Euclidean twin (`evaluation.flat_twin`)."""

@@ -136,7 +136,7 @@ def marker(label: int) -> str:
 def _scatter(axes: Axes, xy: np.ndarray, labels: np.ndarray, **style: Any) -> None:
     for label in np.unique(labels):
         own = xy[labels == label]
-        axes.scatter(own[:, 0], own[:, 1], **({"marker": marker(label), "c": colour(label)} | style))
+        axes.scatter(own[:, 0], own[:, 1], **({"marker": marker(int(label)), "c": colour(int(label))} | style))
 
 
 def _handles(classes: Sequence[str]) -> list[Line2D]:

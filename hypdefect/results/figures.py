@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
-from hypdefect.metrics import Interval
 from hypdefect.results.sweep_figure import BLUE, GREY, ORANGE
+from hypdefect.statistics import Interval
 
 Role = Literal["ours", "twin", "peer", "other"]
 LIGHT, GRID, DARK, TEAL = "#c9ced4", "#eceef0", "#30363d", "#2a8c7a"

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hypdefect.config import command_line, digest, to_mapping
-from hypdefect.datasets import write_table
+from hypdefect.command_line import command_line
+from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import Scored
 from hypdefect.families.few_shot import TaskPlan
+from hypdefect.files import write_table
 
 SCHEMA = pa.schema(
     [

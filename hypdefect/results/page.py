@@ -13,11 +13,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from hypdefect.config import replaced_file
 from hypdefect.errors import ConfigError
 from hypdefect.families.few_shot import TaskConfig
-from hypdefect.metrics import Interval
+from hypdefect.files import replaced_file
 from hypdefect.results.comparison import OURS, TWIN, Difference, Row, claims, display_name, leaderboard, paired_to
+from hypdefect.statistics import Interval
 from hypdefect.types import SplitKind
 
 CEILING = "ceiling"

@@ -9,8 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from hypdefect.distributed.tune import TrialResult
-from hypdefect.evaluation import DrawScore
+from hypdefect.evaluation import DrawScore, TrialResult
 
 BLUE, GREY, ORANGE = "#3566a8", "#9aa3ad", "#d9822b"
 

@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from hypdefect.datasets import ingest
+from hypdefect.datasets.ingest import ingest
 from hypdefect.errors import DataError
 from tests import annotated_trees as trees
 from tests.annotated_trees import ANNOTATED_TREES, CORNERS, HEIGHT, WIDTH, make_image, write_json

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hypdefect.config import home
 from hypdefect.datasets import archive as module
-from hypdefect.datasets import ingest, manifest_digest
 from hypdefect.datasets.archive import archive_kind, unpack
+from hypdefect.datasets.ingest import ingest
+from hypdefect.datasets.manifest import manifest_digest
 from hypdefect.errors import DataError
+from hypdefect.files import home
 from tests.tiny_dataset import make_folder_tree
 
 TAR_MODES = {"tar": "w:", "tar.gz": "w:gz", "tar.xz": "w:xz"}

@@ -169,9 +169,9 @@ def test_weights_of_another_shape_or_number_are_refused() -> None:
 
 def test_torchvision_and_timm_import_after_the_declaration() -> None:
     code = (
-        "import hypdefect.torchvision_ops, torchvision, timm, torch\n"
+        "import hypdefect.features.torchvision_ops, torchvision, timm, torch\n"
         "assert hasattr(torch.ops.torchvision, 'nms')\n"
-        "import hypdefect.torchvision_ops\n"
+        "import hypdefect.features.torchvision_ops\n"
         "timm.create_model('test_efficientnet')\n"
     )
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120)

@@ -18,7 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from hypdefect import images
-from hypdefect.datasets import DATASETS, NO_NORMALS_NOTE, ManifestRow, ingest, manifest_digest
+from hypdefect.datasets import DATASETS
+from hypdefect.datasets.card import ManifestRow
+from hypdefect.datasets.ingest import NO_NORMALS_NOTE, ingest
+from hypdefect.datasets.manifest import manifest_digest
 from hypdefect.datasets.readers.folder import CARD
 from hypdefect.distributed.extract import Extractor
 from hypdefect.errors import DataError

@@ -18,7 +18,7 @@ from hypdefect.features.backbones import Backbone, get_backbone, patch_grid
 from hypdefect.features.extract import RecipeConfig, dims_of, extractor_for, region_center, window_slices
 from hypdefect.features.patches import patch_features
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
-from hypdefect.features.spec import FeatureTransform, TransformConfig
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
 from hypdefect.predictor import Predictor, save_model
 from hypdefect.types import VIEWS, FeatureBatch

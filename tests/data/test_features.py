@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.features.spec import FeatureTable, FeatureTransform, ImageRequest, RowKey, TransformConfig
+from hypdefect.features.spec import FeatureTable, ImageRequest, RowKey
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.types import VIEWS
 
 

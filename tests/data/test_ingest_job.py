@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import hypdefect
-from hypdefect.datasets import manifest_digest, read_manifest
+from hypdefect.datasets.manifest import manifest_digest, read_manifest
 from tests.tiny_dataset import make_elpv_tree, make_folder_tree
 
 REPOSITORY = Path(hypdefect.__file__).parents[1]

@@ -10,18 +10,16 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from hypdefect.datasets import (
-    DATASETS,
-    EMPTY_MASK_NOTE,
+from hypdefect.datasets import DATASETS, get_dataset
+from hypdefect.datasets.ingest import EMPTY_MASK_NOTE, ingest
+from hypdefect.datasets.manifest import (
     MANIFEST_SCHEMA,
-    get_dataset,
-    ingest,
     manifest_digest,
     read_manifest,
-    task_classes,
     validate_manifest,
     write_manifest,
 )
+from hypdefect.datasets.split import task_classes
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.images import read_mask, region_box
 from tests.tiny_dataset import TREES, make_elpv_tree, make_folder_tree, make_mtd_tree

@@ -8,8 +8,9 @@ import pyarrow as pa
 import pytest
 from sklearn.metrics import adjusted_rand_score
 
-from hypdefect.datasets import EMPTY_MASK_NOTE, ingest, make_partition, task_classes
+from hypdefect.datasets.ingest import EMPTY_MASK_NOTE, ingest
 from hypdefect.datasets.readers import mtd
+from hypdefect.datasets.split import make_partition, task_classes
 from hypdefect.datasets.twins import DisjointSets, find_manifest_twins, twin_groups, unite
 from tests.tiny_dataset import draw, make_mtd_tree
 

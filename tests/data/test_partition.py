@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hypdefect.datasets import MANIFEST_SCHEMA, Partition, check_task, make_partition
+from hypdefect.datasets.manifest import MANIFEST_SCHEMA
+from hypdefect.datasets.split import Partition, check_task, make_partition
 from hypdefect.errors import ConfigError, DataError
 
 

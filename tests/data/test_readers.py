@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypdefect.datasets import IngestResult, ManifestRow, get_dataset, ingest
+from hypdefect.datasets import get_dataset
+from hypdefect.datasets.card import ManifestRow
+from hypdefect.datasets.ingest import IngestResult, ingest
 from hypdefect.datasets.readers import visa as visa_module
 from hypdefect.errors import DataError
 from hypdefect.images import read_mask

@@ -17,12 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from hypdefect.config import digest, file_sha256, to_mapping
+from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ArtifactError, DataError
 from hypdefect.features import store as module
 from hypdefect.features.extract import EXTRACTOR_VERSION, RecipeConfig
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import DamageError, FeatureStore, collect, open_store, stores
+from hypdefect.files import file_sha256
 from hypdefect.types import VIEWS
 
 KEY = FeatureKey(backbone="b", backbone_digest="d", block_dims=(2, 3), recipe=RecipeConfig())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hypdefect.config import run_job
+from hypdefect.command_line import run_job
 from hypdefect.features.spec import prompt_key
 from hypdefect.features.store import FeatureStore, open_store
 from jobs import extract

@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from hypdefect.datasets import DATASETS, MANIFEST_SCHEMA, make_partition, read_manifest
+from hypdefect.datasets import DATASETS
+from hypdefect.datasets.ingest import ingested
+from hypdefect.datasets.manifest import MANIFEST_SCHEMA, read_manifest
+from hypdefect.datasets.split import make_partition
 from hypdefect.datasets.twins import (
     SAME,
     SURE,
@@ -28,7 +31,6 @@ from hypdefect.datasets.twins import (
     unite,
 )
 from hypdefect.errors import DataError
-from hypdefect.families.few_shot import ingested
 from jobs.ingest import main
 from tests.data.test_ingest_job import run
 from tests.data.test_partition import table

@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 import hypdefect
-from hypdefect.datasets import read_manifest
+from hypdefect.datasets.manifest import read_manifest
 from hypdefect.images import read_bytes, read_image, read_mask
 from hypdefect.predictor import Predictor
 from hypdefect.registry import resolve

@@ -22,7 +22,7 @@ from hypdefect import registry
 from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, dims_of
-from hypdefect.features.spec import FeatureTransform, TransformConfig
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.images import FORMATS
 from hypdefect.predictor import Predictor, save_model
 from tests.tiny_dataset import draw

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 import hypdefect
+from hypdefect.datasets.ingest import ingested
 from hypdefect.distributed import extract as module
 from hypdefect.distributed.extract import extract
-from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, ingested, plan_task
+from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, plan_task
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.spec import FeatureKey, ImageRequest
 from hypdefect.features.store import FeatureStore

@@ -23,9 +23,9 @@ from optuna.trial import FrozenTrial, TrialState
 import hypdefect
 import tune_spaces
 from hypdefect.config import override
-from hypdefect.distributed.tune import SearchConfig, SearchData, TrialResult, default_point, finished, search, storage
+from hypdefect.distributed.tune import SearchConfig, SearchData, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.evaluation import RunConfig, dimension, validation_scores
+from hypdefect.evaluation import RunConfig, TrialResult, dimension, validation_scores
 from hypdefect.families.episodes import LabelledFeatures, draw_support
 from hypdefect.families.few_shot import FewShotTask
 from hypdefect.types import EpisodeSpec

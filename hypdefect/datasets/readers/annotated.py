@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from hypdefect.datasets import ManifestRow, inside
+from hypdefect.datasets.card import ManifestRow, inside
 from hypdefect.datasets.readers.folder import GOOD
 from hypdefect.datasets.readers.shapes import Shape, draw
 from hypdefect.errors import DataError

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,

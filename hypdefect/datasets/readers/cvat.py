@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.readers.annotated import (
     AnnotatedImage,
     image_size,

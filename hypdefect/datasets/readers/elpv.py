@@ -4,7 +4,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.errors import DataError
 
 LABELS = "labels.csv"

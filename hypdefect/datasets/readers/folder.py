@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.errors import DataError
 
 READ = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}

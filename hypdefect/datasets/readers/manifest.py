@@ -18,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from hypdefect.datasets import DatasetCard, ManifestRow, inside
+from hypdefect.datasets.card import DatasetCard, ManifestRow, inside
 from hypdefect.datasets.readers.annotated import (
     SPLIT_NAMES,
     UNKNOWN,

@@ -21,10 +21,10 @@ import pyarrow as pa
 import scipy.fft
 from jaxtyping import Float32, UInt8
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.twins import DisjointSets, Plate, correlation, high_pass
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 from hypdefect.images import Intensity, read_image
 
 CLASSES = {name: f"MT_{name.capitalize()}" for name in ("blowhole", "break", "crack", "fray", "uneven", "free")}

@@ -3,9 +3,9 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 
 GOOD = "good"
 SPLITS = {"train": "train", "validation": "val", "test": "test"}

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow, inside
+from hypdefect.datasets.card import DatasetCard, ManifestRow, inside
 from hypdefect.datasets.readers.shapes import Polygon, draw
 from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 
 COMBINED = "combined"
 SPLITS = {"train": "train", "valid": "test"}

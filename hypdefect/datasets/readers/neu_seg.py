@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Bool
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.readers.class_masks import read_indices
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 
 PRODUCT = "hot_rolled_strip"
 CLASSES = {1: "inclusion", 2: "patches", 3: "scratches"}

@@ -12,11 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow
+from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.readers.shapes import Box, Ellipse, Polygon, Shape, draw
 from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 
 ANNOTATIONS = "AnnotationsCombined.csv"
 COLUMNS = ("filename", "region_shape_attributes", "region_attributes")

@@ -18,11 +18,11 @@ import numpy as np
 from jaxtyping import Bool
 from scipy.ndimage import binary_opening
 
-from hypdefect.config import data_root
-from hypdefect.datasets import DatasetCard, ManifestRow, inside
+from hypdefect.datasets.card import DatasetCard, ManifestRow, inside
 from hypdefect.datasets.readers.class_masks import read_indices
 from hypdefect.datasets.readers.tables import read_rows
 from hypdefect.errors import DataError
+from hypdefect.files import data_root
 
 ANNOTATIONS = "image_anno.csv"
 SPLIT = "split_csv/1cls.csv"

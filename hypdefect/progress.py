@@ -1,7 +1,6 @@
-"""What every job shows: progress on stderr, tables on stdout."""
+"""Progress of long work on stderr: a bar on a terminal, else a line every few seconds (a submitted job's log)."""
 
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,27 +8,19 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+logger = logging.getLogger(__name__)
+
 Advance = Callable[[int, int], None]
-
-
-def configure_logging() -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-
-
-def say(text: str) -> None:
-    """One line of progress on stderr, at once."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def table_console(width: int = 140) -> Console:
-    """Tables keep their columns where the output is a log instead of a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+"""Called with (done, total)."""
 
 
 @contextmanager
 def progress(label: str, every_s: float = 5.0) -> Iterator[Advance]:
-    """A bar on a terminal, else a line every few seconds (a submitted job's log)."""
+    """Show how far some work is.
+
+    Args:
+        every_s: seconds between two lines where stderr is no terminal.
+    """
     errors = Console(stderr=True)
     if errors.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -44,6 +35,6 @@ def progress(label: str, every_s: float = 5.0) -> Iterator[Advance]:
         now = time.monotonic()
         if now - last >= every_s or done == total:
             last = now
-            say(f"{label}: {done}/{total} ({now - begun:.0f} s)")
+            logger.info("%s: %d/%d (%.0f s)", label, done, total, now - begun)
 
     yield line

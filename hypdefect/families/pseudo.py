@@ -1,0 +1,51 @@
+"""The pseudo-defects that a task may learn from, as labelled features."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from hypdefect.errors import DataError
+from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import FewShotTask, TaskPlan
+from hypdefect.features.spec import ImageRequest
+from hypdefect.features.store import FeatureStore
+from hypdefect.features.transform import TransformConfig
+
+
+def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
+    """The images of a set of pseudo-defects that a task may use: none lies on a query, or on a part one shows."""
+    rows = [row for row in manifest.to_pylist() if row["group_id"] in plan.source_ids]
+    if not plan.uses_mask:
+        rows = [row | {"mask_uri": "", "mask_id": ""} for row in rows]
+    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
+    return [ImageRequest(**{name: row[name] for name in columns}, copies=0) for row in rows]
+
+
+def pseudo_pool(
+    plan: TaskPlan, task: FewShotTask, manifest: pa.Table, home: Path, config: TransformConfig, least: int
+) -> LabelledFeatures:
+    """The pseudo classes of a task with at least so many usable images, their features transformed as its own are.
+
+    Raises:
+        DataError: fewer than two such classes. ArtifactError: their features are not in the store.
+    """
+    requests = {r.image_id: r for r in pseudo_requests(plan, manifest)}
+    defect_of = {r["image_id"]: r["defect"] for r in manifest.select(["image_id", "defect"]).to_pylist()}
+    counts = Counter(defect_of[image_id] for image_id in requests)
+    names = sorted(name for name, count in counts.items() if count >= least)
+    if len(names) < 2:
+        raise DataError(
+            f"{len(names)} pseudo classes have {least} images on parts that are no query: raise --synthesis.per-class"
+        )
+    ids = sorted(image_id for image_id in requests if counts[defect_of[image_id]] >= least)
+    table = FeatureStore(home, plan.key).load([key for i in ids for key in requests[i].row_keys()])
+    position = {name: i for i, name in enumerate(names)}
+    return LabelledFeatures(
+        class_names=tuple(names),
+        image_ids=np.array(ids),
+        labels=np.array([position[defect_of[i]] for i in ids]),
+        groups=np.array(ids),
+        table=task.transform(config).table(table),
+    )

@@ -1,0 +1,108 @@
+"""Intervals, paired differences and tests over draws and partitions."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from hypdefect.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """Mean of n values, their sample standard deviation (ddof 1) and the half width of the 95 % t-interval."""
+
+    mean: float
+    std: float
+    half_width: float
+    n: int
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+    def __neg__(self) -> "Interval":
+        """The same difference seen from the other side."""
+        return Interval(0.0 - self.mean, self.std, self.half_width, self.n)
+
+    def percent(self) -> str:
+        """`84.31 ± 0.62`: mean and half width as percentages."""
+        return f"{100 * self.mean:.2f} ± {100 * self.half_width:.2f}"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean with its 95 % Student interval; of one value the half width is infinite.
+
+    Raises:
+        DataError: no values, or one that is not finite.
+    """
+    x = np.asarray(values, dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise DataError(f"an interval needs finite values, got {list(values)[:5]}")
+    if len(x) == 1:
+        return Interval(float(x[0]), 0.0, float("inf"), 1)
+    std = float(x.std(ddof=1))
+    half = float(stats.t.ppf(0.975, len(x) - 1)) * std / len(x) ** 0.5
+    return Interval(float(x.mean()), std, half, len(x))
+
+
+def clustered_interval(values: Sequence[float], clusters: Sequence[int]) -> Interval:
+    """The interval of the mean when values of one cluster (partition) are not independent: over the cluster means.
+
+    With a single cluster the values themselves are the sample.
+
+    Raises:
+        DataError: not one cluster a value; and as `interval`.
+    """
+    return interval(independent(values, clusters))
+
+
+def independent(values: Sequence[float], clusters: Sequence[int]) -> list[float]:
+    """The means of the clusters, in order of their labels; the values themselves where there is a single cluster.
+
+    Raises:
+        DataError: not one cluster a value.
+    """
+    if len(values) != len(clusters):
+        raise DataError(f"{len(values)} values in {len(clusters)} cluster labels: each value needs one")
+    x, labels = np.asarray(values, dtype=np.float64), np.asarray(clusters)
+    groups = np.unique(labels)
+    if len(groups) == 1:
+        return x.tolist()
+    return [float(x[labels == g].mean()) for g in groups]
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[int]) -> Interval:
+    """Interval of the difference over the same draws.
+
+    Raises:
+        DataError: different numbers of draws.
+    """
+    if len(ours) != len(theirs):
+        raise DataError(f"paired comparison of {len(ours)} and {len(theirs)} draws")
+    return clustered_interval([a - b for a, b in zip(ours, theirs, strict=True)], clusters)
+
+
+def wilcoxon(differences: Sequence[float]) -> float:
+    """Two-sided p of Wilcoxon's signed-rank test that paired differences lie round 0; 1 where all of them are 0.
+
+    Raises:
+        DataError: no differences, or one that is not finite.
+    """
+    x = np.asarray(differences, dtype=np.float64)
+    if not len(x) or not np.isfinite(x).all():
+        raise DataError(f"a paired test needs finite differences, got {list(differences)[:5]}")
+    return float(stats.wilcoxon(x).pvalue) if x.any() else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Adjusted p of each of several tests (Holm, Scandinavian Journal of Statistics 6, 1979), in the order given."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
+    return adjusted[np.argsort(order, kind="stable")].tolist()
