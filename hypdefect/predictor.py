@@ -1,16 +1,15 @@
-"""A fitted few-shot model on disk, and back from there: images in, class probabilities out.
+"""A fitted model on disk, and back from there: images in, answers out, one predictor for each family.
 
 A model folder holds `model.json` (everything but tensors), `model.safetensors` and `checksums.json`. It is complete:
-the backbone apart, whose digest it pins, nothing else is read. Evaluation and Serve share `Predictor`, which shares
-feature extraction with the feature store.
+the backbone apart, whose digest it pins, nothing else is read. A `Predictor` shares feature extraction with the feature
+store.
 
 Shapes: H W pixels, W classes.
 """
 
-import dataclasses
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,14 +23,15 @@ from torch import Tensor
 from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
+from hypdefect.families import get_family
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
 from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
 from hypdefect.images import Intensity, to_rgb
-from hypdefect.methods import Classifier
+from hypdefect.methods import get_method
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch, Published
 
 FORMAT_VERSION = 2
 Region = Literal["mask", "whole image"]
@@ -41,8 +41,11 @@ Region = Literal["mask", "whole image"]
 class ModelCard:
     """What `model.json` says."""
 
+    family: str = "few_shot"
+    """Of the method; models published before there were families are few-shot classifiers."""
     run: RunConfig
     class_names: tuple[str, ...]
+    """Empty where a family has no classes."""
     backbone: str
     backbone_digest: str
     block_dims: tuple[int, ...]
@@ -53,6 +56,8 @@ class ModelCard:
     """How deep pixels become 8-bit (`images.Intensity` as JSON), one rule for each kind of pixels of the image set."""
     provenance: dict[str, Any] = field(default_factory=dict)
     """Where it comes from: digests of data and code, metrics, seeds; free JSON."""
+    details: dict[str, Any] = field(default_factory=dict)
+    """What else the family's predictor needs, such as a threshold; free JSON."""
 
     @property
     def dim(self) -> int:
@@ -71,32 +76,31 @@ class Prediction:
 def save_model(
     folder: Path,
     *,
-    method: str,
     run_config: RunConfig,
-    classifier: Classifier,
-    class_names: Sequence[str],
+    model: Published,
     transform: FeatureTransform,
     backbone: str,
     recipe: RecipeConfig,
     uses_mask: bool,
     provenance: dict[str, Any],
+    class_names: Sequence[str] = (),
     intensities: Sequence[str] = (),
+    details: dict[str, Any] | None = None,
 ) -> None:
-    """Write a fitted classifier and all it needs; `lambda folder: save_model(folder, ...)` fits `registry.publish`.
+    """Write a fitted model and all it needs; `lambda folder: save_model(folder, ...)` fits `registry.publish`.
 
     Raises:
-        ConfigError: the parts contradict one another, or `provenance` is not plain finite JSON.
+        ConfigError: the parts contradict one another, or `provenance` or `details` are not plain finite JSON.
     """
-    spec = get_backbone(backbone)
-    if method != run_config.name:
-        raise ConfigError(f"save_model: method {method!r}, but the run configuration is one of {run_config.name!r}")
-    if (found := (transform.block_dims, transform.shape_dims)) != (given := dims_of(spec, recipe)):
-        raise ConfigError(f"save_model: transform of blocks {_blocks(*found)}, {backbone} gives {_blocks(*given)}")
-    if len(set(class_names)) != len(class_names) or not class_names:
+    spec, family = get_backbone(backbone), get_method(run_config.name).family
+    if (given := (transform.block_dims, transform.shape_dims)) != (expected := dims_of(spec, recipe)):
+        raise ConfigError(f"save_model: transform of blocks {_blocks(*given)}, {backbone} gives {_blocks(*expected)}")
+    if len(set(class_names)) != len(class_names) or (family == "few_shot" and not class_names):
         raise ConfigError(f"save_model: class names must be distinct, got {list(class_names)}")
     card = {
         "format_version": FORMAT_VERSION,
-        "method": method,
+        "family": family,
+        "method": run_config.name,
         "run": to_mapping(run_config),
         "class_names": list(class_names),
         "backbone": backbone,
@@ -108,35 +112,40 @@ def save_model(
         "uses_mask": uses_mask,
         "intensities": list(intensities),
         "provenance": provenance,
+        "details": details or {},
     }
     tensors = {f"transform.{name}": value for name, value in transform.tensors.items()}
-    tensors |= {f"method.{name}": value for name, value in classifier.export().items()}
+    tensors |= {f"method.{name}": value for name, value in model.export().items()}
     folder.mkdir(parents=True, exist_ok=True)
     try:
         write_json(folder / "model.json", card)
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"save_model: provenance must be plain JSON without NaN or infinity: {error}") from error
+        raise ConfigError(
+            f"save_model: provenance and details must be plain JSON without NaN or infinity: {error}"
+        ) from error
     save_file({name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}, _tensors(folder))
     write_checksums(folder)
 
 
 class Predictor:
-    """A loaded model. Every image is a forward of its own: its result does not depend on its neighbours."""
+    """A loaded model. Every image is a forward of its own: its result does not depend on its neighbours.
+
+    A family's predictor says what an answer is (`answer`) and whether the tensors fit one another (`check`).
+    """
 
     def __init__(
         self,
         card: ModelCard,
         extractor: Extractor,
         transform: FeatureTransform,
-        classifier: Classifier,
+        model: Any,
         entry: ModelEntry | None = None,
     ) -> None:
-        self.card, self.extractor, self.transform, self.classifier = card, extractor, transform, classifier
-        self.entry = entry
+        self.card, self.extractor, self.transform, self.model, self.entry = card, extractor, transform, model, entry
 
-    @classmethod
-    def load(cls, source: ModelEntry | Path, device: str = "cpu") -> "Predictor":
-        """Rebuild a model from a registry version or from the folder that `save_model` wrote.
+    @staticmethod
+    def load(source: ModelEntry | Path, device: str = "cpu") -> "Predictor":
+        """Rebuild a model from a registry version or from the folder that `save_model` wrote: its family's predictor.
 
         Raises:
             ArtifactError: a file is damaged or missing, or this installation's backbone or extractor is another one.
@@ -158,29 +167,45 @@ class Predictor:
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
         transform = FeatureTransform(card.block_dims, _below("transform.", tensors))
-        found, given = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
-        if found != given:
-            raise ArtifactError(f"{folder}: blocks {_blocks(*found)} do not fit {card.backbone}, {_blocks(*given)}")
-        classifier = card.run.classifier(transform.dim)
+        given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
+        if given != expected:
+            raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
+        model = card.run.model(transform.dim)
         try:
-            classifier.restore(_below("method.", tensors))
+            model.restore(_below("method.", tensors))
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(f"{folder}: its tensors do not fit method {card.run.name!r}: {error}") from error
-        extractor = extractor_for(spec, card.recipe, device)
-        predictor = cls(card, extractor, transform, classifier, source if isinstance(source, ModelEntry) else None)
-        predictor._check_logits(folder)
+        extractor = extractor_for(spec, card.recipe, device, needs=model.needs)
+        kind: type[Predictor] = get_family(card.run.name).Predictor
+        predictor = kind(card, extractor, transform, model, source if isinstance(source, ModelEntry) else None)
+        predictor.check(folder)
         return predictor
+
+    def answer(self, image: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "H2 W2"] | None) -> Any:
+        """A dataclass of plain values for one image and its region, which has been checked."""
+        raise NotImplementedError
+
+    def check(self, folder: Path) -> None:
+        """Show tensors of a wrong shape at loading rather than at the first image.
+
+        Raises:
+            ArtifactError: they do not fit one another; names the folder.
+        """
+        raise NotImplementedError
 
     def predict(
         self, images: Sequence[tuple[UInt8[np.ndarray, "H W 3"], Bool[np.ndarray, "H2 W2"] | None]]
-    ) -> list[Prediction]:
-        """Class probabilities of each (image, mask or None).
+    ) -> list[Any]:
+        """The answer to each (image, mask or None).
 
         Raises:
             DataError: a mask for a model made without masks, of another size than its image, or empty.
-            NumericsError: a probability is not finite.
+            NumericsError: the answer is not finite.
         """
-        return [self._predict(image, mask) for image, mask in images]
+        for image, mask in images:
+            if mask is not None:
+                self._check_mask(image, mask)
+        return [self.answer(image, mask) for image, mask in images]
 
     def rgb(self, raw: Shaped[np.ndarray, "H W C"]) -> UInt8[np.ndarray, "H W 3"]:
         """Decoded pixels as 8-bit RGB, deep ones by the window that was fitted on the normals of the model's set.
@@ -197,24 +222,11 @@ class Predictor:
         """One small forward through everything, for health checks."""
         self.predict([(np.full((32, 32, 3), 128, np.uint8), None)])
 
-    def logits(self, image: np.ndarray, mask: np.ndarray | None) -> Tensor:
-        """Logits `[W]` in float64. Where a model was made with masks, an image without one is region as a whole."""
+    def batch(self, image: np.ndarray, mask: np.ndarray | None) -> Batch:
+        """What the model sees of an image. Where it was made with masks, an image without one is region as a whole."""
         if mask is None and self.card.uses_mask:
             mask = np.ones(image.shape[:2], dtype=bool)
-        views = self.extractor.forward(self.extractor.prepare(image, mask))
-        return self.classifier.logits(_batch(self.transform(views)))[0].double()
-
-    def _predict(self, image: np.ndarray, mask: np.ndarray | None) -> Prediction:
-        if mask is not None:
-            self._check_mask(image, mask)
-        probabilities = self.logits(image, mask).softmax(0)
-        if not torch.isfinite(probabilities).all():
-            raise NumericsError(f"probabilities {probabilities.tolist()} of a {image.shape} image are not finite")
-        return Prediction(
-            label=self.card.class_names[int(probabilities.argmax())],
-            probabilities=dict(zip(self.card.class_names, probabilities.tolist(), strict=True)),
-            region="whole image" if mask is None else "mask",
-        )
+        return row(self.extractor.forward(self.extractor.prepare(image, mask)))
 
     def _check_mask(self, image: np.ndarray, mask: np.ndarray) -> None:
         if not self.card.uses_mask:
@@ -228,11 +240,30 @@ class Predictor:
         if not mask.any():
             raise DataError("the mask is empty: mark the region, or leave the mask out")
 
-    def _check_logits(self, folder: Path) -> None:
-        """Score one row of zeros: shows tensors of a wrong shape at loading rather than at the first image."""
+
+class ClassPredictor(Predictor):
+    """Few-shot classification: class probabilities."""
+
+    def answer(self, image: np.ndarray, mask: np.ndarray | None) -> Prediction:
+        probabilities = self.logits(image, mask).softmax(0)
+        if not torch.isfinite(probabilities).all():
+            raise NumericsError(f"probabilities {probabilities.tolist()} of a {image.shape} image are not finite")
+        return Prediction(
+            label=self.card.class_names[int(probabilities.argmax())],
+            probabilities=dict(zip(self.card.class_names, probabilities.tolist(), strict=True)),
+            region="whole image" if mask is None else "mask",
+        )
+
+    def logits(self, image: np.ndarray, mask: np.ndarray | None) -> Tensor:
+        """Logits `[W]` in float64."""
+        batch = self.batch(image, mask)
+        return self.model.logits(replace(batch, views=self.transform(batch.views)))[0].double()
+
+    def check(self, folder: Path) -> None:
+        """Score one row of zeros."""
         try:
             zeros = {view: torch.zeros(1, self.card.dim) for view in VIEWS}
-            scores = self.classifier.logits(_batch(self.transform(zeros)))
+            scores = self.model.logits(row(self.transform(zeros)))
         except (KeyError, RuntimeError) as error:
             name = self.card.run.name
             raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
@@ -253,9 +284,10 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _batch(views: dict[str, Tensor]) -> FeatureBatch:
+def row(views: dict[str, Tensor]) -> Batch:
+    """The views of one image as a batch."""
     none = torch.zeros(1, dtype=torch.long)
-    return FeatureBatch(image_ids=("",), views=views, labels=none, aug_index=none)
+    return Batch(image_ids=("",), views=views, labels=none, aug_index=none)
 
 
 def _read_card(path: Path) -> ModelCard:
@@ -266,8 +298,12 @@ def _read_card(path: Path) -> ModelCard:
                 raise ArtifactError(f"{path}: {key} {found}, here {here}; use the hypdefect it was made with")
         del stored["method"], stored["dim"]  # for readers of the file; `run` and `block_dims` tell the same
         provenance, run = dict(stored.pop("provenance")), dict(stored.pop("run"))
+        details = dict(stored.pop("details", {}))
         method = run.pop("method")
-        config = dataclasses.replace(from_mapping(RunConfig, run, "run"), method=method)
-        return dataclasses.replace(from_mapping(ModelCard, stored | {"run": config}), provenance=provenance)
+        config = replace(from_mapping(RunConfig, run, "run"), method=method)
+        card = replace(from_mapping(ModelCard, stored | {"run": config}), provenance=provenance, details=details)
+        if (family := get_method(card.run.name).family) != card.family:
+            raise ArtifactError(f"{path}: method {card.run.name!r} is of family {family!r}, not {card.family!r}")
+        return card
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ArtifactError(f"{path} is not a model description: {error}") from error

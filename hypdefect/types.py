@@ -1,10 +1,15 @@
 """Core data types and protocols shared by all layers.
 
-Shape suffixes: N rows, D features of one view, S support rows, Q query rows, W ways (classes).
+A family is a kind of answer: few-shot classification (which defect?), anomaly detection (is it good, where not?),
+segmentation (which pixels are which defect?). A method belongs to one family.
+
+Shape suffixes: N rows, D features of one view, S support rows, Q query rows, W ways (classes), C defect classes, h w
+rows and columns of a patch grid, H W pixels.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,16 +17,21 @@ from torch import Tensor
 from hypdefect.errors import DataError
 
 SplitKind = Literal["random", "grouped"]
+Needs = Literal["vectors", "patches", "pixels"]
+"""What a method reads: stored vectors of each view, stored patches, or images."""
 VIEWS = ("whole", "crop")
+"""Views of a method that needs vectors."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureBatch:
-    """Rows of stored features: one row per (image, augmentation).
+class Batch:
+    """Rows that a method of any family sees: one row per (image, augmentation).
 
-    `views` maps a view name ("whole", "crop") to a `[N, D]` float tensor, `labels [N]` are positions in the
-    episode's `class_names`, `aug_index [N]` is 0 for the unaugmented image and 1.. for its augmented copies.
-    `text [W, T]` are embeddings of the class names, where the backbone has a text tower; else None.
+    `views` maps a name to a float tensor of N rows: "whole" and "crop" `[N D]` (vectors), "patch" `[N h w D]` (patches)
+    or "pixels" `[N 3 H W]`. `labels [N]` are positions in the episode's `class_names`, `aug_index [N]` is 0 for the
+    unaugmented image and 1.. for augmented copies. `text [W T]` are embeddings of the class names, where the
+    backbone has a text tower; else None. `targets [N H W]` are class indices of pixels, 0 background, where there are
+    masks.
     """
 
     image_ids: tuple[str, ...]
@@ -29,38 +39,43 @@ class FeatureBatch:
     labels: Tensor
     aug_index: Tensor
     text: Tensor | None = None
+    targets: Tensor | None = None
 
     def __post_init__(self) -> None:
         n = len(self.image_ids)
-        for name, x in [*self.views.items(), ("labels", self.labels), ("aug_index", self.aug_index)]:
+        rows = [*self.views.items(), ("labels", self.labels), ("aug_index", self.aug_index)]
+        rows += [] if self.targets is None else [("targets", self.targets)]
+        for name, x in rows:
             if x.shape[0] != n:
-                raise DataError(f"FeatureBatch: {name} has {x.shape[0]} rows for {n} image ids")
+                raise DataError(f"Batch: {name} has {x.shape[0]} rows for {n} image ids")
 
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    def select(self, rows: Tensor) -> "FeatureBatch":
+    def select(self, rows: Tensor) -> "Batch":
         """The rows at the given integer positions, in that order."""
         index = rows.tolist()
-        return FeatureBatch(
+        return Batch(
             image_ids=tuple(self.image_ids[i] for i in index),
             views={k: v[rows] for k, v in self.views.items()},
             labels=self.labels[rows],
             aug_index=self.aug_index[rows],
             text=self.text,
+            targets=None if self.targets is None else self.targets[rows],
         )
 
-    def clean(self) -> "FeatureBatch":
+    def clean(self) -> "Batch":
         """Only the unaugmented rows."""
         return self.select(torch.nonzero(self.aug_index == 0).flatten())
 
-    def to(self, device: torch.device | str) -> "FeatureBatch":
-        return FeatureBatch(
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(
             image_ids=self.image_ids,
             views={k: v.to(device) for k, v in self.views.items()},
             labels=self.labels.to(device),
             aug_index=self.aug_index.to(device),
             text=None if self.text is None else self.text.to(device),
+            targets=None if self.targets is None else self.targets.to(device),
         )
 
 
@@ -85,9 +100,12 @@ class EpisodeSpec:
 class Episode:
     """One few-shot task. Labels of both batches are positions in the sorted `class_names`."""
 
-    support: FeatureBatch
-    query: FeatureBatch
+    support: Batch
+    query: Batch
     class_names: tuple[str, ...]
+
+    def to(self, device: torch.device | str) -> "Episode":
+        return Episode(support=self.support.to(device), query=self.query.to(device), class_names=self.class_names)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,9 +116,77 @@ class LossTerms:
     parts: dict[str, float]
 
 
-class FewShotClassifier(Protocol):
+@dataclass(frozen=True, slots=True)
+class AnomalyMaps:
+    """Anomaly `score [N]` of each image and `map [N H W]` of its pixels; larger is more anomalous."""
+
+    score: Tensor
+    map: Tensor
+
+
+class Batches(Protocol):
+    """Batches of a set that does not fit in memory; every iteration starts again."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class Published(Protocol):
+    """What the registry can keep: `export` gives every tensor that `restore` needs."""
+
+    needs: ClassVar[Needs]
+
+    def export(self) -> dict[str, Tensor]: ...
+
+    def restore(self, tensors: dict[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class FewShotClassifier(Published, Protocol):
     """Fits a handful of labelled rows, then scores any number of rows. `logits` before `adapt` raises."""
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None: ...
+    def adapt(self, support: Batch, n_way: int) -> None: ...
 
-    def logits(self, query: FeatureBatch) -> Tensor: ...
+    def logits(self, query: Batch) -> Tensor:
+        """`[Q W]`."""
+        ...
+
+
+@runtime_checkable
+class AnomalyDetector(Published, Protocol):
+    """Learns from images of good parts, then says how anomalous an image and its pixels are."""
+
+    def fit(self, normals: Batches) -> None: ...
+
+    def anomaly(self, batch: Batch) -> AnomalyMaps: ...
+
+
+@runtime_checkable
+class Segmenter(Published, Protocol):
+    """Says which pixels are which defect."""
+
+    def logits(self, batch: Batch) -> Tensor:
+        """`[N C+1 H W]`, background first."""
+        ...
+
+
+@runtime_checkable
+class Trainable(Protocol):
+    """What `training.fit` trains, of any family: an `nn.Module` with a loss of one batch or episode."""
+
+    def loss(self, item: Any, generator: torch.Generator) -> LossTerms: ...
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Method:
+    """An entry of a method file's METHODS."""
+
+    config: type[Any]
+    build: Callable[[Any, int], Any]
+    """The model of a config and the number of features a view."""
+    family: str = "few_shot"
+    """Module of `families/`, or the dotted name of a module elsewhere."""
+    hyperbolic: bool = False
+    flat_twin: Callable[..., Any] | None = None
+    """`flat_twin(config, dim, batch, weights)`: the config at c = 0 that sees distances of the same size, fitted on the
+    rows of a batch from these starting weights; None where a method has no twin."""

@@ -31,11 +31,12 @@ from hypdefect import geometry
 from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import extract
-from hypdefect.distributed.tune import SearchConfig, SearchData, search
+from hypdefect.distributed.tune import SearchConfig, search
 from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.few_shot import extraction_key
+from hypdefect.families.few_shot import Fitting, Setting
+from hypdefect.families.plan import extraction_key
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, extractor_for
 from hypdefect.features.spec import FeatureKey, FeatureTable, ImageRequest, RowKey
@@ -43,7 +44,7 @@ from hypdefect.features.store import FeatureStore
 from hypdefect.files import write_json
 from hypdefect.images import read_image
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.types import VIEWS, EpisodeSpec, FeatureBatch
+from hypdefect.types import VIEWS, Batch
 
 Section = Literal["geometry", "fit", "tune", "store"]
 BATCH = 16  # images an actor takes at once, as jobs/extract.py
@@ -147,7 +148,7 @@ def fits(job: BenchmarkJob) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     dim, n = 1406, 5 * 5 * 3
     views = {view: torch.nn.functional.normalize(torch.randn(n, dim, generator=generator), dim=1) for view in VIEWS}
-    support = FeatureBatch(
+    support = Batch(
         image_ids=tuple(str(i) for i in range(n)),
         views=views,
         labels=torch.arange(5).repeat_interleave(n // 5),
@@ -206,9 +207,9 @@ def trials(job: BenchmarkJob) -> list[Row]:
         begun = time.perf_counter()
         search(
             space,
-            SearchData(pool=pool, normals=None, block_dims=(4,)),
+            Fitting(pool=pool, normals=None, block_dims=(4,)),
             RunConfig(name="prototype"),
-            EpisodeSpec(k_shot=1),
+            Setting(k_shot=1),
             SearchConfig(trials=job.tune_trials, episodes=1, rungs=1),
             name="noop",
             folder=Path(folder),

@@ -22,17 +22,17 @@ import tyro
 from rich.table import Table
 
 from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
-from hypdefect.datasets.ingest import ingested
-from hypdefect.distributed.cluster import connected, num_workers
-from hypdefect.distributed.extract import ExtractReport, extract
-from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, plan_task
+from hypdefect.distributed.cluster import connected
+from hypdefect.distributed.extract import fill
+from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.plan import prepare
 from hypdefect.features.backbones import get_backbone
-from hypdefect.features.imported import PREFIX, import_features, is_imported, read_import
+from hypdefect.features.imported import PREFIX, import_features
 from hypdefect.features.spec import TEXT_VIEWS, FeatureKey, prompt_key
 from hypdefect.features.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
 from hypdefect.files import home, write_json
-from hypdefect.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -86,7 +86,7 @@ def main() -> None:
             write_json(options.json, summary)
         print(store)
         return
-    plan = prepare(job)
+    plan = prepare(few_shot, job)
     with connected():
         report = fill(plan, workers=job.workers, everything=job.all)
         seconds = time.monotonic() - begun
@@ -198,49 +198,6 @@ def read_prompts(job: ExtractJob) -> tuple[Path, dict[str, object]]:
     say(f"text features: {len(keys) - len(missing)} prompts cached, {len(missing)} embedded, {key.dim} numbers each")
     prompts: dict[str, object] = {prompt: row.image_id for row, prompt in keys.items()}
     return store.path, {"key": key.digest, "prompts": prompts}
-
-
-def prepare(config: TaskConfig) -> TaskPlan:
-    """Ingest (or find the manifest of an unchanged set) and plan the task."""
-    if is_imported(config.dataset):
-        imported = read_import(config.dataset, home())
-        say(f"{config.dataset}: {imported.manifest.num_rows} images, features imported")
-        return plan_task(config, imported.manifest, imported)
-    with progress(f"reading {config.dataset}") as advance:
-        found = ingested(config.dataset, config.root, home(), advance, config.channels)
-    state = "unchanged, manifest reused" if found.cached else "read"
-    listed = f" (reasons in {found.path.with_suffix('.quarantine.parquet')})" if found.quarantined else ""
-    say(f"{config.dataset}: {found.table.num_rows} images {state}, {found.quarantined} quarantined{listed}")
-    say(f"manifest: {found.path}")
-    return plan_task(config, found.table)
-
-
-def fill(plan: TaskPlan, *others: TaskPlan, workers: int = 0, everything: bool = False) -> ExtractReport:
-    """Extract what the store lacks and say what was there.
-
-    Args:
-        others: the same task at other partitions.
-
-    Raises:
-        DataError: some images could not be extracted; all others are stored.
-    """
-    wanted = {r.image_id: r for r in plan.requests()}
-    for request in (r for other in others for r in other.requests()):
-        if request.copies > wanted.setdefault(request.image_id, request).copies:
-            wanted[request.image_id] = request
-    requests = list(wanted.values())
-    if plan.imported:
-        return ExtractReport(len(requests), 0, ())
-    if everything:
-        copies = dict.fromkeys(plan.manifest["image_id"].to_pylist(), 0)
-        copies |= {r.image_id: r.copies for r in requests}
-        requests = image_requests(plan.manifest, copies, plan.uses_mask)
-    with progress(f"features of {plan.config.dataset}") as advance:
-        report = extract(requests, home(), plan.key, plan.spec, workers=num_workers(workers), progress=advance)
-    say(f"features: {report.cached} images cached, {report.extracted} extracted")
-    if report.failed:
-        raise DataError(f"{len(report.failed)} images could not be extracted; first: {report.failed[0][1]}")
-    return report
 
 
 if __name__ == "__main__":

@@ -22,9 +22,12 @@ import tyro
 
 from hypdefect.command_line import command_line, configure_logging, parse_job, run_job, say
 from hypdefect.config import from_mapping
+from hypdefect.distributed.pseudo import stored_start
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.evaluation import MetaStart, RunConfig
-from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Fitting, MetaStart, Setting, TaskConfig, TaskPlan
+from hypdefect.families.plan import prepare
 from hypdefect.files import home, replaced_file, write_json
 from hypdefect.results import ledger
 from hypdefect.results.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
@@ -53,8 +56,6 @@ from hypdefect.results.page import (
     variant_of,
 )
 from hypdefect.types import SplitKind
-from jobs.extract import prepare
-from jobs.train import found_start
 
 Hidden = tyro.conf.Suppress
 
@@ -288,10 +289,12 @@ def feature_pictures(folder: Path, section: Section, job: ReportJob) -> tuple[li
     about = {"dataset": section.one("dataset"), "product": section.one("product"), "split": section.split}
     about |= {} if about["dataset"].startswith("imported:") else {"backbone": section.backbone}
     try:
-        plan = prepare(TaskConfig(**settings | about | {"k_shot": k}))
-        task = load_task(plan, home())
-        config, start = drawable(plan, task, configs)
-        points = fitted_points(task, config, k, job.seed, 0, start)
+        plan = prepare(few_shot, TaskConfig(**settings | about | {"k_shot": k}))
+        fitting, reported = few_shot.load(plan, home())
+        config, start = drawable(plan, fitting, configs)
+        points = fitted_points(
+            fitting, reported, config, Setting(k_shot=k, seed=job.seed, split=section.split), 0, start
+        )
     except (ConfigError, DataError, ArtifactError) as error:
         say(f"{section.title}: features not drawn: {error}")
         extract = f"python jobs/extract.py --dataset {about['dataset']} --split {section.split}"
@@ -323,7 +326,7 @@ def feature_pictures(folder: Path, section: Section, job: ReportJob) -> tuple[li
     return found, []
 
 
-def drawable(plan: TaskPlan, task: FewShotTask, configs: Sequence[RunConfig]) -> tuple[RunConfig, MetaStart | None]:
+def drawable(plan: TaskPlan, fitting: Fitting, configs: Sequence[RunConfig]) -> tuple[RunConfig, MetaStart | None]:
     """The first configuration whose features can be made here, and what its meta-training gave.
 
     Raises:
@@ -332,7 +335,7 @@ def drawable(plan: TaskPlan, task: FewShotTask, configs: Sequence[RunConfig]) ->
     for config in configs:
         if config.features == "plain":
             return config, None
-        if start := found_start(plan, task, config.transform):
+        if start := stored_start(plan, fitting, config.transform):
             return config, start
     raise ConfigError("the meta-training run of the evaluation is not here")
 

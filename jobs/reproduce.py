@@ -28,10 +28,11 @@ from hypdefect.datasets.ingest import ingested
 from hypdefect.datasets.readers.mvtec_fs import IMAGES as MVTEC_FS
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import evaluate
+from hypdefect.distributed.extract import fill
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import DrawScore, MetaStart, RunConfig, Scored
-from hypdefect.families.episodes import draw_support
-from hypdefect.families.few_shot import FewShotTask, TaskConfig, TaskPlan, load_task, plan_task
+from hypdefect.evaluation import RunConfig, Score, Scored
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, TaskConfig, TaskPlan
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.transform import TransformConfig
@@ -42,7 +43,6 @@ from hypdefect.results import ledger
 from hypdefect.results.published import Cell, figure, published
 from hypdefect.statistics import Interval, clustered_interval
 from hypdefect.types import SplitKind
-from jobs.extract import fill
 
 Study = Literal["main", "adapter", "loss", "backbone", "ode", "curvature"]
 Dataset = Literal["mvtec_fs", "mtd"]
@@ -302,7 +302,7 @@ def run_dataset(
         here = [setting for setting in own if setting.backbone == backbone]
         for product in names:
             task = replace(base, backbone=backbone, product=product if len(names) > 1 else "")
-            plans = [plan_task(replace(task, partition=number), manifest) for number in range(job.partitions)]
+            plans = [few_shot.plan(replace(task, partition=number), manifest) for number in range(job.partitions)]
             if job.partitions > 1 and plans[0].partition.kind == "official":
                 raise ConfigError(f"{plans[0].label} has an official split: --partitions must be 1, or --split grouped")
             say(f"{plans[0].label}, {backbone}: {run_task(job, plans, here, found)}")
@@ -315,11 +315,11 @@ def run_task(job: ReproduceJob, plans: Sequence[TaskPlan], own: Sequence[Setting
     rows: list[dict[str, Any]] = []
     fill(*plans)
     for number, plan in enumerate(plans):
-        task = load_task(plan, home())
+        fitting, reported = few_shot.load(plan, home())
         for k_shot in sorted({setting.k_shot for setting in own}):
             at_k = [setting for setting in own if setting.k_shot == k_shot]
             with progress(f"{plan.label}, partition {number}, K = {k_shot}") as advance:
-                scores = score(job, task, [setting.config for setting in at_k], k_shot, advance)
+                scores = score(job, fitting, reported, [setting.config for setting in at_k], k_shot, advance)
             for setting in at_k:
                 study, variant = ledger_name(job, setting)
                 scored = Scored(
@@ -339,16 +339,17 @@ def run_task(job: ReproduceJob, plans: Sequence[TaskPlan], own: Sequence[Setting
 
 def score(
     job: ReproduceJob,
-    task: FewShotTask,
+    fitting: Fitting,
+    reported: Reported,
     configs: Sequence[RunConfig],
     k_shot: int,
     advance: Advance,
     start: MetaStart | None = None,
-) -> dict[RunConfig, list[DrawScore]]:
+) -> dict[RunConfig, list[Score]]:
     """Each configuration once on the same draws, however many tables it stands in."""
-    supports = [draw_support(task.pool, k_shot, job.seed, number) for number in range(job.draws)]
+    setting = few_shot.Setting(k_shot=k_shot, seed=job.seed, split=job.split)
     by_name = {digest(config): config for config in configs}
-    scores = evaluate(task, by_name, supports, start=start, progress=advance)
+    scores = evaluate(fitting, reported, by_name, setting, job.draws, start=start, progress=advance)
     return {config: scores[name] for name, config in by_name.items()}
 
 

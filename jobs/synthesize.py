@@ -16,17 +16,15 @@ import pyarrow as pa
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.synthesize import SyntheticSet, synthesize
-from hypdefect.errors import ConfigError
-from hypdefect.families.few_shot import TaskConfig, TaskPlan, task_label
-from hypdefect.features.imported import is_imported
-from hypdefect.files import home, write_json
+from hypdefect.distributed.synthesize import pseudo_classes
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.plan import prepare
+from hypdefect.files import write_json
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig
-from hypdefect.progress import progress
-from jobs.extract import prepare
 
 SHOWN_IMAGES = 4
 
@@ -39,7 +37,7 @@ class SynthesizeJob(TaskConfig):
 def main() -> None:
     configure_logging()
     job, options = parse_job(SynthesizeJob, description=__doc__)
-    plan = prepare(job)
+    plan = prepare(few_shot, job)
     with connected():
         made = pseudo_classes(plan, job.synthesis)
     table = Table(title=f"pseudo classes of {plan.label}")
@@ -56,21 +54,6 @@ def main() -> None:
         classes = len(set(made.manifest["defect"].to_pylist()))
         write_json(options.json, {"folder": str(made.folder), "classes": classes, "images": made.manifest.num_rows})
     print(made.folder)
-
-
-def pseudo_classes(plan: TaskPlan, config: SynthesisConfig) -> SyntheticSet:
-    """The pseudo classes of a task's product, stored or made now.
-
-    Raises:
-        ConfigError: the features were imported, so there are no images.
-    """
-    if is_imported(plan.config.dataset):
-        raise ConfigError(f"{plan.config.dataset} has features and no images: nothing to put pseudo-defects on")
-    with progress(f"pseudo-defects of {plan.label}") as advance:
-        made = synthesize(plan.manifest, task_label(plan.config), home(), config, advance)
-    state = "cached" if made.cached else "made"
-    say(f"pseudo-defects: {made.manifest.num_rows} images {state} in {made.folder}")
-    return made
 
 
 def _area(mask_uri: str) -> float:

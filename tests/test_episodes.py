@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypdefect.errors import DataError
 from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, sample_episode
 from hypdefect.features.spec import FeatureTable
-from hypdefect.types import EpisodeSpec, FeatureBatch
+from hypdefect.types import EpisodeSpec, Batch
 from tests.toy_features import toy_pool
 
 PROFILE = settings(deadline=None, database=None, max_examples=60)
@@ -44,7 +44,7 @@ def shuffled(pool: LabelledFeatures, seed: int) -> LabelledFeatures:
     )
 
 
-def same(a: FeatureBatch, b: FeatureBatch) -> bool:
+def same(a: Batch, b: Batch) -> bool:
     views = all(torch.equal(a.views[view], b.views[view]) for view in a.views)
     return a.image_ids == b.image_ids and views and torch.equal(a.labels, b.labels)
 
@@ -280,4 +280,4 @@ def test_a_feature_batch_checks_its_lengths_and_selects_rows() -> None:
     assert picked.image_ids == ("id002", "id000")
     assert picked.views["whole"].tolist() == [[2.0, 1.0, 1.0], [0.0, 0.0, 0.0]]
     with pytest.raises(DataError, match="labels has 1 rows for 2 image ids"):
-        FeatureBatch(image_ids=("a", "b"), views={}, labels=torch.zeros(1), aug_index=torch.zeros(2))
+        Batch(image_ids=("a", "b"), views={}, labels=torch.zeros(1), aug_index=torch.zeros(2))

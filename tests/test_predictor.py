@@ -23,7 +23,7 @@ from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods import METHODS
 from hypdefect.predictor import Predictor, save_model
 from hypdefect.registry import write_checksums
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch
 from tests.tiny_dataset import draw
 
 CLASSES = ("dent", "scratch", "stain")
@@ -62,7 +62,7 @@ class Fitted:
         self.classifier = self.run.classifier(self.transform.dim)
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
-        support = FeatureBatch(
+        support = Batch(
             image_ids=tuple(str(i) for i in range(9)),
             views={view: torch.cat([row[view] for row in rows]) for view in VIEWS},
             labels=torch.tensor([kind for kind, _ in shots]),

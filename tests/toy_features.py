@@ -8,7 +8,7 @@ import torch
 
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.features.spec import FeatureTable
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch
 
 DIM = 6
 
@@ -50,11 +50,11 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def toy_batch(n_way: int = 3, k_shot: int = 4, dim: int = DIM, spread: float = 0.3, seed: int = 0) -> FeatureBatch:
+def toy_batch(n_way: int = 3, k_shot: int = 4, dim: int = DIM, spread: float = 0.3, seed: int = 0) -> Batch:
     """`k_shot` rows of each class; batches of different seeds do not share classes."""
     pool = toy_pool(n_way=n_way, per_class=k_shot, dim=dim, spread=spread, seed=seed)
     return pool.batch(np.arange(len(pool)))
 
 
-def permuted(batch: FeatureBatch, seed: int = 0) -> FeatureBatch:
+def permuted(batch: Batch, seed: int = 0) -> Batch:
     return batch.select(torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed)))

@@ -1,4 +1,7 @@
-"""Search spaces, a module each: METHOD, METRIC, MODE, `space(trial)` and, if wanted, FIRST, points to try early."""
+"""Search spaces, a module each: METHOD, `space(trial)` and, if wanted, FIRST, points to try early.
+
+What a search maximises comes from the method's family.
+"""
 
 import importlib
 from pathlib import Path

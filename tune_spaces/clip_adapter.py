@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "clip_adapter", "val/episode/acc", "max"
+METHOD = "clip_adapter"
 FIRST = FIRST_FEATURES
 
 

@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "clip_protonet", "val/episode/acc", "max"
+METHOD = "clip_protonet"
 FIRST = FIRST_FEATURES
 
 

@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "feature_noise", "val/episode/acc", "max"
+METHOD = "feature_noise"
 FIRST = FIRST_FEATURES
 
 

@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "hypdfs", "val/episode/acc", "max"
+METHOD = "hypdfs"
 FIRST = FIRST_FEATURES
 
 

@@ -5,7 +5,7 @@ Whether to use what was learned is a choice like any other, made on episodes of 
 
 import optuna
 
-METHOD, METRIC, MODE = "hypdfs", "val/episode/acc", "max"
+METHOD = "hypdfs"
 FIRST: list[dict[str, object]] = [{"features": "plain"}, {"pretrained": False}]
 
 

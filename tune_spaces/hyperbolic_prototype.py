@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "hyperbolic_prototype", "val/episode/acc", "max"
+METHOD = "hyperbolic_prototype"
 FIRST = FIRST_FEATURES
 
 

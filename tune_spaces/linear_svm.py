@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "linear_svm", "val/episode/acc", "max"
+METHOD = "linear_svm"
 FIRST = FIRST_FEATURES
 
 

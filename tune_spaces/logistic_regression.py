@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "logistic_regression", "val/episode/acc", "max"
+METHOD = "logistic_regression"
 FIRST = FIRST_FEATURES
 
 

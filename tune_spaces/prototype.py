@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import of_features
 
-METHOD, METRIC, MODE = "prototype", "val/episode/acc", "max"
+METHOD = "prototype"
 
 
 def space(trial: optuna.Trial) -> None:

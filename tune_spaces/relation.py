@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "relation", "val/episode/acc", "max"
+METHOD = "relation"
 FIRST = FIRST_FEATURES
 
 

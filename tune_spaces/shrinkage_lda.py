@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "shrinkage_lda", "val/episode/acc", "max"
+METHOD = "shrinkage_lda"
 FIRST = FIRST_FEATURES
 
 

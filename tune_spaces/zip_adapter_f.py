@@ -4,7 +4,7 @@ import optuna
 
 from tune_spaces import FIRST_FEATURES, of_features
 
-METHOD, METRIC, MODE = "zip_adapter_f", "val/episode/acc", "max"
+METHOD = "zip_adapter_f"
 FIRST = FIRST_FEATURES
 
 

@@ -1,4 +1,7 @@
-"""Validation episodes and draws on the reported queries as Ray tasks: the same results for any number of workers."""
+"""Validation and draws on the reported images as Ray tasks: the same results for any number of workers.
+
+`validate` and `select` are handed what may be looked at. Only `score_selected` and `evaluate` see the reported images.
+"""
 
 import math
 import time
@@ -10,206 +13,240 @@ import ray
 import torch
 
 from hypdefect.errors import NumericsError
-from hypdefect.evaluation import (
-    DrawScore,
-    Entrant,
-    MetaStart,
-    RunConfig,
-    Scored,
-    flat_twin,
-    score_draw,
-    validation_scores,
-)
-from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.few_shot import FewShotTask
-from hypdefect.features.transform import TransformConfig
-from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.results.comparison import TWIN
-from hypdefect.types import EpisodeSpec, SplitKind
+from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, best
+from hypdefect.families import get_family
+from hypdefect.methods import get_method
 
-Start = dict[str, torch.Tensor] | None
 Progress = Callable[[int, int], None]
 CHUNK = 5
 """Draws of one Ray task."""
 
 
-def _transform(
-    task: FewShotTask, config: TransformConfig, start: MetaStart | None
-) -> tuple[LabelledFeatures, LabelledFeatures]:
+def _transform(fitting: Any, run: RunConfig, start: Any) -> tuple[Any, Any]:
     torch.set_num_threads(1)
-    transform = task.transform(config)
-    if start is not None:
-        transform = transform.projected(start.projection, start.mean)
-    pool, queries = (side.with_table(transform.table(side.table)) for side in (task.pool, task.queries))
-    return pool, queries
+    family = get_family(run.name)
+    transform = family.transform_of(run, fitting, start)
+    return family.transformed(fitting, transform), transform
+
+
+def _transform_reported(reported: Any, run: RunConfig, transform: Any) -> Any:
+    torch.set_num_threads(1)
+    return get_family(run.name).transformed(reported, transform)
 
 
 def _score(
-    pool: LabelledFeatures,
-    queries: LabelledFeatures,
-    config: RunConfig,
-    supports: Sequence[np.ndarray],
-    first: int,
-    start: Start,
-) -> tuple[list[DrawScore], float]:
+    fitting: Any, reported: Any, run: RunConfig, setting: Any, numbers: range, start: Any
+) -> tuple[list[Score], float]:
     torch.set_num_threads(1)
     begun = time.process_time()
-    scores = [score_draw(config, pool, queries, chosen, first + i, start) for i, chosen in enumerate(supports)]
+    family = get_family(run.name)
+    scores = [family.score(run, fitting, reported, setting, number, start) for number in numbers]
     return scores, time.process_time() - begun
 
 
-def _validate(
-    pool: LabelledFeatures, config: RunConfig, spec: EpisodeSpec, first: int, last: int, start: Start
-) -> tuple[list[float], float]:
+def _validate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start: Any) -> tuple[list[float], float]:
     torch.set_num_threads(1)
     begun = time.process_time()
     try:
-        scores = list(validation_scores(config, pool, spec, range(first, last), start))
+        scores = list(get_family(run.name).validation_scores(run, fitting, setting, numbers, start))
     except NumericsError:
-        scores = [0.0] * (last - first)
+        scores = [0.0] * len(numbers)
     return scores, time.process_time() - begun
 
 
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
 _TRANSFORM = ray.remote(_transform).options(num_returns=2)
-_SCORE, _VALIDATE = ray.remote(_score), ray.remote(_validate)
+_TRANSFORM_REPORTED, _SCORE, _VALIDATE = ray.remote(_transform_reported), ray.remote(_score), ray.remote(_validate)
 
 
-class TaskFeatures:
-    """A task's features in Ray's store; each transform of them is made once, by a worker, when it is first asked for.
+class SharedFeatures:
+    """Features in Ray's store; each transform of them is made once, by a worker, when it is first asked for."""
 
-    `pool` and `queries` are apart, so that what selects is handed the pool alone.
-    """
+    def __init__(self, fitting: Any, start: Any = None) -> None:
+        self.start: ray.ObjectRef = ray.put(start)
+        self.raw: ray.ObjectRef = ray.put(fitting)
+        self.made: dict[Any, Any] = {}
 
-    def __init__(self, task: FewShotTask, start: MetaStart | None = None) -> None:
-        self.start = start
-        self.task: ray.ObjectRef = ray.put(task)
-        self.made: dict[tuple[TransformConfig, str], Any] = {}
-
-    def pool(self, config: RunConfig) -> ray.ObjectRef:
-        return self._sides(config)[0]
-
-    def queries(self, config: RunConfig) -> ray.ObjectRef:
-        return self._sides(config)[1]
-
-    def _sides(self, config: RunConfig) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        key = (config.transform, config.features)
+    def of(self, run: RunConfig) -> tuple[ray.ObjectRef, ray.ObjectRef]:
+        """What may be looked at as the run sees it, and the transform."""
+        key = (get_method(run.name).family, run.transform, run.features)
         if key not in self.made:
-            start = self.start if config.features == "meta" else None
-            self.made[key] = _TRANSFORM.remote(self.task, config.transform, start)
-        pool, queries = self.made[key]
-        return pool, queries
+            self.made[key] = _TRANSFORM.remote(self.raw, run, self.start)
+        fitting, transform = self.made[key]
+        return fitting, transform
+
+
+class SharedReported:
+    """The reported images behind the transforms of a `SharedFeatures`."""
+
+    def __init__(self, reported: Any, features: SharedFeatures) -> None:
+        self.features = features
+        self.raw: ray.ObjectRef = ray.put(reported)
+        self.made: dict[ray.ObjectRef, ray.ObjectRef] = {}
+
+    def draws(self, run: RunConfig, setting: Any, draws: int) -> list[ray.ObjectRef]:
+        """Tasks of CHUNK draws each, in order."""
+        fitting, transform = self.features.of(run)
+        if transform not in self.made:
+            self.made[transform] = _TRANSFORM_REPORTED.remote(self.raw, run, transform)
+        chunks = [range(first, min(first + CHUNK, draws)) for first in range(0, draws, CHUNK)]
+        start = self.features.start
+        return [_SCORE.remote(fitting, self.made[transform], run, setting, numbers, start) for numbers in chunks]
 
 
 def validate(
-    task: FewShotTask,
-    configs: Sequence[RunConfig],
-    spec: EpisodeSpec,
-    numbers: range,
-    start: MetaStart | None = None,
+    fitting: Any, runs: Sequence[RunConfig], setting: Any, numbers: range, start: Any = None
 ) -> list[list[float]]:
-    """Accuracies of each configuration on the same validation episodes of the support pool."""
-    features = TaskFeatures(task, start)
-    first, last = numbers.start, numbers.stop
-    weights = [start.weights(config) if start else None for config in configs]
-    waiting = [
-        _VALIDATE.remote(features.pool(config), config, spec, first, last, own)
-        for config, own in zip(configs, weights, strict=True)
-    ]
+    """Validation scores of each configuration on the same problems."""
+    features = SharedFeatures(fitting, start)
+    waiting = [_VALIDATE.remote(features.of(run)[0], run, setting, numbers, features.start) for run in runs]
     return [scores for scores, _ in ray.get(waiting)]
 
 
 def evaluate(
-    task: FewShotTask,
-    configs: Mapping[str, RunConfig],
-    supports: Sequence[np.ndarray],
+    fitting: Any,
+    reported: Any,
+    runs: Mapping[str, RunConfig],
+    setting: Any,
+    draws: int,
     *,
-    start: MetaStart | None = None,
+    start: Any = None,
     progress: Progress | None = None,
-) -> dict[str, list[DrawScore]]:
-    """Every configuration on the same draws, each given by the positions of its supports in the pool."""
-    features = TaskFeatures(task, start)
-    waiting = {name: _draws(features, config, supports, start) for name, config in configs.items()}
-    done = _gathered([r for refs in waiting.values() for r in refs], progress)
-    return {name: [score for r in refs for score in done[r][0]] for name, refs in waiting.items()}
+) -> dict[str, list[Score]]:
+    """Every configuration on the same draws 0, 1, ..."""
+    shared = SharedReported(reported, SharedFeatures(fitting, start))
+    waiting = {name: shared.draws(run, setting, draws) for name, run in runs.items()}
+    done = _gathered([r for references in waiting.values() for r in references], progress)
+    return {name: [score for r in references for score in done[r][0]] for name, references in waiting.items()}
 
 
-def compare(
-    task: FewShotTask,
+def select(
+    features: SharedFeatures,
     entrants: Sequence[Entrant],
-    supports: Mapping[int, Sequence[np.ndarray]],
+    settings: Mapping[int, Any],
     *,
     episodes: int,
-    split: SplitKind,
-    seed: int,
-    start: MetaStart | None = None,
     twins: bool = True,
     progress: Progress | None = None,
-) -> list[Scored]:
-    """Choose a configuration of every entrant at every K on validation episodes, then score it on the queries.
+) -> list[Selected]:
+    """Choose a configuration of every entrant at every K on validation problems; each choice is followed by its twin.
 
-    All entrants see the same episodes, drawn inside the support pool, and the same draws. The best mean accuracy wins,
-    the earlier one of equals; a configuration that fails numerically scores 0.
+    All entrants see the same problems. The best mean score wins, the earlier one of equals; a configuration that fails
+    numerically scores 0.
 
     Args:
-        supports: draws of each K, each the positions of its support images in the pool.
-        episodes: validation episodes of each configuration; 0 takes the first of every entrant as it is.
-        split: how episodes part the pool.
-        twins: also score the c = 0 twin (`evaluation.flat_twin`) of each HypDFS that is no variant itself.
-
-    Raises:
-        DataError: the pool is too small for an episode. NumericsError: a chosen configuration failed on a draw.
+        settings: of each K.
+        episodes: validation problems of each configuration; 0 takes the first of every entrant as it is.
+        twins: also give the c = 0 twin of each choice whose method has one and whose entrant is no variant itself.
     """
-    features = TaskFeatures(task, start)
-    jobs = [(k_shot, entrant) for k_shot in supports for entrant in entrants]
+    jobs = [(k_shot, entrant) for k_shot in settings for entrant in entrants]
     trials: dict[ray.ObjectRef, tuple[int, Entrant, RunConfig]] = {}
     for k_shot, entrant in jobs if episodes else ():
-        spec = EpisodeSpec(k_shot=k_shot, seed=seed, split=split)
-        for config in entrant.candidates:
-            weights = start.weights(config) if start else None
-            reference = _VALIDATE.remote(features.pool(config), config, spec, 0, episodes, weights)
-            trials[reference] = (k_shot, entrant, config)
-    twin_of = [e for e in entrants if twins and not e.variant and isinstance(e.candidates[0].method, HypDFSConfig)]
-    chunks = sum(math.ceil(len(draws) / CHUNK) for draws in supports.values()) * (len(entrants) + len(twin_of))
-    total = len(trials) + chunks
-    validated = _gathered(list(trials), progress and (lambda done, _: progress(done, total)))
-
-    scored: list[tuple[int, RunConfig, Entrant, str, float, float, list[ray.ObjectRef]]] = []
+        for run in entrant.candidates:
+            reference = _VALIDATE.remote(features.of(run)[0], run, settings[k_shot], range(episodes), features.start)
+            trials[reference] = (k_shot, entrant, run)
+    validated = _gathered(list(trials), progress)
+    selected: list[Selected] = []
     for k_shot, entrant in jobs:
-        own = [(config, *validated[r]) for r, (k, e, config) in trials.items() if k == k_shot and e is entrant]
-        means = [float(np.mean(scores)) for _, scores, _ in own]
-        chosen = own[int(np.argmax(means))][0] if own else entrant.candidates[0]
-        value, seconds = max(means, default=math.nan), sum(s for *_, s in own)
-        scored.append((k_shot, chosen, entrant, entrant.variant, value, seconds, []))
-        if entrant in twin_of:
-            twin = flat_twin(chosen, ray.get(features.pool(chosen)), start)
-            scored.append((k_shot, twin, entrant, TWIN, math.nan, 0.0, []))
-    for k_shot, config, *_, references in scored:
-        references += _draws(features, config, supports[k_shot], start)
-    references = [r for *_, own_references in scored for r in own_references]
-    done = _gathered(references, progress and (lambda n, _: progress(len(trials) + n, total)))
+        results = [(run, *validated[r]) for r, (k, e, run) in trials.items() if k == k_shot and e is entrant]
+        means = [float(np.mean(scores)) for _, scores, _ in results]
+        choice = Selected(
+            config=results[best(means)][0] if results else entrant.candidates[0],
+            features=entrant.features,
+            variant=entrant.variant,
+            k_shot=k_shot,
+            validation=max(means, default=math.nan),
+            seconds=sum(seconds for *_, seconds in results),
+        )
+        selected.append(choice)
+        if twins and has_twin(entrant):
+            twin = get_family(choice.config.name).twin(
+                choice.config, ray.get(features.of(choice.config)[0]), ray.get(features.start)
+            )
+            assert twin is not None
+            selected.append(
+                Selected(
+                    config=twin,
+                    features=entrant.features,
+                    variant=TWIN,
+                    k_shot=k_shot,
+                    validation=math.nan,
+                    seconds=0.0,
+                )
+            )
+    return selected
+
+
+def has_twin(entrant: Entrant) -> bool:
+    """Whether `select` follows the choice of this entrant by its c = 0 twin."""
+    return not entrant.variant and get_method(entrant.method).flat_twin is not None
+
+
+def score_selected(
+    reported: SharedReported,
+    selected: Sequence[Selected],
+    settings: Mapping[int, Any],
+    draws: int,
+    *,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """Every choice on the draws 0, 1, ... of its K.
+
+    Raises:
+        NumericsError: a configuration failed on a draw.
+    """
+    waiting = [reported.draws(one.config, settings[one.k_shot], draws) for one in selected]
+    done = _gathered([r for references in waiting for r in references], progress)
     return [
         Scored(
-            config=config,
-            features=entrant.features,
-            variant=variant,
-            k_shot=k_shot,
-            validation=value,
-            draws=tuple(score for r in own_references for score in done[r][0]),
-            seconds=seconds + sum(done[r][1] for r in own_references),
+            config=one.config,
+            features=one.features,
+            variant=one.variant,
+            k_shot=one.k_shot,
+            validation=one.validation,
+            draws=tuple(score for r in references for score in done[r][0]),
+            seconds=one.seconds + sum(done[r][1] for r in references),
         )
-        for k_shot, config, entrant, variant, value, seconds, own_references in scored
+        for one, references in zip(selected, waiting, strict=True)
     ]
 
 
-def _draws(
-    features: TaskFeatures, config: RunConfig, supports: Sequence[np.ndarray], start: MetaStart | None
-) -> list[ray.ObjectRef]:
-    """Tasks of CHUNK draws each, in order."""
-    sides = (features.pool(config), features.queries(config))
-    weights = start.weights(config) if start else None
-    firsts = range(0, len(supports), CHUNK)
-    return [_SCORE.remote(*sides, config, list(supports[i : i + CHUNK]), i, weights) for i in firsts]
+def compare(
+    fitting: Any,
+    reported: Any,
+    entrants: Sequence[Entrant],
+    settings: Mapping[int, Any],
+    draws: int,
+    *,
+    episodes: int,
+    start: Any = None,
+    twins: bool = True,
+    progress: Progress | None = None,
+) -> list[Scored]:
+    """`select`, then `score_selected`, on the same features.
+
+    Raises:
+        DataError: too little for a validation problem. NumericsError: a chosen configuration failed on a draw.
+    """
+    features = SharedFeatures(fitting, start)
+    trials = len(settings) * sum(len(entrant.candidates) for entrant in entrants) if episodes else 0
+    rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
+    total = trials + len(settings) * rows * math.ceil(draws / CHUNK)
+    selected = select(
+        features,
+        entrants,
+        settings,
+        episodes=episodes,
+        twins=twins,
+        progress=progress and (lambda done, _: progress(done, total)),
+    )
+    return score_selected(
+        SharedReported(reported, features),
+        selected,
+        settings,
+        draws,
+        progress=progress and (lambda done, _: progress(trials + done, total)),
+    )
 
 
 def _gathered(references: Sequence[ray.ObjectRef], progress: Progress | None) -> dict[ray.ObjectRef, Any]:

@@ -16,12 +16,16 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
+from hypdefect.distributed.cluster import num_workers
 from hypdefect.errors import DataError
+from hypdefect.families.plan import Plan, image_requests
 from hypdefect.features.backbones import BackboneSpec
 from hypdefect.features.extract import FULL_REGION, Prepared, extractor_for
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.files import home
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.progress import progress
 
 logger = logging.getLogger(__name__)
 
@@ -152,3 +156,41 @@ def extract(
         if progress is not None:
             progress(done, len(pending))
     return ExtractReport(len(requests) - len(pending), len(pending) - len(failed), tuple(failed))
+
+
+def fill(plan: Plan, *others: Plan, workers: int = 0, everything: bool = False) -> ExtractReport:
+    """Extract what the store lacks of a task.
+
+    Args:
+        others: the same task at other partitions.
+        everything: every image of the set, not only those of the task.
+
+    Raises:
+        DataError: some images could not be extracted; all others are stored.
+    """
+    wanted = {r.image_id: r for r in plan.requests()}
+    for request in (r for other in others for r in other.requests()):
+        if request.copies > wanted.setdefault(request.image_id, request).copies:
+            wanted[request.image_id] = request
+    requests = list(wanted.values())
+    if plan.imported:
+        return ExtractReport(len(requests), 0, ())
+    if everything:
+        copies = dict.fromkeys(plan.manifest["image_id"].to_pylist(), 0)
+        copies |= {r.image_id: r.copies for r in requests}
+        requests = image_requests(plan.manifest, copies, plan.uses_mask)
+    return extract_all(requests, plan, f"features of {plan.config.dataset}", "features", workers)
+
+
+def extract_all(requests: Sequence[ImageRequest], plan: Plan, label: str, what: str, workers: int = 0) -> ExtractReport:
+    """`extract` with the backbone and recipe of a plan, a progress bar and a line that says what was there.
+
+    Raises:
+        DataError: some images could not be extracted; all others are stored.
+    """
+    with progress(label) as advance:
+        report = extract(requests, home(), plan.key, plan.spec, workers=num_workers(workers), progress=advance)
+    logger.info("%s: %d images cached, %d extracted", what, report.cached, report.extracted)
+    if report.failed:
+        raise DataError(f"{len(report.failed)} {what} could not be extracted; first: {report.failed[0][1]}")
+    return report

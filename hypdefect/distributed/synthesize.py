@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,14 @@ from PIL import Image
 
 from hypdefect.config import digest, to_mapping
 from hypdefect.datasets.manifest import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
-from hypdefect.errors import DataError
-from hypdefect.files import replaced_file
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.families.plan import Plan
+from hypdefect.files import home, replaced_file
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
 from hypdefect.images.pseudo_defects import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
+from hypdefect.progress import progress
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,3 +167,18 @@ def _store(pixels: np.ndarray, path: Path) -> str:
     with replaced_file(path) as file:
         file.write(buffer.getvalue())
     return hashlib.sha256(buffer.getvalue()).hexdigest()
+
+
+def pseudo_classes(plan: Plan, config: SynthesisConfig) -> SyntheticSet:
+    """The pseudo classes of a task's product, stored or made now.
+
+    Raises:
+        ConfigError: the features were imported, so there are no images.
+    """
+    if plan.imported:
+        raise ConfigError(f"{plan.config.dataset} has features and no images: nothing to put pseudo-defects on")
+    with progress(f"pseudo-defects of {plan.label}") as advance:
+        made = synthesize(plan.manifest, plan.label, home(), config, advance)
+    state = "cached" if made.cached else "made"
+    logger.info("pseudo-defects: %d images %s in %s", made.manifest.num_rows, state, made.folder)
+    return made

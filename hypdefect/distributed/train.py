@@ -1,4 +1,4 @@
-"""Meta-training sharded over workers with Ray Train: DDP over episodes, gloo on CPU, nccl on GPU."""
+"""Training sharded over workers with Ray Train: DDP over the items of a step, gloo on CPU, nccl on GPU."""
 
 import tempfile
 from collections.abc import Callable
@@ -10,23 +10,19 @@ import ray.train
 import torch
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
+from torch import nn
 
-from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.families.episodes import LabelledFeatures, sample_episode
-from hypdefect.methods.hypdfs import HypDFS
-from hypdefect.training import TrainConfig, checkpoint_losses, episode_spec, learner, load_checkpoint, meta_train
+from hypdefect.training import TrainConfig, Training, checkpoint_losses, fit, load_checkpoint
 
 
 def _loop(settings: dict[str, Any]) -> None:
     """What each worker runs."""
-    config = from_mapping(TrainConfig, settings["config"])
-    pool: LabelledFeatures = ray.get(settings["pool"][0])
+    training: Training = ray.get(settings["training"][0])
     context = ray.train.get_context()
     torch.set_num_threads(max(1, settings["threads"]))
     device = get_device()
-    model = learner(pool, config, settings["shape_dims"])
-    wrapped = prepare_model(model)
+    model = training.model().to(device)
 
     def report(metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -35,12 +31,12 @@ def _loop(settings: dict[str, Any]) -> None:
             ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder) if write else None)
 
     def run(resume: Path | None) -> None:
-        meta_train(
+        fit(
             model,
-            pool,
-            config,
+            training.item,
+            training.config,
             report,
-            wrapped=wrapped,
+            wrap=prepare_model,
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             resume=resume,
@@ -55,18 +51,8 @@ def _loop(settings: dict[str, Any]) -> None:
         run(Path(folder))
 
 
-def check(pool: LabelledFeatures, config: TrainConfig, workers: int) -> None:
-    """What `train` would refuse, before anything is started.
-
-    Raises:
-        ConfigError, DataError: as `train`.
-    """
-    check_workers(config, workers)
-    sample_episode(pool, episode_spec(config, pool), 0)
-
-
 def check_workers(config: TrainConfig, workers: int) -> None:
-    """The part of `check` that needs no data.
+    """What `train` would refuse, before anything is started.
 
     Raises:
         ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
@@ -74,44 +60,30 @@ def check_workers(config: TrainConfig, workers: int) -> None:
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if workers > cpus:
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
-    if config.episodes_per_step % workers:
-        raise ConfigError(f"train.episodes_per_step={config.episodes_per_step} is no multiple of {workers} workers")
+    if config.items_per_step % workers:
+        raise ConfigError(f"train.items_per_step={config.items_per_step} is no multiple of {workers} workers")
 
 
 def train(
-    pool: LabelledFeatures,
-    config: TrainConfig,
-    *,
-    workers: int,
-    name: str,
-    folder: Path,
-    shape_dims: int = 0,
-    max_failures: int = 2,
-) -> tuple[HypDFS, list[float]]:
-    """Meta-train on the pool's classes; a run of a known name continues from its last checkpoint.
-
-    Args:
-        shape_dims: as for `learner`.
+    training: Training, *, workers: int, name: str, folder: Path, max_failures: int = 2
+) -> tuple[nn.Module, list[float]]:
+    """Train a model; a run of a known name continues from its last checkpoint.
 
     Returns:
         The trained model, and the loss of every step since the run was first started, whatever interrupted it.
 
     Raises:
         ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
-        DataError: a class is too small for the episodes.
+        DataError: too little for the first item.
         HypdefectError: workers failed more often than `max_failures`; what the last of them raised, where it was ours.
     """
-    check(pool, config, workers)
+    check_workers(training.config, workers)
+    training.item(0)
     cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     use_gpu = gpus >= workers
     trainer = TorchTrainer(
         _loop,
-        train_loop_config={
-            "config": to_mapping(config),
-            "pool": [ray.put(pool)],
-            "shape_dims": shape_dims,
-            "threads": max(1, cpus // workers),
-        },
+        train_loop_config={"training": [ray.put(training)], "threads": max(1, cpus // workers)},
         scaling_config=ScalingConfig(
             num_workers=workers, use_gpu=use_gpu, resources_per_worker={"CPU": 1, "GPU": int(use_gpu)}
         ),
@@ -127,11 +99,10 @@ def train(
     except ray.train.TrainingFailedError as error:
         raise _reason(error, name) from error
     assert checkpoint is not None  # the last step is always reported
-    model = learner(pool, config, shape_dims)
-    optimizer = torch.optim.AdamW(model.core.parameters())
-    with checkpoint.as_directory() as found:
-        load_checkpoint(Path(found), model, optimizer)
-        return model, checkpoint_losses(Path(found))
+    model = training.model()
+    with checkpoint.as_directory() as finished:
+        load_checkpoint(Path(finished), model)
+        return model, checkpoint_losses(Path(finished))
 
 
 def _reason(error: ray.train.TrainingFailedError, name: str) -> HypdefectError:

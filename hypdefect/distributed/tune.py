@@ -1,7 +1,7 @@
 """Search over a space with Ray Tune and Optuna, packed: actors are reused and features are shared.
 
 The study in the SQLite storage is the record: a trial is finished when it is COMPLETE there, so that a search whose
-driver was killed continues with what is missing. The search is handed the support pool and nothing else.
+driver was killed continues with what is missing. The search is handed what may be looked at and nothing else.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import optuna
@@ -25,10 +25,9 @@ from ray.tune.search.optuna import OptunaSearch
 
 from hypdefect.config import override, to_mapping
 from hypdefect.errors import ConfigError, HypdefectError, NumericsError
-from hypdefect.evaluation import MetaStart, RunConfig, TrialResult, validation_scores
-from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.features.transform import FeatureTransform, TransformConfig
-from hypdefect.types import EpisodeSpec
+from hypdefect.evaluation import RunConfig, TrialResult
+from hypdefect.families import get_family
+from hypdefect.features.transform import TransformConfig
 
 logger = logging.getLogger(__name__)
 
@@ -53,57 +52,38 @@ class SearchConfig:
             raise ConfigError(f"search.rungs={self.rungs} exceeds search.episodes={self.episodes}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SearchData:
-    """What a trial may see: the support pool and the normals. There is no query in it."""
-
-    pool: LabelledFeatures
-    normals: dict[str, np.ndarray] | None
-    block_dims: tuple[int, ...]
-    shape_dims: int = 0
-    start: MetaStart | None = None
-
-
 @functools.lru_cache(maxsize=4)
-def _transformed(data_id: int, config: TransformConfig, features: str) -> LabelledFeatures:
-    data = _SHARED[data_id]
-    transform = FeatureTransform.fit(data.normals, data.block_dims, config, data.shape_dims)
-    if features == "meta" and data.start is not None:
-        transform = transform.projected(data.start.projection, data.start.mean)
-    return data.pool.with_table(transform.table(data.pool.table))
+def _transformed(shared: int, method: str, config: TransformConfig, features: Literal["plain", "meta"]) -> Any:
+    fitting, start = _SHARED[shared]
+    family, run = get_family(method), RunConfig(name=method, transform=config, features=features)
+    return family.transformed(fitting, family.transform_of(run, fitting, start))
 
 
-_SHARED: dict[int, SearchData] = {}  # an actor runs many trials on the same data
+_SHARED: dict[int, tuple[Any, Any]] = {}  # an actor runs many trials on the same data
 
 
 def run_trial(
-    params: dict[str, Any],
-    reference: list[ray.ObjectRef],
-    base: RunConfig,
-    spec: EpisodeSpec,
-    search: SearchConfig,
-    metric: str,
+    params: dict[str, Any], reference: list[ray.ObjectRef], base: RunConfig, setting: Any, search: SearchConfig
 ) -> None:
-    """One Tune trial: running mean of validation accuracy, reported at each rung. A numerical failure scores 0."""
+    """One Tune trial: running mean of the metric, reported at each rung. A numerical failure scores 0."""
     torch.set_num_threads(1)
     key = hash(reference[0].binary())
     if key not in _SHARED:
         _SHARED.clear()
         _SHARED[key] = ray.get(reference[0])
-    config = override(base, params)
-    pool = _transformed(key, config.transform, config.features)
-    start = _SHARED[key].start
-    weights = start.weights(config) if start else None
+    run, start = override(base, params), _SHARED[key][1]
+    family = get_family(run.name)
+    fitting = _transformed(key, run.name, run.transform, run.features)
     stops = np.linspace(0, search.episodes, search.rungs + 1).round().astype(int)
     scores: list[float] = []
     for first, last in itertools.pairwise(stops.tolist()):
         try:
-            scores += validation_scores(config, pool, spec, range(first, last), weights)
+            scores += family.validation_scores(run, fitting, setting, range(first, last), start)
         except NumericsError as error:
             logger.warning("trial scores 0: %s (%s)", error, params)
-            tune.report({metric: 0.0, "episodes": search.episodes})
+            tune.report({family.METRIC: 0.0, "episodes": search.episodes})
             return
-        tune.report({metric: float(np.mean(scores)), "episodes": int(last)})
+        tune.report({family.METRIC: float(np.mean(scores)), "episodes": int(last)})
 
 
 class _Recorder:
@@ -150,35 +130,38 @@ def finished(path: Path, name: str) -> list[TrialResult]:
 
 
 class _Progress(tune.Callback):
-    def __init__(self, notify: Callable[[int, float], None], done: int) -> None:
-        self.notify, self.done = notify, done
+    def __init__(self, notify: Callable[[int, float], None], metric: str, done: int) -> None:
+        self.notify, self.metric, self.done = notify, metric, done
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         self.done += 1
-        self.notify(self.done, float((trial.last_result or {}).get("val/episode/acc", float("nan"))))
+        self.notify(self.done, float((trial.last_result or {}).get(self.metric, float("nan"))))
 
 
 def search(
     space: ModuleType,
-    data: SearchData,
+    fitting: Any,
     base: RunConfig,
-    spec: EpisodeSpec,
+    setting: Any,
     config: SearchConfig,
     *,
     name: str,
     folder: Path,
+    start: Any = None,
     notify: Callable[[int, float], None] | None = None,
 ) -> list[TrialResult]:
     """Run or continue the study `name` until `config.trials` trials are finished.
 
     Args:
-        space: module with METHOD, METRIC, MODE and `space(trial)`; FIRST may name points to try early.
+        space: module with METHOD and `space(trial)`; FIRST may name points to try early.
+        fitting, setting: of the method's family, as is `start`, what training gave.
         folder: holds `study.db` and Tune's own files (TensorBoard events) under `name`.
         notify: called with (finished trials, value) after each trial.
 
     Raises:
         HypdefectError: not one trial succeeded.
     """
+    metric = get_family(base.name).METRIC
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     warnings.filterwarnings("ignore", message="Define-by-run function")  # its second is SQLite's, on a busy machine
     study_file = folder / "study.db"
@@ -199,8 +182,8 @@ def search(
         startup = min(10, max(2, config.trials // 2))
         algorithm = OptunaSearch(
             space=space.space,
-            metric=space.METRIC,
-            mode=space.MODE,
+            metric=metric,
+            mode="max",
             # a continued study must not draw its first points again
             sampler=optuna.samplers.TPESampler(
                 seed=config.seed + len(known), n_startup_trials=startup, multivariate=True, constant_liar=True
@@ -213,8 +196,8 @@ def search(
         scheduler = (
             ASHAScheduler(
                 time_attr="episodes",
-                metric=space.METRIC,
-                mode=space.MODE,
+                metric=metric,
+                mode="max",
                 max_t=config.episodes,
                 grace_period=int(stops[1]),
                 reduction_factor=3,
@@ -225,11 +208,10 @@ def search(
         trainable = tune.with_resources(
             tune.with_parameters(
                 run_trial,
-                reference=[ray.put(data)],
+                reference=[ray.put((fitting, start))],
                 base=base,
-                spec=spec,
+                setting=setting,
                 search=config,
-                metric=space.METRIC,
             ),
             {"CPU": 1},  # a fit is milliseconds of small operations: a GPU would only wait for its launches
         )
@@ -246,7 +228,7 @@ def search(
                 name=f"{name}-{len(known)}" if known else name,
                 storage_path=str(folder / "tune"),
                 verbose=0,
-                callbacks=[_Progress(notify, done)] if notify else [],
+                callbacks=[_Progress(notify, metric, done)] if notify else [],
             ),
         ).fit()
         if results.num_errors == len(results) and not done:

@@ -3,13 +3,14 @@
 Draw i is the same whatever was drawn before it, on any worker.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from hypdefect.errors import DataError
 from hypdefect.features.spec import FeatureTable
-from hypdefect.types import Episode, EpisodeSpec, FeatureBatch
+from hypdefect.types import Batch, Episode, EpisodeSpec
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,12 @@ class LabelledFeatures:
     def n_way(self) -> int:
         return len(self.class_names)
 
-    def batch(self, positions: np.ndarray, *, copies: int = 0) -> FeatureBatch:
+    @property
+    def dim(self) -> int:
+        """D, numbers a view."""
+        return int(next(iter(self.table.views.values())).shape[1])
+
+    def batch(self, positions: np.ndarray, *, copies: int = 0) -> Batch:
         """Rows of the given images and of their first `copies` augmented copies."""
         starts = np.searchsorted(self.table.image_ids, self.image_ids[positions], side="left")
         stops = np.searchsorted(self.table.image_ids, self.image_ids[positions], side="right")
@@ -80,6 +86,27 @@ def draw_support(pool: LabelledFeatures, k_shot: int, seed: int, number: int) ->
             raise DataError(f"class {name!r} has {len(own)} images in the support pool, k_shot={k_shot} needs as many")
         chosen.append(np.sort(rng.choice(own, k_shot, replace=False)))
     return np.concatenate(chosen)
+
+
+def first_support(pool: LabelledFeatures, k_shot: int, uri_of: Mapping[str, str]) -> np.ndarray:
+    """Positions of the first K images of each class by file name (AMC's rule).
+
+    Args:
+        uri_of: where each image lies; one that lies nowhere (imported features) is taken by its id.
+
+    Raises:
+        DataError: a class has fewer than K images.
+    """
+    order = sorted(range(len(pool)), key=lambda i: (uri_of.get(str(pool.image_ids[i]), ""), str(pool.image_ids[i])))
+    chosen: list[int] = []
+    for label, name in enumerate(pool.class_names):
+        members = [i for i in order if pool.labels[i] == label][:k_shot]
+        if len(members) < k_shot:
+            raise DataError(
+                f"class {name!r} has {len(members)} images in the support pool, k_shot={k_shot} needs as many"
+            )
+        chosen += sorted(members)
+    return np.array(chosen)
 
 
 def sample_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -158,7 +185,7 @@ def build_episode(pool: LabelledFeatures, spec: EpisodeSpec, number: int, *, cop
     """Draw an episode and read its features; labels become positions in the episode's own class names."""
     support, query, classes = sample_episode(pool, spec, number)
 
-    def relabel(batch: FeatureBatch) -> FeatureBatch:
+    def relabel(batch: Batch) -> Batch:
         position = {int(label): i for i, label in enumerate(classes)}
         labels = batch.labels.clone().apply_(lambda label: position[int(label)])
         return replace(batch, labels=labels, text=None if batch.text is None else batch.text[classes])

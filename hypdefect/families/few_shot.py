@@ -1,66 +1,65 @@
-"""A few-shot task on one image set: which images are supports, queries and normals, and their features in memory."""
+"""Few-shot classification: which defect is it? A handful of labelled images a class, drawn from a support pool.
 
-import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+`Fitting` holds the pool and the normals; validation episodes are drawn inside the pool. `Reported` holds the queries.
+
+Shapes: W ways (classes), D numbers a view.
+"""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
+from torch import Tensor
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
-from hypdefect.datasets.card import DatasetCard
-from hypdefect.datasets.manifest import manifest_digest
 from hypdefect.datasets.split import Partition, check_task, make_partition, task_classes
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone, patch_grid
-from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
-from hypdefect.features.imported import Imported, card_of, is_imported
-from hypdefect.features.spec import FeatureKey, ImageRequest
+from hypdefect.evaluation import RunConfig, Score
+from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, first_support, sample_episode
+from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
+from hypdefect.features.imported import Imported, card_of
+from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import FeatureTransform, TransformConfig
-from hypdefect.types import VIEWS, SplitKind
+from hypdefect.methods import get_method
+from hypdefect.metrics import calibration_error
+from hypdefect.predictor import ClassPredictor as Predictor
+from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
 
-logger = logging.getLogger(__name__)
+__all__ = ["METRIC", "Predictor"]
+
+METRIC = "val/episode/acc"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaskConfig:
+class TaskConfig(DataConfig):
     """The data side of a few-shot job."""
 
-    dataset: str = "elpv"
-    """Image set (jobs/ingest.py --describe all lists them; folder, with --root, is one of your own), or imported:NAME
-    for features imported with jobs/extract.py --import."""
-    root: Path | None = None
-    """Folder (or archive) of the image set; default: the place its card names."""
-    channels: tuple[int, ...] = ()
-    """Which 1 or 3 channels of multi-channel images to use, from 0."""
-    product: str = ""
-    """Which product of a set that has several: a few-shot task tells the defects of one product apart."""
     k_shot: int = 5
     """Support images a class."""
     split: SplitKind = "random"
     """random: by image; grouped: images of one part never stand on both sides."""
-    partition: int = 0
-    """Number of the partition into support pool and queries."""
     pool_per_class: int = 100
     """At most this many support candidates a class; 0: half of the set."""
     copies: int = 2
     """Augmented copies extracted of each support candidate."""
     max_normals: int = 400
     """Normal images used for whitening."""
-    backbone: str = "efficientnet_lite0"
-    """Where features come from: a name or FAMILY:ARCHITECTURE@WEIGHTS (docs/data.md lists them)."""
-    recipe: RecipeConfig = RecipeConfig()
+
+    @property
+    def title(self) -> str:
+        return f"{task_label(self)}-k{self.k_shot}-{self.split}"
 
     def __post_init__(self) -> None:
-        if not is_imported(self.dataset):
-            get_dataset(self.dataset)
-        check_name(self.backbone)
-        for name, least in (("k_shot", 1), ("partition", 0), ("pool_per_class", 0), ("copies", 0), ("max_normals", 0)):
+        DataConfig.__post_init__(self)
+        for name, least in (("k_shot", 1), ("pool_per_class", 0), ("copies", 0), ("max_normals", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if 0 < self.pool_per_class <= self.k_shot:
@@ -70,38 +69,19 @@ class TaskConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TaskPlan:
-    """What to extract for a task, before any feature exists."""
+class TaskPlan(Plan):
+    """Which image is a support candidate, a query or a normal."""
 
     config: TaskConfig
-    card: DatasetCard
-    manifest: pa.Table
-    classes: tuple[str, ...]
     partition: Partition
     pool_ids: tuple[str, ...]
     normal_ids: tuple[str, ...]
     source_ids: frozenset[str]
-    """Images that pseudo-defects may lie on: all usable normals, without any the candidates for supports."""
-    uses_mask: bool
-    imported: Imported | None = None
+    """Images that pseudo-defects may lie on: the usable normal images; if there are none, the support candidates."""
 
     @property
-    def spec(self) -> BackboneSpec:
-        return get_backbone(self.config.backbone)
-
-    @property
-    def intensities(self) -> tuple[str, ...]:
-        """The rules by which deep pixels become 8-bit, as text."""
-        return tuple(sorted(set(self.manifest["intensity"].to_pylist()) - {""}))
-
-    @property
-    def label(self) -> str:
-        """The task's set and product, for names of files and models."""
-        return task_label(self.config)
-
-    @property
-    def key(self) -> FeatureKey:
-        return self.imported.key if self.imported else extraction_key(self.spec, self.config.recipe)
+    def split(self) -> str:
+        return self.partition.kind
 
     def requests(self) -> list[ImageRequest]:
         """Every image once: support candidates with their copies, queries and normals without."""
@@ -111,12 +91,8 @@ class TaskPlan:
         return image_requests(self.manifest, copies, self.uses_mask)
 
     def provenance(self) -> dict[str, object]:
-        return {
-            "dataset": self.config.dataset,
-            "manifest_digest": manifest_digest(self.manifest),
-            "feature_key": self.key.digest,
+        return Plan.provenance(self) | {
             "split": self.partition.kind,
-            "partition": self.config.partition,
             "partition_digest": digest([list(self.pool_ids), list(self.partition.query)]),
             "pool_images": len(self.pool_ids),
             "query_images": len(self.partition.query),
@@ -124,53 +100,78 @@ class TaskPlan:
         }
 
 
-def task_label(config: TaskConfig) -> str:
-    return "-".join(part for part in (config.dataset.replace(":", "-"), config.product) if part)
-
-
-def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
-    """The key of what a backbone gives under a recipe."""
-    patches = spec.family == "patchcore"
-    return FeatureKey(
-        backbone=spec.name,
-        backbone_digest=spec.digest,
-        block_dims=dims_of(spec, recipe)[0],
-        recipe=recipe,
-        views=PATCH_VIEWS if patches else VIEWS,
-        grid=patch_grid(spec, recipe.whole_size) if patches else None,
-    )
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FewShotTask:
-    """Features of a task. Everything that selects or trains is handed `pool` and `normals` only."""
+class Fitting:
+    """What may be looked at: the support pool and the normals. There is no query in it."""
 
     pool: LabelledFeatures
-    queries: LabelledFeatures
     normals: dict[str, np.ndarray] | None
     block_dims: tuple[int, ...]
     shape_dims: int = 0
+    uri_of: Mapping[str, str] = field(default_factory=dict)
+    """Where each image of the pool lies."""
 
-    def transform(self, config: TransformConfig) -> FeatureTransform:
-        return FeatureTransform.fit(self.normals, self.block_dims, config, self.shape_dims)
+    @property
+    def dim(self) -> int:
+        """D."""
+        return self.pool.dim
 
 
-def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) -> list[ImageRequest]:
-    """Extraction requests for some images of a manifest.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reported:
+    """The queries."""
 
-    Where other images of the set have masks, one without is seen through the same views with everything as region.
+    queries: LabelledFeatures
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a run is told beside its configuration."""
+
+    k_shot: int
+    seed: int = 0
+    split: SplitKind = "random"
+    """How validation episodes part the pool."""
+    supports: Literal["draws", "first", "pool"] = "draws"
+    """draws: K random images a class; first: the first K by file name (AMC's rule); pool: every image of the pool."""
+
+    @property
+    def episodes(self) -> EpisodeSpec:
+        """Validation episodes: all ways, K supports, every image left as query."""
+        return EpisodeSpec(k_shot=self.k_shot, seed=self.seed, split=self.split)
+
+
+@dataclass(frozen=True, slots=True)
+class MetaStart:
+    """What a meta-training run gives to a task; either part may be empty.
+
+    `projection[view]` `[D, d]` follows the transform for configurations whose `features` are "meta". `core` are the
+    weights that `method` starts from, on these features (on plain ones without a projection).
     """
-    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
-    requests = []
-    for row in manifest.select(columns).to_pylist():
-        if row["image_id"] in copies:
-            if uses_mask and not row["mask_id"]:
-                row["mask_id"] = FULL_REGION
-            requests.append(ImageRequest(**row, copies=copies[row["image_id"]]))
-    return requests
+
+    method: str
+    projection: dict[str, Tensor]
+    core: dict[str, Tensor]
+    mean: dict[str, Tensor] = field(default_factory=dict)
+    """Of each projected view, `[D]`: what is subtracted before it."""
+
+    def weights(self, run: RunConfig) -> dict[str, Tensor] | None:
+        """The starting weights of a configuration, None where it starts from scratch."""
+        fits = run.features == ("meta" if self.projection else "plain")
+        return self.core if self.core and fits and run.pretrained and run.name == self.method else None
 
 
-def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> TaskPlan:
+def setting(config: Any) -> Setting:
+    """K, seed and split of a job."""
+    return Setting(k_shot=config.k_shot, seed=config.seed, split=config.split)
+
+
+def check(fitting: Fitting, setting: Setting) -> None:
+    """Raises DataError where a class has too few images for a validation episode."""
+    sample_episode(fitting.pool, setting.episodes, 0)
+
+
+def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> TaskPlan:
     """Decide which images take which part.
 
     Raises:
@@ -188,8 +189,8 @@ def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None 
     defect_of = {row["image_id"]: row["defect"] for row in rows}
     pool: list[str] = []
     for name in classes:
-        own = _shuffled((i for i in partition.pool if defect_of[i] == name), config.partition)
-        pool += own[: config.pool_per_class or None]
+        members = shuffled((i for i in partition.pool if defect_of[i] == name), config.partition)
+        pool += members[: config.pool_per_class or None]
     queries, in_pool = set(partition.query), set(pool)
     unit = "group_id" if partition.kind == "grouped" else "file_id"
     tested = {row[unit] for row in rows if row["image_id"] in queries} - {""}
@@ -207,33 +208,14 @@ def plan_task(config: TaskConfig, manifest: pa.Table, imported: Imported | None 
         classes=classes,
         partition=partition,
         pool_ids=tuple(sorted(pool)),
-        normal_ids=tuple(_shuffled(normals, 0)[: config.max_normals]),  # alike in all partitions, where they can be
+        normal_ids=tuple(shuffled(normals, 0)[: config.max_normals]),  # alike in all partitions, where they can be
         source_ids=frozenset(normals or partition.pool),
         uses_mask=any(row["mask_id"] for row in rows if row["defect"] in classes),
         imported=imported,
     )
 
 
-def of_product(config: TaskConfig, manifest: pa.Table) -> pa.Table:
-    """The rows of the task's product.
-
-    Raises:
-        ConfigError: several products and none named, or an unknown one.
-    """
-    products = sorted(set(manifest["product"].to_pylist()))
-    if config.product in products:
-        return manifest.filter(pc.equal(manifest["product"], config.product))
-    if not config.product and len(products) == 1:
-        return manifest
-    what = f"no product {config.product!r}" if config.product else f"{len(products)} products"
-    raise ConfigError(f"dataset {config.dataset} has {what}; choose one with --product: {', '.join(products)}")
-
-
-def _shuffled(ids: Iterable[str], seed: int) -> list[str]:
-    return sorted(ids, key=lambda image_id: digest([seed, image_id]))
-
-
-def load_task(plan: TaskPlan, home: Path) -> FewShotTask:
+def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     """Read a task's features from the store.
 
     Raises:
@@ -263,10 +245,135 @@ def load_task(plan: TaskPlan, home: Path) -> FewShotTask:
     if plan.normal_ids:
         rows = table.rows_of(plan.normal_ids, max_aug=0)
         normals = {view: values[rows] for view, values in table.views.items()}
-    return FewShotTask(
+    fitting = Fitting(
         pool=labelled(plan.pool_ids),
-        queries=labelled(plan.partition.query),
         normals=normals,
         block_dims=plan.key.block_dims,
         shape_dims=plan.key.shape_dims,
+        uri_of=dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["uri"].to_pylist(), strict=True)),
+    )
+    return fitting, Reported(queries=labelled(plan.partition.query))
+
+
+def transform_of(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> FeatureTransform:
+    """The transform of a run, fitted on the normals; on meta-trained features with the projection behind it."""
+    transform = FeatureTransform.fit(fitting.normals, fitting.block_dims, run.transform, fitting.shape_dims)
+    if run.features == "meta" and start is not None:
+        transform = transform.projected(start.projection, start.mean)
+    return transform
+
+
+@overload
+def transformed(data: Fitting, transform: FeatureTransform) -> Fitting: ...
+@overload
+def transformed(data: Reported, transform: FeatureTransform) -> Reported: ...
+def transformed(data: Fitting | Reported, transform: FeatureTransform) -> Fitting | Reported:
+    """The same images with transformed features; normals are not needed behind a transform."""
+    if isinstance(data, Reported):
+        return Reported(queries=data.queries.with_table(transform.table(data.queries.table)))
+    return replace(data, pool=data.pool.with_table(transform.table(data.pool.table)), normals=None)
+
+
+def references(config: Any) -> tuple[RunConfig, ...]:
+    """Nearest prototypes: both metrics, three ways to whiten, without and with copies."""
+    return tuple(
+        RunConfig(
+            name="prototype",
+            method={"metric": metric},
+            transform=TransformConfig(whitening=whitening),
+            support_copies=copies,
+            pretrained=False,  # it has no weights
+        )
+        for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, config.copies))
+    )
+
+
+def twin(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> RunConfig | None:
+    """The run's twin at c = 0, distances matched on the images of the pool; None where its method has none."""
+    flat_twin = get_method(run.name).flat_twin
+    if flat_twin is None:
+        return None
+    batch = fitting.pool.batch(np.arange(len(fitting.pool)))
+    weights = start.weights(run) if start else None
+    return replace(run, method=flat_twin(run.method, fitting.dim, batch, weights))
+
+
+def validation_scores(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
+) -> Iterator[float]:
+    """Query accuracy of each validation episode, all of them drawn inside the support pool."""
+    weights = start.weights(run) if start else None
+    for number in numbers:
+        episode = build_episode(fitting.pool, setting.episodes, number, copies=run.support_copies)
+        classifier: FewShotClassifier = run.model(fitting.dim, weights)
+        classifier.adapt(episode.support, len(episode.class_names))
+        correct = classifier.logits(episode.query).argmax(1) == episode.query.labels
+        yield float(correct.double().mean())
+
+
+def supports_of(fitting: Fitting, setting: Setting, number: int) -> np.ndarray:
+    """Positions in the pool of the supports of a draw.
+
+    Raises:
+        DataError: a class has fewer than K images.
+    """
+    if setting.supports == "pool":
+        return np.arange(len(fitting.pool))
+    if setting.supports == "first":
+        return first_support(fitting.pool, setting.k_shot, fitting.uri_of)
+    return draw_support(fitting.pool, setting.k_shot, setting.seed, number)
+
+
+def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:
+    """Ids of the supports of a draw."""
+    return tuple(fitting.pool.image_ids[supports_of(fitting, setting, number)].tolist())
+
+
+def details(run: RunConfig, fitting: Fitting, model: FewShotClassifier) -> dict[str, Any]:
+    """A few-shot classifier needs nothing beside its tensors."""
+    return {}
+
+
+def fit(
+    run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: MetaStart | None = None
+) -> FewShotClassifier:
+    """The classifier of a draw's supports."""
+    support = fitting.pool.batch(supports_of(fitting, setting, number), copies=run.support_copies)
+    classifier: FewShotClassifier = run.model(fitting.dim, start.weights(run) if start else None)
+    classifier.adapt(support, fitting.pool.n_way)
+    return classifier
+
+
+def score(
+    run: RunConfig,
+    fitting: Fitting,
+    reported: Reported,
+    setting: Setting,
+    number: int,
+    start: MetaStart | None = None,
+) -> Score:
+    """Fit on the supports of a draw and score every query once."""
+    begun = time.perf_counter()
+    classifier = fit(run, fitting, setting, number, start)
+    fitted = time.perf_counter()
+    queries = reported.queries
+    batch = queries.batch(np.arange(len(queries)))
+    probabilities = classifier.logits(batch).softmax(1).numpy()
+    done = time.perf_counter()
+    truth, predicted = batch.labels.numpy(), probabilities.argmax(1)
+    metrics = {
+        "acc": float((truth == predicted).mean()),
+        "balanced_acc": float(balanced_accuracy_score(truth, predicted)),
+        "macro_f1": float(f1_score(truth, predicted, average="macro")),
+        "ece": calibration_error(probabilities.max(1).astype(np.float64), truth == predicted),
+        "fit_seconds": fitted - begun,
+        "predict_seconds": done - fitted,
+    }
+    return Score(
+        number=number,
+        metrics=metrics,
+        image_ids=batch.image_ids,
+        predicted=predicted,
+        probabilities=probabilities,
+        confusion=confusion_matrix(truth, predicted, labels=np.arange(fitting.pool.n_way)),
     )

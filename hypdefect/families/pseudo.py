@@ -8,10 +8,10 @@ import pyarrow as pa
 
 from hypdefect.errors import DataError
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.few_shot import FewShotTask, TaskPlan
+from hypdefect.families.few_shot import Fitting, TaskPlan
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
-from hypdefect.features.transform import TransformConfig
+from hypdefect.features.transform import FeatureTransform, TransformConfig
 
 
 def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
@@ -24,7 +24,7 @@ def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
 
 
 def pseudo_pool(
-    plan: TaskPlan, task: FewShotTask, manifest: pa.Table, home: Path, config: TransformConfig, least: int
+    plan: TaskPlan, fitting: Fitting, manifest: pa.Table, home: Path, config: TransformConfig, least: int
 ) -> LabelledFeatures:
     """The pseudo classes of a task with at least so many usable images, their features transformed as its own are.
 
@@ -41,11 +41,12 @@ def pseudo_pool(
         )
     ids = sorted(image_id for image_id in requests if counts[defect_of[image_id]] >= least)
     table = FeatureStore(home, plan.key).load([key for i in ids for key in requests[i].row_keys()])
+    transform = FeatureTransform.fit(fitting.normals, fitting.block_dims, config, fitting.shape_dims)
     position = {name: i for i, name in enumerate(names)}
     return LabelledFeatures(
         class_names=tuple(names),
         image_ids=np.array(ids),
         labels=np.array([position[defect_of[i]] for i in ids]),
         groups=np.array(ids),
-        table=task.transform(config).table(table),
+        table=transform.table(table),
     )

@@ -32,7 +32,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.features.backbones import Backbone, BackboneSpec
 from hypdefect.features.patches import patch_features
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
-from hypdefect.types import VIEWS
+from hypdefect.types import VIEWS, Needs
 
 EXTRACTOR_VERSION = 3
 """Raise when the same inputs and recipe give other numbers: stores made by another version are then other stores."""
@@ -362,15 +362,51 @@ class PatchExtractor:
         return {"patch": torch.cat([at_rest(patch_features(self.backbone(x))) for x in inputs])}
 
 
-Extractor = RegionExtractor | PatchExtractor
+class PixelExtractor:
+    """The resized image itself, `[A, 3, S, S]` in [0, 1], for methods with a network of their own; never stored."""
+
+    views: tuple[str, ...] = ("pixels",)
+
+    def __init__(self, recipe: RecipeConfig) -> None:
+        self.recipe = recipe
+
+    def prepare(
+        self,
+        image: UInt8[np.ndarray, "H W 3"],
+        mask: Bool[np.ndarray, "H W"] | None,
+        image_id: str = "",
+        n_aug: int = 0,
+    ) -> Prepared:
+        """The image and its augmented copies, resized."""
+        copies = copies_of(*tensors_of(image, None), self.recipe, image_id, n_aug)
+        inputs = [resize(pixels, self.recipe.whole_size)[None] for pixels, _ in copies]
+        return Prepared([{"pixels": (x, torch.ones(1, 1, 1))} for x in inputs])
+
+    def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A 3 S S"]]:
+        """Pixels of the image (row 0) and of its copies (rows 1..)."""
+        return {"pixels": torch.cat([views["pixels"][0] for views in prepared.copies])}
 
 
-def extractor_for(spec: BackboneSpec, recipe: RecipeConfig, device: str | torch.device = "cpu") -> Extractor:
-    """Backbone and recipe together.
+Extractor = RegionExtractor | PatchExtractor | PixelExtractor
+
+
+def extractor_for(
+    spec: BackboneSpec, recipe: RecipeConfig, device: str | torch.device = "cpu", needs: Needs | None = None
+) -> Extractor:
+    """Backbone and recipe together, or the recipe alone where pixels are needed.
+
+    Args:
+        needs: what a method reads; None: what the backbone gives.
 
     Raises:
+        ConfigError: the backbone gives vectors where patches are needed, or the other way round.
         ArtifactError: the backbone's weights are absent, damaged or those of another network.
     """
-    if spec.family == "patchcore":
+    if needs == "pixels":
+        return PixelExtractor(recipe)
+    gives: Needs = "patches" if spec.family == "patchcore" else "vectors"
+    if needs not in (None, gives):
+        raise ConfigError(f"backbone {spec.name} gives {gives}, the method needs {needs}: choose another backbone")
+    if gives == "patches":
         return PatchExtractor(Backbone(spec), recipe, device)
     return RegionExtractor(load_tower(spec), recipe, device)

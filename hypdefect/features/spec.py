@@ -14,7 +14,7 @@ import torch
 from hypdefect.config import digest, to_mapping
 from hypdefect.features.extract import EXTRACTOR_VERSION, RecipeConfig
 from hypdefect.features.region_shape import SHAPE_DIMS
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch
 
 TEXT_VIEWS = ("text",)
 
@@ -104,10 +104,10 @@ class FeatureTable:
             views={k: v[rows] for k, v in self.views.items()},
         )
 
-    def batch(self, rows: np.ndarray, label_of: Mapping[str, int]) -> FeatureBatch:
+    def batch(self, rows: np.ndarray, label_of: Mapping[str, int]) -> Batch:
         """The given rows as tensors, labelled by image id."""
         ids = tuple(str(i) for i in self.image_ids[rows])
-        return FeatureBatch(
+        return Batch(
             image_ids=ids,
             views={k: torch.from_numpy(v[rows]) for k, v in self.views.items()},
             labels=torch.tensor([label_of[i] for i in ids], dtype=torch.long),

@@ -1,80 +1,40 @@
-"""Registry of few-shot methods: a name, a config class, a classifier class. Adding one is a file and a line here."""
+"""The methods there are, of every family. A method is one file that ends with its METHODS, and one name here.
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, runtime_checkable
+`$HYPDEFECT_METHODS` may name modules of your own (dotted, separated by commas), whose METHODS are then known too.
+"""
 
-from torch import Tensor
+import importlib
+import os
+from typing import Any
 
 from hypdefect.errors import ConfigError
-from hypdefect.methods.adapters import (
-    CLIPAdapter,
-    CLIPAdapterConfig,
-    CLIPProtoNet,
-    CLIPProtoNetConfig,
-    TipAdapter,
-    TipAdapterConfig,
-    TipAdapterF,
-    TipAdapterFConfig,
-    ZipAdapter,
-    ZipAdapterConfig,
-    ZipAdapterF,
-    ZipAdapterFConfig,
-)
-from hypdefect.methods.baselines import (
-    FeatureNoiseConfig,
-    LinearHead,
-    LinearSVMConfig,
-    LogisticRegressionConfig,
-    NearestPrototype,
-    PrototypeConfig,
-    ShrinkageLDAConfig,
-    feature_noise,
-    linear_svm,
-    logistic_regression,
-    shrinkage_lda,
-)
-from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.methods.hyperbolic_prototype import HyperbolicPrototype, HyperbolicPrototypeConfig
-from hypdefect.methods.relation_head import RelationConfig, RelationHead
-from hypdefect.types import FewShotClassifier
+from hypdefect.types import Method
+
+_MODULES = ("hypdfs", "baselines", "adapters", "relation_head", "hyperbolic_prototype")
 
 
-@runtime_checkable
-class Classifier(FewShotClassifier, Protocol):
-    """A FewShotClassifier that can be published: `export` gives every tensor that `restore` needs."""
+def _collect() -> dict[str, Method]:
+    """Every method by its name.
 
-    def export(self) -> dict[str, Tensor]: ...
+    Raises:
+        ConfigError: a module of `$HYPDEFECT_METHODS` is not there, has no METHODS, or takes a name that is taken.
+    """
+    methods: dict[str, Method] = {}
+    outside = [name.strip() for name in os.environ.get("HYPDEFECT_METHODS", "").split(",") if name.strip()]
+    for module in [*(f"{__name__}.{name}" for name in _MODULES), *outside]:
+        try:
+            entries: dict[str, Method] = importlib.import_module(module).METHODS
+        except (ModuleNotFoundError, AttributeError) as error:
+            if module not in outside:
+                raise
+            raise ConfigError(f"HYPDEFECT_METHODS names {module!r}, which gives no METHODS: {error}") from error
+        if taken := sorted(methods.keys() & entries.keys()):
+            raise ConfigError(f"{module}: method {', '.join(taken)} is there already; choose another name")
+        methods |= entries
+    return methods
 
-    def restore(self, tensors: dict[str, Tensor]) -> None: ...
 
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A config class, and what makes a classifier of a config and the number of features a view."""
-
-    config: type[Any]
-    classifier: Callable[[Any, int], Classifier]
-    hyperbolic: bool = False
-
-
-METHODS: dict[str, Method] = {
-    "hypdfs": Method(HypDFSConfig, HypDFS, hyperbolic=True),
-    "prototype": Method(PrototypeConfig, NearestPrototype),
-    "logistic_regression": Method(LogisticRegressionConfig, partial(LinearHead, logistic_regression)),
-    "linear_svm": Method(LinearSVMConfig, partial(LinearHead, linear_svm)),
-    "shrinkage_lda": Method(ShrinkageLDAConfig, partial(LinearHead, shrinkage_lda)),
-    "feature_noise": Method(FeatureNoiseConfig, partial(LinearHead, feature_noise)),
-    "clip_adapter": Method(CLIPAdapterConfig, CLIPAdapter),
-    "clip_protonet": Method(CLIPProtoNetConfig, CLIPProtoNet),
-    "tip_adapter": Method(TipAdapterConfig, TipAdapter),
-    "tip_adapter_f": Method(TipAdapterFConfig, TipAdapterF),
-    "zip_adapter": Method(ZipAdapterConfig, ZipAdapter),
-    "zip_adapter_f": Method(ZipAdapterFConfig, ZipAdapterF),
-    "relation": Method(RelationConfig, RelationHead),
-    "hyperbolic_prototype": Method(HyperbolicPrototypeConfig, HyperbolicPrototype, hyperbolic=True),
-}
+METHODS: dict[str, Method] = _collect()
 
 
 def get_method(name: str) -> Method:
@@ -84,6 +44,11 @@ def get_method(name: str) -> Method:
     return METHODS[name]
 
 
-def build(name: str, config: Any, dim: int) -> Classifier:
-    """A fresh classifier for features of `dim` numbers a view."""
-    return get_method(name).classifier(config, dim)
+def methods_of(family: str) -> tuple[str, ...]:
+    """The names of a family's methods."""
+    return tuple(name for name, method in METHODS.items() if method.family == family)
+
+
+def build(name: str, config: Any, dim: int) -> Any:
+    """A fresh model for features of `dim` numbers a view."""
+    return get_method(name).build(config, dim)

@@ -30,10 +30,10 @@ from torch import Tensor
 from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
-from hypdefect.types import FeatureBatch
+from hypdefect.types import Batch, Method
 
 
-def unit(batch: FeatureBatch) -> Float[Tensor, "N E"]:
+def unit(batch: Batch) -> Float[Tensor, "N E"]:
     return F.normalize(joined(batch), dim=1)
 
 
@@ -83,7 +83,7 @@ class CLIPAdapter(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         config, rows = self.config, SupportRows.read(support, n_way)
         weights = rows.class_weights(config.text_scale, config.prototype_scale)
         f = F.normalize(rows.f_NE, dim=1)
@@ -115,7 +115,7 @@ class CLIPAdapter(Fitted):
         norm = (adapted.square().sum(1) + (1 - ratio) ** 2 * outside).sqrt().clamp_min(1e-12)
         return adapted @ weights.T / norm[:, None]
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         fitted = self.tensors("logits")
         return self.scores(*inside(unit(query), fitted["basis"]), fitted["weights"], fitted["down"], fitted["up"])
@@ -153,14 +153,14 @@ class CLIPProtoNet(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         f, labels = rows.image_means()
         share = F.one_hot(labels, n_way).T.to(f)
         prototypes = F.normalize(share @ F.normalize(f, dim=1), dim=1)
         self.fitted = {"prototypes": prototypes} | ({} if rows.text_WE is None else {"text": rows.text_WE})
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         fitted = self.tensors("logits")
         config, f = self.config, unit(query)
@@ -213,7 +213,7 @@ class TipAdapter(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         means, labels = rows.image_means()
         weights = rows.class_weights(self.config.text_scale, self.config.prototype_scale)
@@ -233,7 +233,7 @@ class TipAdapter(Fitted):
     ) -> Float[Tensor, "N W"]:
         return self.config.alpha * affinity(f @ keys.T, self.config.beta) @ values + f @ weights.T
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         fitted = self.tensors("logits")
         return self.scores(unit(query), **fitted)
@@ -300,7 +300,7 @@ class ZipAdapter(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         f = F.normalize(rows.f_NE, dim=1)
         basis = span_basis(f)
@@ -332,7 +332,7 @@ class ZipAdapter(Fitted):
         cosine = query @ F.normalize(key, dim=1).T / norm[:, None]
         return affinity(cosine, self.config.beta) @ values / self.config.temperature
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         fitted = self.tensors("logits")
         return self.scores(*inside(unit(query), fitted.pop("basis")), **fitted)
@@ -358,3 +358,13 @@ class ZipAdapterF(ZipAdapter):
             lr=self.training.lr,
             weight_decay=self.training.weight_decay,
         )
+
+
+METHODS = {
+    "clip_adapter": Method(config=CLIPAdapterConfig, build=CLIPAdapter),
+    "clip_protonet": Method(config=CLIPProtoNetConfig, build=CLIPProtoNet),
+    "tip_adapter": Method(config=TipAdapterConfig, build=TipAdapter),
+    "tip_adapter_f": Method(config=TipAdapterFConfig, build=TipAdapterF),
+    "zip_adapter": Method(config=ZipAdapterConfig, build=ZipAdapter),
+    "zip_adapter_f": Method(config=ZipAdapterFConfig, build=ZipAdapterF),
+}

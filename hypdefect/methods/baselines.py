@@ -9,7 +9,8 @@ Shapes: N support rows, Q queries, W ways, E = features of both views together, 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from hypdefect.errors import ConfigError
 from hypdefect.methods.ranges import require_at_least, require_positive
 from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
-from hypdefect.types import FeatureBatch
+from hypdefect.types import Batch, Method, Needs
 
 Weights = tuple[np.ndarray, np.ndarray]  # [W, R] and [W]; one row [1, R], [1] where there are two classes
 
@@ -46,10 +47,10 @@ class NearestPrototype(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         self.fitted = {"prototypes": SupportRows.read(support, n_way).class_means()}
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         f, prototypes = joined(query), self.tensors("logits")["prototypes"]
         if self.config.metric == "cosine":
@@ -176,12 +177,14 @@ def feature_noise(config: FeatureNoiseConfig, x: np.ndarray, labels: np.ndarray,
 class LinearHead:
     """Logits f w + b, with w and b from `solve(config, rows in their span, labels, E)`."""
 
+    needs: ClassVar[Needs] = "vectors"
+
     def __init__(self, solve: Callable[[Any, np.ndarray, np.ndarray, int], Weights], config: Any, dim: int) -> None:
         self.solve, self.config, self.dim = solve, config, dim
         self.weight_WE: Tensor | None = None
         self.bias_W: Tensor | None = None
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         basis = span_basis(rows.f_NE)
         x, labels = (rows.f_NE @ basis).numpy(), rows.labels_N.numpy()
@@ -192,7 +195,7 @@ class LinearHead:
             weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         self.weight_WE, self.bias_W = weight @ basis.T, bias
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         if self.weight_WE is None or self.bias_W is None:
             raise RuntimeError(f"{self.solve.__name__}: logits needs adapt() first")
@@ -205,3 +208,12 @@ class LinearHead:
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self.weight_WE, self.bias_W = tensors["weight"], tensors["bias"]
+
+
+METHODS = {
+    "prototype": Method(config=PrototypeConfig, build=NearestPrototype),
+    "logistic_regression": Method(config=LogisticRegressionConfig, build=partial(LinearHead, logistic_regression)),
+    "linear_svm": Method(config=LinearSVMConfig, build=partial(LinearHead, linear_svm)),
+    "shrinkage_lda": Method(config=ShrinkageLDAConfig, build=partial(LinearHead, shrinkage_lda)),
+    "feature_noise": Method(config=FeatureNoiseConfig, build=partial(LinearHead, feature_noise)),
+}

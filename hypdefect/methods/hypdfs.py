@@ -28,8 +28,9 @@ Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D f
 """
 
 import copy
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ from hypdefect.config import digest
 from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.methods.support import check_every_class, span_basis
-from hypdefect.types import VIEWS, Episode, FeatureBatch, LossTerms
+from hypdefect.types import VIEWS, Batch, Episode, LossTerms, Method, Needs
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +272,8 @@ class HypDFS(nn.Module):
     `core` holds the starting weights (zero-effect initialisation, or meta-trained ones); `adapt` fits a copy of it.
     """
 
+    needs: ClassVar[Needs] = "vectors"
+
     def __init__(self, config: HypDFSConfig, dim: int, projection: Projection | None = None) -> None:
         super().__init__()
         self.core = Core(config, dim, projection)
@@ -281,7 +284,7 @@ class HypDFS(nn.Module):
 
     # -- the FewShotClassifier protocol ------------------------------------------------------------------------------
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         """Fit to a support set from the starting weights (a second call starts afresh).
 
         Raises:
@@ -329,7 +332,7 @@ class HypDFS(nn.Module):
         self.fitted = core.requires_grad_(False)
 
     @torch.no_grad()
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """-d(h, centre)/tau in float64 (the rule the loss trains).
 
         Raises:
@@ -358,18 +361,31 @@ class HypDFS(nn.Module):
 
     # -- meta-training -----------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Episode, generator: torch.Generator) -> LossTerms:
+    def loss(self, item: Episode, generator: torch.Generator) -> LossTerms:
         """Cross-entropy of an episode's queries against centres made from its support, plus the support's own terms."""
-        offset = torch.zeros(len(batch.class_names), 2 * self.dim, device=batch.support.labels.device)
-        queries = (self.tangents(batch.query), batch.query.labels)
-        tangents = self.tangents(batch.support)
-        return self.terms(self.core, tangents, batch.support.labels, offset, generator, None, queries)
+        offset = torch.zeros(len(item.class_names), 2 * self.dim, device=item.support.labels.device)
+        queries = (self.tangents(item.query), item.query.labels)
+        tangents = self.tangents(item.support)
+        return self.terms(self.core, tangents, item.support.labels, offset, generator, None, queries)
 
-    def forward(self, episodes: list[Episode], seeds: list[int]) -> Tensor:
-        """Mean loss of some episodes, each with noise of its own seed: what distributed training differentiates."""
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        losses = [self.loss(e, g).total for e, g in zip(episodes, generators, strict=True)]
-        return torch.stack(losses).mean()
+    def trained(self) -> dict[str, Tensor]:
+        """The weights that meta-training changes, by the names `start_from` takes."""
+        return {f"core.{name}": value.detach().cpu().contiguous() for name, value in self.core.state_dict().items()}
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin every task at trained weights. A curvature that was trained is left out where it is fixed here.
+
+        Raises:
+            ConfigError: they are those of another configuration.
+        """
+        wanted = {name for name in self.state_dict() if name.startswith("core.")}
+        given = {name: value for name, value in weights.items() if name != "core.log_c" or self.config.learn_curvature}
+        if odd := sorted(wanted ^ set(given)):
+            raise ConfigError(f"starting weights do not fit this configuration: {', '.join(odd)} on one side only")
+        try:
+            self.load_state_dict({**self.state_dict(), **given})
+        except RuntimeError as error:
+            raise ConfigError(f"starting weights do not fit this configuration: {error}") from error
 
     # -- the parts ---------------------------------------------------------------------------------------------------
 
@@ -399,7 +415,7 @@ class HypDFS(nn.Module):
         core.log_c = copy.deepcopy(self.core.log_c)
         return core
 
-    def tangents(self, batch: FeatureBatch, core: Core | None = None) -> Float[Tensor, "R V D"]:
+    def tangents(self, batch: Batch, core: Core | None = None) -> Float[Tensor, "R V D"]:
         """Projected, scaled and clipped features of both views, in the frame of a core that has one."""
         stacked = torch.stack([batch.views[view] for view in VIEWS], dim=1)
         if self.core.projection is not None:
@@ -611,3 +627,31 @@ def whole_crop_contrast(
         logits = logits.masked_fill(same, float("-inf"))
     target = torch.arange(len(labels), device=labels.device)
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+def flat_twin(
+    config: HypDFSConfig, dim: int, batch: Batch, weights: Mapping[str, Tensor] | None = None
+) -> HypDFSConfig:
+    """The Euclidean twin at matched distance scale: c = 0, everything else equal.
+
+    At c = 0 distances are 2|u - v| of the tangents; curvature stretches them, more so away from the origin. The lengths
+    of the configuration (temperatures, margin) are therefore multiplied by the ratio of mean distances between the
+    rows of a batch at c = 0 and at c, before anything is fitted: both see distances of the same size.
+
+    Args:
+        weights: what a task starts from, as `HypDFS.start_from` takes them.
+    """
+    flat = replace(config, curvature=0.0, learn_curvature=False)
+    sums = []
+    for one in (flat, config):
+        model = HypDFS(one, dim)
+        if weights is not None:
+            model.start_from(weights)
+        with torch.no_grad():
+            points = model.to_ball(model.core, model.tangents(batch).double())
+            sums.append(float(geometry.pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
+    lengths = ("temperature", "contrast_temperature", "margin")
+    return replace(flat, **{name: getattr(config, name) * sums[0] / sums[1] for name in lengths})
+
+
+METHODS = {"hypdfs": Method(config=HypDFSConfig, build=HypDFS, hyperbolic=True, flat_twin=flat_twin)}

@@ -21,7 +21,7 @@ from torch import Tensor
 from hypdefect import geometry
 from hypdefect.methods.ranges import require_positive
 from hypdefect.methods.support import Fitted, SupportRows, joined
-from hypdefect.types import FeatureBatch
+from hypdefect.types import Batch, Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,12 +47,12 @@ class HyperbolicPrototype(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         share = F.one_hot(rows.labels_N, n_way).T.to(rows.f_NE)
         self.fitted = {"prototypes": geometry.weighted_midpoints(self.to_ball(rows.f_NE), self.config.curvature, share)}
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         prototypes = self.tensors("logits")["prototypes"]
         points = self.to_ball(joined(query))
@@ -61,3 +61,6 @@ class HyperbolicPrototype(Fitted):
     def to_ball(self, f: Float[Tensor, "N E"]) -> Float[Tensor, "N E"]:
         tangents = geometry.clip_norm(f * self.config.feature_scale, self.config.max_norm)
         return geometry.expmap0(tangents, self.config.curvature)
+
+
+METHODS = {"hyperbolic_prototype": Method(config=HyperbolicPrototypeConfig, build=HyperbolicPrototype, hyperbolic=True)}

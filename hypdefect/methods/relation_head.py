@@ -24,7 +24,7 @@ from torch import Tensor
 from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive
 from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
-from hypdefect.types import FeatureBatch
+from hypdefect.types import Batch, Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,7 +51,7 @@ class RelationHead(Fitted):
         super().__init__()
         self.config, self.dim = config, dim
 
-    def adapt(self, support: FeatureBatch, n_way: int) -> None:
+    def adapt(self, support: Batch, n_way: int) -> None:
         config, rows = self.config, SupportRows.read(support, n_way)
         f = F.normalize(rows.f_NE, dim=1)
         basis = span_basis(f)
@@ -86,7 +86,7 @@ class RelationHead(Fitted):
             "offset": offset,
         }
 
-    def logits(self, query: FeatureBatch) -> Float[Tensor, "Q W"]:
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
         """Raises RuntimeError before `adapt`."""
         fitted = self.tensors("logits")
         pair = (F.normalize(joined(query), dim=1) @ fitted["of_query"].T)[:, None] + fitted["class_part"]
@@ -99,3 +99,6 @@ def means_of_others(x: Float[Tensor, "N R"], image: Tensor, target: Float[Tensor
     other = same_class * (image[:, None] != image)
     weight = torch.where(other.sum(1, keepdim=True) > 0, other, same_class)
     return weight @ x / weight.sum(1, keepdim=True)
+
+
+METHODS = {"relation": Method(config=RelationConfig, build=RelationHead)}

@@ -4,6 +4,7 @@ Shapes: N rows, I images, W ways, D features of one view, E = features of both v
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -12,15 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from hypdefect.errors import DataError
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch, Needs
 
 
-def joined(batch: FeatureBatch) -> Float[Tensor, "N E"]:
+def joined(batch: Batch) -> Float[Tensor, "N E"]:
     """Both views of each row side by side."""
     return torch.cat([batch.views[view] for view in VIEWS], 1).double()
 
 
-def check_every_class(support: FeatureBatch, n_way: int) -> None:
+def check_every_class(support: Batch, n_way: int) -> None:
     """Raises DataError where a class has no support row."""
     counts = torch.bincount(support.labels, minlength=n_way)
     if len(counts) != n_way or (counts == 0).any():
@@ -29,6 +30,8 @@ def check_every_class(support: FeatureBatch, n_way: int) -> None:
 
 class Fitted:
     """The tensors that `adapt` gives a head, and all that publishing it needs."""
+
+    needs: ClassVar[Needs] = "vectors"
 
     def __init__(self) -> None:
         self.fitted: dict[str, Tensor] | None = None
@@ -58,7 +61,7 @@ class SupportRows:
     text_WE: Float[Tensor, "W E"] | None
 
     @classmethod
-    def read(cls, support: FeatureBatch, n_way: int) -> "SupportRows":
+    def read(cls, support: Batch, n_way: int) -> "SupportRows":
         """Raises DataError where a class has no row, or text embeddings of an odd width."""
         check_every_class(support, n_way)
         ids = np.array(support.image_ids)
@@ -84,7 +87,7 @@ class SupportRows:
         return prototype_scale * F.normalize(self.class_means(), dim=1)
 
 
-def _class_text(support: FeatureBatch, width: int) -> Float[Tensor, "W E"] | None:
+def _class_text(support: Batch, width: int) -> Float[Tensor, "W E"] | None:
     """Unit text embeddings as wide as a joined row.
 
     One as wide as a view is laid against each view: its cosine with a row of unit views is the mean of both cosines.

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from hypdefect import geometry
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import MetaStart, RunConfig, dimension
-from hypdefect.families.episodes import draw_support
-from hypdefect.families.few_shot import FewShotTask
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.methods.hypdfs import HypDFS, in_frame
 from hypdefect.results.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
 from hypdefect.results.figures import DARK, GREY, GRID, LIGHT, drawn, short
@@ -59,14 +59,14 @@ class FittedPoints:
 
 @torch.no_grad()
 def fitted_points(
-    task: FewShotTask,
+    fitting: Fitting,
+    reported: Reported,
     config: RunConfig,
-    k_shot: int,
-    seed: int,
+    setting: Setting,
     number: int,
     start: MetaStart | None = None,
 ) -> FittedPoints:
-    """Fit HypDFS on draw `number` of K supports a class, as the evaluation does, and keep its points.
+    """Fit HypDFS on draw `number`, as the evaluation does, and keep its points.
 
     Args:
         start: what a meta-training run gave to the evaluation.
@@ -76,18 +76,15 @@ def fitted_points(
     """
     if config.name != "hypdfs":
         raise ConfigError(f"the points are those of HypDFS, not of {config.name!r}")
-    transform = task.transform(config.transform)
-    if config.features == "meta":
-        if start is None or not start.projection:
-            raise ConfigError("the configuration is for meta-trained features, and no projection is given")
-        transform = transform.projected(start.projection, start.mean)
-    pool = task.pool.with_table(transform.table(task.pool.table))
-    queries = task.queries.with_table(transform.table(task.queries.table))
-    support = pool.batch(draw_support(pool, k_shot, seed, number), copies=config.support_copies)
-    model = config.classifier(dimension(pool), start.weights(config) if start else None)
-    assert isinstance(model, HypDFS)
+    if config.features == "meta" and (start is None or not start.projection):
+        raise ConfigError("the configuration is for meta-trained features, and no projection is given")
+    transform = few_shot.transform_of(config, fitting, start)
+    fitting, queries = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform).queries
+    pool = fitting.pool
+    support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.support_copies)
     with torch.enable_grad():
-        model.adapt(support, pool.n_way)
+        model = few_shot.fit(config, fitting, setting, number, start)
+    assert isinstance(model, HypDFS)
     core = model.fitted
     assert core is not None
     asked = queries.batch(np.arange(len(queries)))

@@ -17,7 +17,7 @@ from hypdefect.command_line import command_line
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import Scored
-from hypdefect.families.few_shot import TaskPlan
+from hypdefect.families.plan import Plan
 from hypdefect.files import write_table
 
 SCHEMA = pa.schema(
@@ -61,7 +61,7 @@ TASK = ("label", "backbone", "study", "split", "protocol")
 """What tells one comparison from another: rows of one task may be compared, rows of two may not."""
 
 
-def identity(config: Any, plans: Sequence[TaskPlan], *, protocol: str, study: str = "main") -> dict[str, Any]:
+def identity(config: Any, plans: Sequence[Plan], *, protocol: str, study: str = "main") -> dict[str, Any]:
     """The columns that all rows of a new run share.
 
     Args:
@@ -80,7 +80,7 @@ def identity(config: Any, plans: Sequence[TaskPlan], *, protocol: str, study: st
         "product": task.config.product,
         "backbone": task.key.backbone,
         "study": study,
-        "split": task.partition.kind,
+        "split": task.split,
         "protocol": protocol,
     }
 
@@ -103,7 +103,7 @@ def rows_of(
             "num_queries": len(draw.image_ids),
             **draw.metrics,
             "class_names": list(class_names),
-            "confusion": draw.confusion.flatten().tolist(),
+            "confusion": [] if draw.confusion is None else draw.confusion.flatten().tolist(),
         }
         for one in scored
         for draw in one.draws

@@ -9,29 +9,37 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from sklearn.metrics import confusion_matrix
 
-from hypdefect.evaluation import DrawScore, TrialResult
+from hypdefect.evaluation import Score, TrialResult
 
+LABELS = {"acc": "accuracy"}
 BLUE, GREY, ORANGE = "#3566a8", "#9aa3ad", "#d9822b"
 
 
 def plot_sweep(
     path: Path,
     trials: Sequence[TrialResult],
-    scores: Mapping[str, Sequence[DrawScore]],
+    scores: Mapping[str, Sequence[Score]],
     classes: Sequence[str],
     truth: Mapping[str, str],
+    metric: str = "acc",
 ) -> None:
-    """Search history, test accuracy of every draw, confusion of the winner (the first entry of `scores`)."""
+    """Search history, the metric of every draw and, where there are classes, confusion of the winner.
+
+    The winner is the first entry of `scores`.
+    """
     with mpl.rc_context({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(13, 4), layout="constrained")
         history, draws, confusion = figure.subplots(1, 3, width_ratios=(1.1, 1, 1.1))
-        _history(history, trials)
-        _draws(draws, scores)
-        _confusion(confusion, next(iter(scores.values())), classes, truth)
+        _history(history, trials, metric)
+        _draws(draws, scores, metric)
+        if classes:
+            _confusion(confusion, next(iter(scores.values())), classes, truth)
+        else:
+            confusion.set_axis_off()
         figure.savefig(path, dpi=130)
 
 
-def _history(axes: Axes, trials: Sequence[TrialResult]) -> None:
+def _history(axes: Axes, trials: Sequence[TrialResult], metric: str) -> None:
     ordered = sorted(trials, key=lambda t: t.number)
     most = max(t.rungs for t in ordered)
     full = [t for t in ordered if t.rungs == most]
@@ -43,25 +51,25 @@ def _history(axes: Axes, trials: Sequence[TrialResult]) -> None:
     values = [100 * t.value for t in ordered]
     low = max(min(values), np.quantile(values, 0.5) - 4 * (max(values) - np.quantile(values, 0.5)) - 1)
     axes.set_ylim(low - 0.5, max(values) + 0.5)
-    axes.set(title="search (validation episodes)", xlabel="trial", ylabel="accuracy, %")
+    axes.set(title="search (validation episodes)", xlabel="trial", ylabel=f"{LABELS.get(metric, metric)}, %")
     axes.legend(loc="lower right", frameon=False)
 
 
-def _draws(axes: Axes, scores: Mapping[str, Sequence[DrawScore]]) -> None:
-    for i, own in enumerate(scores.values()):
-        x = 100 * np.array([s.metrics["acc"] for s in own])
+def _draws(axes: Axes, scores: Mapping[str, Sequence[Score]], metric: str) -> None:
+    for i, draws in enumerate(scores.values()):
+        x = 100 * np.array([s.metrics[metric] for s in draws])
         colour = BLUE if i == 0 else GREY
         axes.scatter(np.linspace(i - 0.2, i + 0.2, len(x)), x, s=12, c=colour, alpha=0.6)
         axes.plot([i - 0.28, i + 0.28], [x.mean()] * 2, color=ORANGE, lw=2)
         axes.annotate(f"{x.mean():.1f}", (i + 0.3, x.mean()), va="center", color=ORANGE, fontweight="bold")
     axes.set_xticks(range(len(scores)), [name.replace(", ", ",\n") for name in scores])
     axes.set_xlim(-0.5, len(scores) - 0.3)
-    axes.set(title="test, same draws (bar: mean)", ylabel="accuracy, %")
+    axes.set(title="test, same draws (bar: mean)", ylabel=f"{LABELS.get(metric, metric)}, %")
 
 
-def _confusion(axes: Axes, own: Sequence[DrawScore], classes: Sequence[str], truth: Mapping[str, str]) -> None:
-    real = np.concatenate([[classes.index(truth[i]) for i in s.image_ids] for s in own])
-    predicted = np.concatenate([s.predicted for s in own])
+def _confusion(axes: Axes, draws: Sequence[Score], classes: Sequence[str], truth: Mapping[str, str]) -> None:
+    real = np.concatenate([[classes.index(truth[i]) for i in s.image_ids] for s in draws])
+    predicted = np.concatenate([s.predicted for s in draws if s.predicted is not None])
     share = 100 * confusion_matrix(real, predicted, labels=range(len(classes)), normalize="true")
     axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
     for row in range(len(classes)):

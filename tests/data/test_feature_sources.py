@@ -21,7 +21,7 @@ from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
 from hypdefect.predictor import Predictor, save_model
-from hypdefect.types import VIEWS, FeatureBatch
+from hypdefect.types import VIEWS, Batch
 from tests.reference.alpha_clip import image_features
 from tests.tiny_clip import CONFIG, HEAD_WIDTH, SIDE, alpha_state, clip_model, write_alpha, write_config
 
@@ -162,7 +162,7 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
     transform = FeatureTransform.fit(None, block_dims, TransformConfig(), shape_dims)
     rows = [extractor(*picture(i), f"{i}") for i in range(6)]
     views = {view: torch.cat([row[view] for row in rows]) for view in rows[0]}
-    support = FeatureBatch(
+    support = Batch(
         image_ids=tuple(map(str, range(6))),
         views=transform(views),
         labels=torch.arange(6) % 2,

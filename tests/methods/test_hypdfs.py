@@ -25,7 +25,7 @@ from hypdefect.methods.hypdfs import (
     span_frame,
     whole_crop_contrast,
 )
-from hypdefect.types import VIEWS, Episode, FeatureBatch
+from hypdefect.types import VIEWS, Episode, Batch
 from tests.toy_features import DIM, permuted, toy_batch
 
 SMALL: dict[str, Any] = {"steps": 2, "adapter_rank": 3, "ode_hidden": 5, "n_syn": 4}
@@ -53,12 +53,12 @@ def stirred(model: HypDFS, size: float = 0.1) -> HypDFS:
     return model
 
 
-def moments_of(model: HypDFS, batch: FeatureBatch | None = None, n_way: int = N_WAY) -> Moments:
+def moments_of(model: HypDFS, batch: Batch | None = None, n_way: int = N_WAY) -> Moments:
     batch = toy_batch() if batch is None else batch
     return model.moments(model.core, model.tangents(batch), batch.labels, n_way)
 
 
-def logits_of(batch: FeatureBatch | None = None, dim: int = DIM, **values: Any) -> Tensor:
+def logits_of(batch: Batch | None = None, dim: int = DIM, **values: Any) -> Tensor:
     model = hypdfs(dim, **values)
     model.adapt(toy_batch(dim=dim) if batch is None else batch, N_WAY)
     return model.logits(toy_batch(k_shot=9, dim=dim, seed=4))

@@ -17,7 +17,7 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.methods import METHODS, Classifier, build, get_method
 from hypdefect.methods.relation_head import RelationHead, means_of_others
 from hypdefect.methods.support import SupportRows, joined, span_basis
-from hypdefect.types import FeatureBatch
+from hypdefect.types import Batch
 from tests.toy_features import toy_pool
 
 DIM = 20  # E = 40: more features than support rows
@@ -25,9 +25,7 @@ TRAINED = ("clip_adapter", "tip_adapter_f", "zip_adapter_f", "relation")
 WITH_TEXT = ("clip_adapter", "clip_protonet", "tip_adapter", "tip_adapter_f")
 
 
-def task(
-    n_way: int = 3, k_shot: int = 3, copies: int = 2, text: int = 0, spread: float = 0.15
-) -> tuple[FeatureBatch, FeatureBatch]:
+def task(n_way: int = 3, k_shot: int = 3, copies: int = 2, text: int = 0, spread: float = 0.15) -> tuple[Batch, Batch]:
     pool = toy_pool(n_way=n_way, per_class=20, copies=copies, dim=DIM, spread=spread)
     chosen = np.concatenate([np.flatnonzero(pool.labels == way)[:k_shot] for way in range(n_way)])
     support = pool.batch(chosen, copies=copies)
@@ -36,17 +34,17 @@ def task(
     return support, pool.batch(np.setdiff1d(np.arange(len(pool)), chosen))
 
 
-def fitted(name: str, support: FeatureBatch, **values: Any) -> Any:
+def fitted(name: str, support: Batch, **values: Any) -> Any:
     classifier: Classifier = build(name, get_method(name).config(**values), DIM)
     classifier.adapt(support, int(support.labels.max()) + 1)
     return classifier
 
 
-def rows_of(batch: FeatureBatch) -> np.ndarray:
+def rows_of(batch: Batch) -> np.ndarray:
     return joined(batch).numpy()
 
 
-def unit_keys(support: FeatureBatch) -> tuple[Tensor, Tensor]:
+def unit_keys(support: Batch) -> tuple[Tensor, Tensor]:
     """Unit mean over the copies of each image, one by one, and one-hot labels."""
     f, ids = joined(support), sorted(set(support.image_ids))
     where = [[n for n, other in enumerate(support.image_ids) if other == name] for name in ids]
@@ -54,7 +52,7 @@ def unit_keys(support: FeatureBatch) -> tuple[Tensor, Tensor]:
     return F.normalize(keys, dim=1), F.one_hot(torch.stack([support.labels[rows[0]] for rows in where])).double()
 
 
-def class_means(support: FeatureBatch) -> Tensor:
+def class_means(support: Batch) -> Tensor:
     f = joined(support)
     return torch.stack([f[support.labels == way].mean(0) for way in range(int(support.labels.max()) + 1)])
 
@@ -184,7 +182,7 @@ def test_clip_protonet_is_the_mean_of_unit_images_mixed_with_text() -> None:
         torch.testing.assert_close(edge.logits(queries).softmax(1), expected)
 
 
-def classifier_weights(support: FeatureBatch) -> Tensor:
+def classifier_weights(support: Batch) -> Tensor:
     """Unit class weights of a row's length: text beside itself, or the class means."""
     if support.text is None:
         return F.normalize(class_means(support), dim=1)

@@ -1,0 +1,365 @@
+"""A sweep: features, a search over hyperparameters, an honest test of the winner, a published model; for any family.
+
+Selection sees only what may be looked at; the reported images are scored once, at the end.
+"""
+
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+
+from hypdefect.config import from_mapping, override, to_mapping
+from hypdefect.distributed.cluster import num_workers
+from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, score_selected, validate
+from hypdefect.distributed.extract import fill
+from hypdefect.distributed.tune import SearchConfig, finished, search
+from hypdefect.errors import ConfigError
+from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, best, metric_name
+from hypdefect.families import Family, get_family
+from hypdefect.families.plan import DataConfig, Plan, prepare
+from hypdefect.files import home, write_json, write_table
+from hypdefect.predictor import save_model
+from hypdefect.progress import progress
+from hypdefect.registry import ModelEntry, publish
+from hypdefect.results import ledger
+from hypdefect.results.comparison import display_name
+from hypdefect.results.sweep_figure import plot_sweep
+from hypdefect.statistics import Interval, interval, paired
+
+logger = logging.getLogger(__name__)
+Job = TypeVar("Job", bound="SweepConfig")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """What a sweep needs beside the task of its family: a job's config is a family's task config and this."""
+
+    space: str = "hypdfs"
+    """Module of tune_spaces/ to search."""
+    trials: int = 24
+    """Configurations to try, the defaults first."""
+    episodes: int = 24
+    """Validation episodes of a full trial, drawn inside the support pool."""
+    rungs: int = 4
+    """A trial may be stopped after each of this many shares of its episodes."""
+    finalists: int = 3
+    """The best trials are compared again on as many fresh validation episodes."""
+    draws: int = 20
+    """Support draws of the final test."""
+    workers: int = 0
+    """Trials and actors at a time, a CPU each; 0: as many as the cluster has CPUs."""
+    seed: int = 0
+    init: Path | None = None
+    """Run directory of jobs/train.py whose weights tasks start from (use with --space hypdfs_meta)."""
+    name: str = ""
+    """Name of the sweep; default: data set, K and the time of day."""
+    resume: bool = False
+    """Continue the newest unfinished sweep of this data set (or the one given by --name)."""
+    model: str = ""
+    """Name under which the winner is published; default: hypdefect-<dataset>."""
+    alias: str = "champion"
+    """Alias moved to the published version."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("trials", 1), ("episodes", 1), ("rungs", 1), ("finalists", 1), ("draws", 2)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.rungs > self.episodes:
+            raise ConfigError(f"rungs={self.rungs} exceeds episodes={self.episodes}")
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What selection gives: the winning trial, its configuration, and the best one of the plain method."""
+
+    trial: TrialResult
+    run: RunConfig
+    reference: RunConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Test of one configuration: every draw, the interval of each metric, the paired difference to the reference."""
+
+    scored: Scored
+    intervals: dict[str, Interval]
+    ahead: Interval
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """A finished sweep; `plan` is its family's. The last outcome is the reference's."""
+
+    name: str
+    folder: Path
+    plan: Any
+    metric: str
+    trials: list[TrialResult]
+    choice: Choice
+    outcomes: dict[str, Outcome]
+    entry: ModelEntry | None
+    seconds: dict[str, float]
+    summary: dict[str, Any]
+
+
+def named(job: Job) -> Job:
+    """The job with its name decided; a resumed one with the settings it was started with.
+
+    Raises:
+        ConfigError: nothing to resume, or a new sweep under a name that is taken.
+    """
+    sweeps = home() / "sweeps"
+    task: Any = job
+    if not job.resume:
+        name = job.name or f"{task.title}-{time.strftime('%Y%m%d-%H%M%S')}"
+        if (sweeps / name / "sweep.json").exists():
+            raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
+        # a resumed sweep may be started in another folder
+        changes: dict[str, Any] = {"name": name, "root": _absolute(task.root), "init": _absolute(job.init)}
+        return replace(job, **changes)
+    known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
+    mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], task)}
+    name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
+    if name not in known:
+        raise ConfigError(
+            f"no unfinished sweep of {task.dataset!r} to resume under {sweeps}; start one without --resume"
+        )
+    stored = from_mapping(type(job), known[name]["job"], str(sweeps / name / "sweep.json"))
+    logger.info("resuming %s with the settings it was started with", name)
+    return replace(stored, trials=max(stored.trials, job.trials) if job.name else stored.trials, resume=True)
+
+
+def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
+    return stored["dataset"] == task.dataset and stored.get("product", "") == task.product
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path and path.expanduser().absolute()
+
+
+def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sweep:
+    """Run, or continue, a sweep that `named` gave a name.
+
+    Args:
+        job: a family's task config and a `SweepConfig`.
+        space: as for `tune.search`.
+        start: what training gave, or None. base: the configuration that trials start from.
+    """
+    folder = home() / "sweeps" / job.name
+    begun = time.monotonic()
+    family = get_family(base.name)
+    plan = prepare(family, job)
+    workers = num_workers(job.workers)
+    fill(plan, workers=workers)
+    fitting, reported = family.load(plan, home())
+    family.check(fitting, family.setting(job))
+    write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
+    ready = time.monotonic()
+    trials = run_search(job, family, fitting, space, base, start, workers)
+    searched = time.monotonic()
+    choice = select(job, family, fitting, base, trials, start)
+    outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
+    entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
+    seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
+    metric = metric_name(family.METRIC)
+    summary = record(job, plan, folder, metric, trials, choice, outcomes, entry, seconds)
+    return Sweep(job.name, folder, plan, metric, trials, choice, outcomes, entry, seconds, summary)
+
+
+def run_search(
+    job: Any, family: Family, fitting: Any, space: ModuleType, base: RunConfig, start: Any, workers: int
+) -> list[TrialResult]:
+    """The trials of the sweep's study, best first."""
+    known = len(finished(home() / "sweeps" / "study.db", job.name))
+    if known:
+        logger.info("search: %d of %d trials finished before", known, job.trials)
+    else:
+        logger.info("search: %d trials", job.trials)
+    leader = 0.0
+
+    def notify(done: int, value: float) -> None:
+        nonlocal leader
+        leader = max(leader, value)
+        shown = (done, job.trials, family.METRIC, 100 * value, 100 * leader)
+        logger.info("  trial %d/%d: %s %.2f (best %.2f)", *shown)
+
+    config = SearchConfig(trials=job.trials, episodes=job.episodes, rungs=job.rungs, concurrency=workers, seed=job.seed)
+    return search(
+        space,
+        fitting,
+        base,
+        family.setting(job),
+        config,
+        name=job.name,
+        folder=home() / "sweeps",
+        start=start,
+        notify=notify,
+    )
+
+
+def select(job: Any, family: Family, fitting: Any, base: RunConfig, trials: list[TrialResult], start: Any) -> Choice:
+    """The winning trial and the best reference, each by fresh validation episodes."""
+    finalists = trials[: max(1, job.finalists)]
+    candidates = [override(base, t.params) for t in finalists]
+    references = list(family.references(job))
+    counts = (len(candidates), len(references), job.episodes)
+    logger.info("selection: %d finalists and %d references on %d fresh episodes", *counts)
+    numbers = range(job.episodes, 2 * job.episodes)
+    scores = validate(fitting, candidates + references, family.setting(job), numbers, start)
+    means = [float(np.mean(s)) for s in scores]
+    # a finalist's search score counts as much as its fresh one
+    ours = best([m + t.value for m, t in zip(means, finalists, strict=False)])
+    return Choice(finalists[ours], candidates[ours], references[best(means[len(candidates) :])])
+
+
+def score_choice(
+    job: Any, family: Family, plan: Plan, fitting: Any, reported: Any, choice: Choice, start: Any
+) -> dict[str, Outcome]:
+    """Winner, its c = 0 twin and the reference on the same draws and the untouched reported images."""
+    setting = family.setting(job)
+    features = SharedFeatures(fitting, start)
+    seen = family.transformed(fitting, family.transform_of(choice.run, fitting, start))
+    twin = family.twin(choice.run, seen, start)
+    runs = {"": choice.run} | ({} if twin is None else {TWIN: twin})
+    same_method = choice.reference.name == choice.run.name
+    runs |= {"reference" if same_method else "plain": choice.reference}
+    selected = [
+        Selected(
+            config=run,
+            features=run.features,
+            variant=variant.replace("plain", ""),
+            k_shot=setting.k_shot,
+            validation=float("nan"),
+            seconds=0.0,
+        )
+        for variant, run in runs.items()
+    ]
+    with progress("test draws") as advance:
+        scored = score_selected(
+            SharedReported(reported, features), selected, {setting.k_shot: setting}, job.draws, progress=advance
+        )
+    identity = ledger.identity(job, [plan], protocol="draws", study="sweep")
+    ledger.append(ledger.rows_of(scored, identity, job.partition, plan.classes), home())
+    metric = metric_name(family.METRIC)
+    reference = [draw.metrics[metric] for draw in scored[-1].draws]
+    return {
+        display_name(one.config.name, variant=one.variant): Outcome(
+            scored=one,
+            intervals={key: interval([d.metrics[key] for d in one.draws]) for key in one.draws[0].metrics},
+            ahead=paired([d.metrics[metric] for d in one.draws], reference, [0] * job.draws),
+        )
+        for one in scored
+    }
+
+
+def publish_model(
+    job: Any,
+    family: Family,
+    plan: Plan,
+    fitting: Any,
+    choice: Choice,
+    start: Any,
+    outcomes: dict[str, Outcome],
+) -> ModelEntry:
+    """Fit the winner on draw 0 again and store it as the next version of the model."""
+    run, setting = choice.run, family.setting(job)
+    transform = family.transform_of(run, fitting, start)
+    model = family.fit(run, family.transformed(fitting, transform), setting, 0, start)
+    outcome, metric = outcomes[run.name], metric_name(family.METRIC)
+    level = f"test/{family.METRIC.partition('/')[2]}"
+    provenance: dict[str, Any] = plan.provenance() | {
+        "sweep": job.name,
+        "trial": choice.trial.number,
+        "setting": to_mapping(setting),
+        "fitted_on": list(family.fitted_on(fitting, setting, 0)),
+        "metrics": {
+            level: outcome.intervals[metric].mean,
+            f"{level}_low": outcome.intervals[metric].low,
+            f"{level}_high": outcome.intervals[metric].high,
+            f"{level}_of_this_fit": outcome.scored.draws[0].metrics[metric],
+            "test/episode/draws": job.draws,
+        },
+        "init": str(job.init) if job.init and run.pretrained else None,
+    }
+    return publish(
+        home(),
+        job.model or f"hypdefect-{plan.label}",
+        lambda folder: save_model(
+            folder,
+            run_config=run,
+            model=model,
+            class_names=plan.classes,
+            transform=transform,
+            backbone=plan.config.backbone,
+            recipe=plan.config.recipe,
+            uses_mask=plan.uses_mask,
+            provenance=provenance,
+            intensities=plan.intensities,
+            details=family.details(run, fitting, model),
+        ),
+        job.alias,
+    )
+
+
+def record(
+    job: Any,
+    plan: Plan,
+    folder: Path,
+    metric: str,
+    trials: list[TrialResult],
+    choice: Choice,
+    outcomes: dict[str, Outcome],
+    entry: ModelEntry | None,
+    seconds: dict[str, float],
+) -> dict[str, Any]:
+    """Write what the sweep gave: result.json, sweep.png and, of classifiers, predictions.parquet."""
+    results = {
+        name: {
+            **{key: asdict(value) for key, value in outcome.intervals.items()},
+            "paired_to_reference": asdict(outcome.ahead),
+            "draws": [draw.metrics for draw in outcome.scored.draws],
+        }
+        for name, outcome in outcomes.items()
+    }
+    summary: dict[str, Any] = {
+        "sweep": job.name,
+        "task": plan.provenance(),
+        "trials": [asdict(t) for t in trials],
+        "selected_trial": choice.trial.number,
+        "selected": to_mapping(choice.run),
+        "reference": to_mapping(choice.reference),
+        "test": results,
+        "model": entry and {"name": entry.name, "version": entry.version, "path": str(entry.path), "alias": job.alias},
+        "seconds": seconds,
+    }
+    write_json(folder / "result.json", summary)
+    if plan.classes:
+        write_table(predictions(plan.classes, outcomes), folder / "predictions.parquet")
+    truth = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["defect"].to_pylist(), strict=True))
+    plot_sweep(
+        folder / "sweep.png", trials, {n: o.scored.draws for n, o in outcomes.items()}, plan.classes, truth, metric
+    )
+    stored = json.loads((folder / "sweep.json").read_text())
+    write_json(folder / "sweep.json", stored | {"finished": True})
+    return summary
+
+
+def predictions(classes: tuple[str, ...], outcomes: dict[str, Outcome]) -> pa.Table:
+    """One row per method, draw and query: what was predicted and with which probability."""
+    rows: dict[str, list[Any]] = {"method": [], "draw": [], "image_id": [], "predicted": [], "probability": []}
+    for name, outcome in outcomes.items():
+        for draw in outcome.scored.draws:
+            assert draw.predicted is not None
+            assert draw.probabilities is not None
+            rows["method"] += [name] * len(draw.image_ids)
+            rows["draw"] += [draw.number] * len(draw.image_ids)
+            rows["image_id"] += draw.image_ids
+            rows["predicted"] += [classes[i] for i in draw.predicted]
+            rows["probability"] += draw.probabilities.max(1).tolist()
+    return pa.table(rows)

@@ -1,0 +1,233 @@
+"""Which few-shot method is best: all of them on the same features, validation episodes, draws and queries.
+
+Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
+partition and K anew; the queries are scored with what won there. All draws go into the ledger.
+"""
+
+import json
+import logging
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+
+from hypdefect.config import from_mapping
+from hypdefect.distributed.evaluate import compare, evaluate
+from hypdefect.distributed.extract import fill
+from hypdefect.distributed.pseudo import meta_train
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates
+from hypdefect.families import few_shot
+from hypdefect.families.episodic import MetaConfig, load_start
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
+from hypdefect.families.plan import prepare
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home
+from hypdefect.methods import get_method, methods_of
+from hypdefect.methods.hypdfs import HypDFSConfig
+from hypdefect.progress import progress
+from hypdefect.results import ledger
+from hypdefect.results.page import CEILING
+
+logger = logging.getLogger(__name__)
+Spaces = Callable[[str], ModuleType]
+"""The search space of a name."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateConfig(TaskConfig):
+    methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
+    """Names of methods, or all."""
+    shots: tuple[int, ...] = (1, 3, 5)
+    partitions: int = 1
+    """Partitions into pool and queries, from --partition on; intervals and tests are then over partition means."""
+    protocol: Literal["draws", "first"] = "draws"
+    """draws: random supports from the pool; first: AMC's rule, the first K images of each class by file name, once."""
+    draws: int = 20
+    """Random support draws of each partition and K; 5 is the protocol of the papers of HypDFS and MVREC."""
+    trials: int = 8
+    """Configurations tried of every method, its defaults first; 0: the defaults, without validation."""
+    episodes: int = 12
+    """Validation episodes of a trial, drawn inside the support pool."""
+    seed: int = 0
+    transform: TransformConfig = TransformConfig()
+    """What every method's first trial does to the features."""
+    support_copies: int = 2
+    """Augmented copies of each support image in every method's first trial."""
+    method: HypDFSConfig = HypDFSConfig()
+    """HypDFS's first trial."""
+    features: Literal["plain", "plain+meta"] = "plain+meta"
+    """plain+meta: every method also on the representation that is meta-trained on the product's pseudo-defects."""
+    meta: MetaConfig = field(default_factory=MetaConfig)
+    sweep: str = ""
+    """Evaluate what this sweep selected, on its own task, instead."""
+
+    def __post_init__(self) -> None:
+        TaskConfig.__post_init__(self)
+        for name, least in (("partitions", 1), ("draws", 1), ("trials", 0), ("episodes", 1), ("support_copies", 0)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not self.shots or min(self.shots) < 1:
+            raise ConfigError(f"shots must be one or more numbers of at least 1, got {list(self.shots)}")
+        for name in self.methods if self.methods != ("all",) else ():
+            get_method(name)
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Where the rows of an evaluation lie, and its seconds: of features, of all methods, CPU seconds of each method."""
+
+    part: Path
+    ceiling: Path
+    run: dict[str, Any]
+    seconds: dict[str, float]
+    spent: dict[str, float]
+
+
+def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] | None = None) -> Evaluation:
+    """Tune and score every method on every partition, and write the ledger.
+
+    Args:
+        fixed: entrants to score as they are, instead of tuning `job.methods`.
+
+    Raises:
+        DataError: a class is too small for one of the K.
+    """
+    begun = time.monotonic()
+    spent: dict[str, float] = defaultdict(float)
+    rows: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    plans = planned(job)
+    run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=study) for study in ("main", CEILING))
+    fill(*plans)
+    ready = time.monotonic()
+    for plan in plans:
+        fitting, reported = few_shot.load(plan, home())
+        start = start_of(fitting, plan, job)
+        number = plan.config.partition
+        with progress(f"partition {number}: trials and draws") as advance:
+            scored = compare(
+                fitting,
+                reported,
+                fixed or entrants(job, spaces, start),
+                settings(job),
+                1 if job.protocol == "first" else job.draws,
+                episodes=0 if fixed or not job.trials else job.episodes,
+                start=start,
+                progress=advance,
+            )
+        for one in scored:
+            spent[one.config.name] += one.seconds
+        rows += ledger.rows_of(scored, run, number, plan.classes)
+        limits += ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
+    seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
+    return Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
+
+
+def settings(job: EvaluateConfig) -> dict[int, Setting]:
+    """What every draw of each K is told."""
+    supports: Literal["first", "draws"] = "first" if job.protocol == "first" else "draws"
+    return {k: Setting(k_shot=k, seed=job.seed, split=job.split, supports=supports) for k in job.shots}
+
+
+def planned(job: EvaluateConfig) -> list[TaskPlan]:
+    """The task at each partition, every K possible on all of them."""
+    most = replace(job, k_shot=max(job.shots))
+    first = prepare(few_shot, most)
+    numbers = range(job.partition + 1, job.partition + job.partitions)
+    return [first, *(few_shot.plan(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
+
+
+def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart | None:
+    """What meta-training on pseudo-defects gives to this task, made where missing; None where it cannot be."""
+    if job.features == "plain" or job.sweep or plan.imported:
+        return None
+    try:
+        return load_start(meta_train(plan, fitting, job.meta))[0]
+    except DataError as error:
+        logger.info("no meta-training: %s", error)
+        return None
+
+
+def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None) -> list[Entrant]:
+    """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
+
+    Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
+    on the support pool.
+    """
+    names = methods_of("few_shot") if job.methods == ("all",) else dict.fromkeys(job.methods)
+    rows = []
+    for name in names:
+        method = job.method if name == "hypdfs" else None
+        base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
+        rows.append(Entrant(candidates=candidates(base, spaces(name), job.trials, job.seed)))
+    for name in names if start and start.projection else ():
+        learned = name == "hypdfs" and bool(start and start.core)
+        method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None
+        base = RunConfig(
+            name=name,
+            method=method,
+            transform=job.meta.transform,
+            features="meta",
+            support_copies=job.support_copies,
+        )
+        space = spaces("hypdfs_meta" if learned else name)
+        # the projection was trained behind one transform
+        sampled = [replace(c, transform=base.transform) for c in candidates(base, space, 3 * job.trials, job.seed)]
+        tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])
+        rows.append(Entrant(candidates=tuple(tried)[: max(job.trials, 1)]))
+    return rows
+
+
+def ceiling(fitting: Fitting, reported: Reported, job: EvaluateConfig, start: MetaStart | None) -> list[Scored]:
+    """What a linear head reaches that is given every label of the pool, many more than a draw's K a class."""
+    base = RunConfig(name="logistic_regression", transform=job.transform, support_copies=0)
+    runs = {"plain": base}
+    if start and start.projection:
+        runs["meta"] = replace(base, transform=job.meta.transform, features="meta")
+    setting = Setting(k_shot=1, seed=job.seed, split=job.split, supports="pool")
+    scores = evaluate(fitting, reported, runs, setting, 1, start=start)
+    return [
+        Scored(
+            config=run,
+            features=name,
+            variant="all labels of the pool",
+            k_shot=0,
+            validation=math.nan,
+            draws=tuple(scores[name]),
+            seconds=0.0,
+        )
+        for name, run in runs.items()
+    ]
+
+
+def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
+    """The task and the configurations of a finished sweep.
+
+    Raises:
+        ConfigError: no such sweep, or more partitions than its own asked for.
+    """
+    folder = home() / "sweeps" / job.sweep
+    if not (folder / "result.json").is_file():
+        known = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/result.json"))) or "none"
+        raise ConfigError(f"no finished sweep {job.sweep!r}; known: {known}")
+    if job.partitions != 1:
+        raise ConfigError(f"sweep {job.sweep!r} was tuned on one partition; --partitions must be 1")
+    settings = json.loads((folder / "sweep.json").read_text())["job"]
+    names = {f.name for f in fields(TaskConfig)}
+    task = from_mapping(TaskConfig, {k: v for k, v in settings.items() if k in names})
+    result = json.loads((folder / "result.json").read_text())
+    winner, peer = (
+        from_mapping(RunConfig, value, job.sweep)
+        for value in (result["selected"], result.get("reference") or result["prototype"])  # its name once
+    )
+    if winner.pretrained and settings["init"]:
+        raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
+    logger.info("%s: trial %d, K = %d", job.sweep, result["selected_trial"], task.k_shot)
+    configs = [winner] if winner.name == peer.name else [winner, peer]
+    base = {name: getattr(task, name) for name in names}
+    return replace(job, **base, shots=(task.k_shot,)), [Entrant(candidates=(config,)) for config in configs]

@@ -1,0 +1,173 @@
+"""Episodic meta-training of a few-shot method: what is drawn, what is trained, and the run it leaves."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hypdefect.config import from_mapping, to_mapping
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.families.episodes import LabelledFeatures, build_episode
+from hypdefect.families.few_shot import MetaStart
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import write_json
+from hypdefect.images.pseudo_defects import SynthesisConfig
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
+from hypdefect.training import TrainConfig, readable
+from hypdefect.types import VIEWS, Episode, EpisodeSpec, SplitKind
+
+_PROJECTION = "core.projection."
+METHOD = "hypdfs"
+"""The one few-shot method that is meta-trained."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodicConfig(TrainConfig):
+    """Meta-training of HypDFS's representation, adapter and neural ODE on episodes of base classes."""
+
+    method: HypDFSConfig = HypDFSConfig()
+    projection: int = 0
+    """Numbers a view of the linear representation that is trained with the rest; 0: the features as they are."""
+    n_way: int = 5
+    k_shot: int = 1
+    n_query: int = 5
+    copies: int = 0
+    """Augmented copies of each support image used."""
+    split: SplitKind = "random"
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        for name in ("n_way", "k_shot", "n_query"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
+        if self.projection < 0:
+            raise ConfigError(f"train.projection must not be negative, got {self.projection}")
+        if self.method.adapter == "none" and self.method.ode == "none" and not self.projection:
+            raise ConfigError("train: no projection, and adapter and ode are 'none': there is nothing to meta-train")
+        if self.method.adapter != "real+synthetic" and self.method.ode != "none":
+            raise ConfigError("train: the ODE learns through synthetic features; set method.adapter real+synthetic")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MetaConfig:
+    """Meta-training on pseudo-defects of a product: what there is of them, how it is trained, on which features."""
+
+    synthesis: SynthesisConfig = SynthesisConfig()
+    train: EpisodicConfig = EpisodicConfig(
+        # adapter and ODE are left to the task: trained with the projection they lose points (docs/experiments.md)
+        method=HypDFSConfig(adapter="none", ode="none", loss="hyperbolic"),
+        projection=128,
+        steps=100,
+        items_per_step=1,
+        n_way=10,
+        k_shot=2,
+        n_query=2,
+    )
+    transform: TransformConfig = TransformConfig()
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EpisodicTraining:
+    """A `training.Training`: HypDFS on episodes of a pool.
+
+    `shape_dims` trailing numbers of each view describe the region's shape and are not projected.
+    """
+
+    pool: LabelledFeatures
+    config: EpisodicConfig
+    shape_dims: int = 0
+
+    def model(self) -> HypDFS:
+        """As `learner`."""
+        return learner(self.pool, self.config, self.shape_dims)
+
+    def item(self, number: int) -> Episode:
+        return build_episode(self.pool, episode_spec(self.config, self.pool), number, copies=self.config.copies)
+
+
+def learner(pool: LabelledFeatures, config: EpisodicConfig, shape_dims: int = 0) -> HypDFS:
+    """What meta-training starts from; the projection starts at the pool's principal directions.
+
+    Args:
+        shape_dims: trailing numbers of each view that describe the region's shape and are not projected.
+
+    Raises:
+        DataError: a projection to more numbers than the pool's images span.
+    """
+    views = pool.table.views
+    dim = int(views[VIEWS[0]].shape[1])
+    if not config.projection:
+        return HypDFS(config.method, dim)
+    most = min(dim - shape_dims, len(pool) - 1)
+    if config.projection > most:
+        raise DataError(
+            f"the {len(pool)} images of the base classes span {most} directions at most, train.projection is "
+            f"{config.projection}: give more (--synthesis.per-class), or lower it"
+        )
+    clean = pool.table.aug_index == 0
+    stacked = torch.stack([torch.from_numpy(views[view][clean]) for view in VIEWS], 1)
+    return HypDFS(config.method, dim, principal_projection(stacked, config.projection, shape_dims))
+
+
+def episode_spec(config: EpisodicConfig, pool: LabelledFeatures) -> EpisodeSpec:
+    """What is drawn at each step; never more ways than the pool has classes."""
+    return EpisodeSpec(
+        n_way=min(config.n_way, pool.n_way),
+        k_shot=config.k_shot,
+        n_query=config.n_query,
+        seed=config.seed,
+        split=config.split,
+    )
+
+
+def write_run(folder: Path, model: HypDFS, config: MetaConfig, record: dict[str, Any]) -> None:
+    """The run directory that `load_start` reads: config.json, checkpoint/core.safetensors and, last, record.json."""
+    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
+    save_file(model.trained(), folder / "checkpoint" / "core.safetensors")
+    write_json(folder / "config.json", to_mapping(config))
+    write_json(folder / "record.json", record)
+
+
+def load_start(folder: Path) -> tuple[MetaStart, MetaConfig]:
+    """What a run directory gives to a task, and how it was trained: its `transform` and `train.method` fit the weights.
+
+    Raises:
+        ArtifactError: no finished run lies there.
+    """
+    with readable(folder):
+        mapping = json.loads((folder / "config.json").read_text())
+        if "episodes_per_step" in mapping["train"]:  # as runs called it once
+            mapping["train"]["items_per_step"] = mapping["train"].pop("episodes_per_step")
+        config = from_mapping(MetaConfig, mapping, str(folder))
+        return meta_start(load_file(folder / "checkpoint" / "core.safetensors")), config
+
+
+def starting_point(method: str, init: Path | None) -> tuple[MetaStart | None, RunConfig]:
+    """What a run directory gives, if one is named, and the configuration that trials of a method start from."""
+    if init is None:
+        return None, RunConfig(name=method)
+    start, config = load_start(init)
+    run = RunConfig(
+        name=method,
+        method=to_mapping(config.train.method) if start.core and method == METHOD else None,
+        transform=config.transform,
+        features="meta" if start.projection else "plain",
+    )
+    return start, run
+
+
+def meta_start(tensors: Mapping[str, Tensor]) -> MetaStart:
+    """`HypDFS.trained` taken apart: the projection belongs to the features, the rest to HypDFS."""
+    core = {name: value for name, value in tensors.items() if not name.startswith(_PROJECTION)}
+    if len(core) == len(tensors):
+        return MetaStart(method=METHOD, projection={}, core=core)
+    weight, mean = (dict(zip(VIEWS, tensors[f"{_PROJECTION}{name}"], strict=True)) for name in ("weight", "mean"))
+    return MetaStart(method=METHOD, projection=weight, mean=mean, core=core)

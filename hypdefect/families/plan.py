@@ -1,0 +1,180 @@
+"""What every family's plan holds: which image set, which features of it, and how images are asked for."""
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from hypdefect.config import digest
+from hypdefect.datasets import get_dataset
+from hypdefect.datasets.card import DatasetCard
+from hypdefect.datasets.ingest import ingested
+from hypdefect.datasets.manifest import manifest_digest
+from hypdefect.errors import ConfigError
+from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone, patch_grid
+from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
+from hypdefect.features.imported import Imported, is_imported, read_import
+from hypdefect.features.spec import FeatureKey, ImageRequest
+from hypdefect.files import home
+from hypdefect.progress import progress
+from hypdefect.types import VIEWS
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which image set, and which features of it."""
+
+    dataset: str = "elpv"
+    """Image set (jobs/ingest.py --describe all lists them; folder, with --root, is one of your own), or imported:NAME
+    for features imported with jobs/extract.py --import."""
+    root: Path | None = None
+    """Folder (or archive) of the image set; default: the place its card names."""
+    channels: tuple[int, ...] = ()
+    """Which 1 or 3 channels of multi-channel images to use, from 0."""
+    product: str = ""
+    """Which product of a set that has several."""
+    partition: int = 0
+    """Number of the partition into images that may be looked at and images that are reported on."""
+    backbone: str = "efficientnet_lite0"
+    """Where features come from: a name or FAMILY:ARCHITECTURE@WEIGHTS (docs/data.md lists them)."""
+    recipe: RecipeConfig = RecipeConfig()
+
+    @property
+    def title(self) -> str:
+        """Names of sweeps begin with it."""
+        return task_label(self)
+
+    def __post_init__(self) -> None:
+        if not is_imported(self.dataset):
+            get_dataset(self.dataset)
+        check_name(self.backbone)
+        if self.partition < 0:
+            raise ConfigError(f"partition must be at least 0, got {self.partition}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """What to extract for a task, before any feature exists."""
+
+    config: DataConfig
+    card: DatasetCard
+    manifest: pa.Table
+    uses_mask: bool
+    classes: tuple[str, ...] = ()
+    """What the answers are called, where a family has classes."""
+    imported: Imported | None = None
+
+    @property
+    def spec(self) -> BackboneSpec:
+        return get_backbone(self.config.backbone)
+
+    @property
+    def intensities(self) -> tuple[str, ...]:
+        """The rules by which deep pixels become 8-bit, as text."""
+        return tuple(sorted(set(self.manifest["intensity"].to_pylist()) - {""}))
+
+    @property
+    def label(self) -> str:
+        """The task's set and product, for names of files and models."""
+        return task_label(self.config)
+
+    @property
+    def split(self) -> str:
+        """How images were parted."""
+        return ""
+
+    @property
+    def key(self) -> FeatureKey:
+        return self.imported.key if self.imported else extraction_key(self.spec, self.config.recipe)
+
+    def requests(self) -> list[ImageRequest]:
+        """Every image to extract, once."""
+        raise NotImplementedError  # a family says which
+
+    def provenance(self) -> dict[str, object]:
+        """Where results come from; free JSON."""
+        return {
+            "dataset": self.config.dataset,
+            "manifest_digest": manifest_digest(self.manifest),
+            "feature_key": self.key.digest,
+            "partition": self.config.partition,
+        }
+
+
+def task_label(config: DataConfig) -> str:
+    return "-".join(part for part in (config.dataset.replace(":", "-"), config.product) if part)
+
+
+def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
+    """The key of what a backbone gives under a recipe."""
+    patches = spec.family == "patchcore"
+    return FeatureKey(
+        backbone=spec.name,
+        backbone_digest=spec.digest,
+        block_dims=dims_of(spec, recipe)[0],
+        recipe=recipe,
+        views=PATCH_VIEWS if patches else VIEWS,
+        grid=patch_grid(spec, recipe.whole_size) if patches else None,
+    )
+
+
+def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) -> list[ImageRequest]:
+    """Extraction requests for some images of a manifest.
+
+    Where other images of the set have masks, one without is seen through the same views with everything as region.
+    """
+    columns = ("uri", "image_id", "file_id", "mask_uri", "mask_id", "intensity")
+    requests = []
+    for row in manifest.select(columns).to_pylist():
+        if row["image_id"] in copies:
+            if uses_mask and not row["mask_id"]:
+                row["mask_id"] = FULL_REGION
+            requests.append(ImageRequest(**row, copies=copies[row["image_id"]]))
+    return requests
+
+
+def of_product(config: DataConfig, manifest: pa.Table) -> pa.Table:
+    """The rows of the task's product.
+
+    Raises:
+        ConfigError: several products and none named, or an unknown one.
+    """
+    products = sorted(set(manifest["product"].to_pylist()))
+    if config.product in products:
+        return manifest.filter(pc.equal(manifest["product"], config.product))
+    if not config.product and len(products) == 1:
+        return manifest
+    what = f"no product {config.product!r}" if config.product else f"{len(products)} products"
+    raise ConfigError(f"dataset {config.dataset} has {what}; choose one with --product: {', '.join(products)}")
+
+
+def shuffled(ids: Iterable[str], seed: int) -> list[str]:
+    """The same order on every machine."""
+    return sorted(ids, key=lambda image_id: digest([seed, image_id]))
+
+
+def prepare(family: Any, config: DataConfig) -> Any:
+    """The family's plan of an image set: read now, or from the manifest of an unchanged set, or from imported features.
+
+    Raises:
+        ConfigError, DataError: as ingestion, and as the family's `plan`.
+    """
+    if is_imported(config.dataset):
+        imported = read_import(config.dataset, home())
+        logger.info("%s: %d images, features imported", config.dataset, imported.manifest.num_rows)
+        return family.plan(config, imported.manifest, imported)
+    with progress(f"reading {config.dataset}") as advance:
+        result = ingested(config.dataset, config.root, home(), advance, config.channels)
+    state = "unchanged, manifest reused" if result.cached else "read"
+    listed = f" (reasons in {result.path.with_suffix('.quarantine.parquet')})" if result.quarantined else ""
+    logger.info(
+        "%s: %d images %s, %d quarantined%s", config.dataset, result.table.num_rows, state, result.quarantined, listed
+    )
+    logger.info("manifest: %s", result.path)
+    return family.plan(config, result.table)
