@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -46,6 +46,7 @@ class TrainConfig:
             raise ConfigError(f"train.lr must be positive, got {self.lr}")
 
 
+@runtime_checkable
 class Training(Protocol):
     """Something to train: what Ray Train carries to its workers."""
 

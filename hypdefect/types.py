@@ -124,6 +124,7 @@ class AnomalyMaps:
     map: Tensor
 
 
+@runtime_checkable
 class Batches(Protocol):
     """Batches of a set that does not fit in memory; every iteration starts again."""
 

@@ -33,8 +33,18 @@ class Classification(Answer):
     request_id: str
 
 
+class Predicted(Answer):
+    answer: dict[str, Any]
+    """What the model's family says of an image, such as `label`, `probabilities` and `region`."""
+    notes: list[str]
+    model: ServedModel
+    request_id: str
+
+
 class ModelInfo(Answer):
     model: ServedModel
+    family: str
+    """What kind of answer it gives: few_shot (which defect?) and others."""
     class_names: list[str]
     method: str
     config: dict[str, Any]

@@ -18,6 +18,11 @@ os.environ |= {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every port on loopback: there is no authentication
 }
+# The methods of tests/elsewhere are known to every process of the run, wherever it is started.
+os.environ["HYPDEFECT_METHODS"] = "tests.elsewhere.detector,tests.elsewhere.segmenter"
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
+)
 for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # tests never join a cluster that runs here already
     os.environ.pop(name, None)
 

@@ -8,7 +8,7 @@ image that is reported on.
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import pyarrow as pa
 
@@ -18,6 +18,7 @@ from hypdefect.methods import METHODS, get_method
 from hypdefect.types import Published
 
 
+@runtime_checkable
 class Family(Protocol):
     """What a module of this package gives. `Any` stands for types of the family's own.
 

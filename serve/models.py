@@ -1,0 +1,77 @@
+"""The deployment that holds a published model, of any family."""
+
+import asyncio
+import json
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ray import serve
+
+from hypdefect import config, files, registry
+from hypdefect.errors import DataError
+from hypdefect.predictor import Predictor
+from serve.schemas import ModelInfo, ServedModel
+
+BATCH = 4
+
+
+class Model:
+    """One loaded model, which computes on one thread. A health check waits its turn on it: it sees a stuck model."""
+
+    def __init__(self, reference: str, home: str | None) -> None:
+        entry = registry.resolve(Path(home) if home else files.home(), reference)
+        self.predictor = Predictor.load(entry)
+        which = reference.partition("@")[2]
+        alias = which if which in entry.aliases else None
+        self.model = ServedModel(name=entry.name, version=entry.version, alias=alias)
+        digests = json.loads((entry.path / registry.CHECKSUMS).read_text())
+        self.info = _info(self.predictor, self.model, digests)
+        self.worker = ThreadPoolExecutor(1, "predict", initializer=torch.set_num_threads, initargs=(1,))
+        self.worker.submit(self.predictor.probe).result()
+
+    async def describe(self) -> ModelInfo:
+        return self.info
+
+    @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.002)
+    async def predict(
+        self, items: list[tuple[np.ndarray, np.ndarray | None]]
+    ) -> list[tuple[Any | DataError, ServedModel]]:
+        """Each item's answer, or why it is refused: one bad item of a batch does not fail the others.
+
+        An answer is the dataclass that the family's predictor gives.
+        """
+        loop = asyncio.get_running_loop()
+        return [(answer, self.model) for answer in await loop.run_in_executor(self.worker, self._predict, items)]
+
+    def _predict(self, items: list[tuple[np.ndarray, np.ndarray | None]]) -> list[Any | DataError]:
+        answers: list[Any | DataError] = []
+        for image, mask in items:
+            try:  # arrays from Ray's object store are read-only, which torch warns of
+                region = None if mask is None else np.require(mask, requirements="W")
+                answers += self.predictor.predict([(self.predictor.rgb(np.require(image, requirements="W")), region)])
+            except DataError as error:
+                answers.append(error)
+        return answers
+
+    async def check_health(self) -> None:
+        await asyncio.get_running_loop().run_in_executor(self.worker, self.predictor.probe)
+
+
+def _info(predictor: Predictor, model: ServedModel, digests: dict[str, str]) -> ModelInfo:
+    card = predictor.card
+    return ModelInfo(
+        model=model,
+        family=card.family,
+        class_names=list(card.class_names),
+        method=card.run.name,
+        config=config.to_mapping(card.run),
+        backbone=card.backbone,
+        recipe=config.to_mapping(card.recipe),
+        uses_mask=card.uses_mask,
+        digests=digests | {"backbone": card.backbone_digest},
+        metrics=dict(card.provenance.get("metrics") or {}),
+        provenance=card.provenance,
+    )

@@ -1,0 +1,179 @@
+"""The seams fit families that are not there yet: a detector and a segmenter go through the very code of the others.
+
+Each is one method file and one name (`HYPDEFECT_METHODS`, set in conftest.py). Nothing of the library knows of them.
+"""
+
+import importlib
+import io
+import socket
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import httpx
+import numpy as np
+import optuna
+import pytest
+from PIL import Image
+
+from hypdefect.distributed.evaluate import compare
+from hypdefect.distributed.extract import fill
+from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
+from hypdefect.distributed.train import train
+from hypdefect.errors import ConfigError
+from hypdefect.evaluation import Entrant, RunConfig, metric_name
+from hypdefect.families import family_module, get_family
+from hypdefect.families.plan import prepare
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.images import read_image
+from hypdefect.methods import methods_of
+from hypdefect.predictor import Predictor
+from hypdefect.results import ledger
+from hypdefect.training import TrainConfig
+from tests.tiny_dataset import draw, make_mtd_tree
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
+METHODS = ("small_detector", "small_segmenter")
+
+
+def space_of(method: str) -> ModuleType:
+    """As a file of tune_spaces/."""
+
+    def space(trial: optuna.Trial) -> None:
+        if method == "small_detector":
+            trial.suggest_int("method.rank", 1, 6)
+        else:
+            trial.suggest_categorical("method.window", [5, 9, 15])
+            trial.suggest_categorical("pretrained", [True, False])
+
+    module = ModuleType(method)
+    vars(module).update(METHOD=method, space=space)
+    return module
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A family that was trained, searched, tested and published in a home of its own."""
+
+    method: str
+    home: Path
+    start: dict[str, Any]
+    losses: list[float]
+    result: Sweep
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=9)
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def ran(request: pytest.FixtureRequest, ray_local: Any, tree: Path, tmp_path_factory: Any) -> Any:
+    method, home = request.param, tmp_path_factory.mktemp(request.param)
+    family: Any = get_family(method)
+    module = importlib.import_module(family.__name__)
+
+    @dataclass(frozen=True, kw_only=True)
+    class Job(module.TaskConfig, SweepConfig):  # type: ignore[misc, name-defined]
+        def __post_init__(self) -> None:
+            module.TaskConfig.__post_init__(self)
+            SweepConfig.__post_init__(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_HOME", str(home))
+        job = Job(dataset="mtd", root=tree, recipe=RECIPE, trials=3, episodes=4, rungs=2, draws=3, name="small")
+        plan = prepare(family, job)
+        fill(plan)
+        fitting, _ = family.load(plan, home)
+        training = module.Training(
+            fitting=fitting,
+            config=TrainConfig(steps=60, items_per_step=2, lr=0.05, report_every=30),
+            run=RunConfig(name=method),
+        )
+        model, losses = train(training, workers=2, name=method, folder=home / "train")
+        start = {name: value for name, value in model.state_dict().items() if name != "mean"}
+        result = sweep(named(job), space_of(method), RunConfig(name=method), start)
+        yield Ran(method, home, start, losses, result)
+
+
+def test_training_learns(ran: Ran) -> None:
+    assert len(ran.losses) == 60
+    assert np.mean(ran.losses[-10:]) < np.mean(ran.losses[:10])
+
+
+def test_the_search_and_the_test_are_of_the_familys_metric(ran: Ran) -> None:
+    result, metric = ran.result, metric_name(get_family(ran.method).METRIC)
+    assert len(result.trials) == 3
+    winner, *_, reference = result.outcomes.values()
+    assert len(winner.scored.draws) == 3
+    assert winner.intervals[metric].mean >= reference.intervals[metric].mean - 0.05
+    assert winner.intervals[metric].mean > {"small_detector": 0.5, "small_segmenter": 0.2}[ran.method]
+
+
+def test_the_ledger_holds_every_draw(ran: Ran) -> None:
+    rows = ledger.read(ran.home)
+    assert rows.num_rows == 2 * 3
+    assert set(rows["study"].to_pylist()) == {"sweep"}
+    assert set(rows["method"].to_pylist()) == {ran.method}
+
+
+def test_methods_are_compared_as_others_are(ran: Ran) -> None:
+    family: Any = get_family(ran.method)
+    fitting, reported = family.load(ran.result.plan, ran.home)
+    entrants = [Entrant(candidates=(RunConfig(name=ran.method), ran.result.choice.run))]
+    scored = compare(fitting, reported, entrants, {0: family.Setting()}, 2, episodes=3, start=ran.start)
+    assert [len(one.draws) for one in scored] == [2]
+    assert metric_name(family.METRIC) in scored[0].draws[0].metrics
+
+
+def test_a_published_model_answers_as_the_fitted_one(ran: Ran, tree: Path) -> None:
+    assert ran.result.entry is not None
+    predictor = Predictor.load(ran.result.entry)
+    assert predictor.card.family == get_family(ran.method).__name__
+    images = [read_image(path) for path in sorted(tree.glob("MT_Blowhole/Imgs/*.jpg"))[:2]]
+    answers = predictor.predict([(image, None) for image in images])
+    assert answers == predictor.predict([(image, None) for image in images])
+    assert answers[0] != answers[1]
+
+
+def test_it_is_served(ran: Ran) -> None:
+    from ray import serve
+
+    from serve.app import build_app
+
+    entry = ran.result.entry
+    assert entry is not None
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pixels, _ = draw(0, tile=7, exposure=0, defect=True)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    (expected,) = Predictor.load(entry).predict([(np.stack([pixels] * 3, -1), None)])
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        args = {"model": f"{entry.name}@champion", "home": str(ran.home), "num_cpus": 0.1}
+        serve.run(build_app(args), name="small", route_prefix="/")
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
+            answer = http.post("/v1/predict", files={"image": buffer.getvalue()})
+            refused = http.post("/v1/classify", files={"image": buffer.getvalue()})
+            about = http.get("/v1/model").json()
+    finally:
+        serve.shutdown()
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["answer"] == pytest.approx(asdict(expected))
+    assert (about["family"], about["method"]) == (get_family(ran.method).__name__, ran.method)
+    assert refused.status_code == 404
+    assert "/v1/predict" in refused.json()["detail"]
+
+
+def test_a_family_that_no_method_names_is_not_imported() -> None:
+    with pytest.raises(ConfigError, match="no method is of family 'os'; known families: few_shot"):
+        family_module("os")
+
+
+def test_methods_of_other_families_are_not_few_shot_ones() -> None:
+    assert not set(METHODS) & set(methods_of("few_shot"))
+    assert methods_of("tests.elsewhere.detection") == ("small_detector",)
