@@ -21,6 +21,7 @@ from hypdefect.errors import DataError
 from hypdefect.families.plan import Plan, image_requests
 from hypdefect.features.backbones import BackboneSpec
 from hypdefect.features.extract import FULL_REGION, Prepared, extractor_for
+from hypdefect.features.prompts import embed_prompts
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.files import home
@@ -175,6 +176,8 @@ def fill(plan: Plan, *others: Plan, workers: int = 0, everything: bool = False) 
     requests = list(wanted.values())
     if plan.imported:
         return ExtractReport(len(requests), 0, ())
+    if plan.prompts and (embedded := embed_prompts(plan.spec, plan.prompts, home())):
+        logger.info("text features: %d prompts embedded", embedded)
     if everything:
         copies = dict.fromkeys(plan.manifest["image_id"].to_pylist(), 0)
         copies |= {r.image_id: r.copies for r in requests}

@@ -172,6 +172,20 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     return Sweep(job.name, folder, plan, metric, trials, choice, outcomes, entry, seconds, summary)
 
 
+@dataclass(slots=True)
+class Announcer:
+    """Says what each trial reached. Tune pickles it: it is no closure."""
+
+    metric: str
+    trials: int
+    leader: float = 0.0
+
+    def __call__(self, done: int, value: float) -> None:
+        self.leader = max(self.leader, value)
+        shown = (done, self.trials, self.metric, 100 * value, 100 * self.leader)
+        logger.info("  trial %d/%d: %s %.2f (best %.2f)", *shown)
+
+
 def run_search(
     job: Any, family: Family, fitting: Any, space: ModuleType, base: RunConfig, start: Any, workers: int
 ) -> list[TrialResult]:
@@ -181,14 +195,6 @@ def run_search(
         logger.info("search: %d of %d trials finished before", known, job.trials)
     else:
         logger.info("search: %d trials", job.trials)
-    leader = 0.0
-
-    def notify(done: int, value: float) -> None:
-        nonlocal leader
-        leader = max(leader, value)
-        shown = (done, job.trials, family.METRIC, 100 * value, 100 * leader)
-        logger.info("  trial %d/%d: %s %.2f (best %.2f)", *shown)
-
     config = SearchConfig(trials=job.trials, episodes=job.episodes, rungs=job.rungs, concurrency=workers, seed=job.seed)
     return search(
         space,
@@ -199,7 +205,7 @@ def run_search(
         name=job.name,
         folder=home() / "sweeps",
         start=start,
-        notify=notify,
+        notify=Announcer(family.METRIC, job.trials),
     )
 
 

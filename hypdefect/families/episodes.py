@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from hypdefect.errors import DataError
 from hypdefect.features.spec import FeatureTable
@@ -26,6 +27,8 @@ class LabelledFeatures:
     labels: np.ndarray
     groups: np.ndarray
     table: FeatureTable
+    text: np.ndarray | None = None
+    """`[W T]`, what a text tower says of each class."""
 
     def __post_init__(self) -> None:
         order = np.lexsort((self.table.aug_index, self.table.image_ids))
@@ -56,16 +59,8 @@ class LabelledFeatures:
         stops = np.searchsorted(self.table.image_ids, self.image_ids[positions], side="right")
         rows = np.concatenate([np.arange(a, min(b, a + 1 + copies)) for a, b in zip(starts, stops, strict=True)])
         label_of = dict(zip(self.image_ids[positions].tolist(), self.labels[positions].tolist(), strict=True))
-        return self.table.batch(rows, label_of)
-
-    def with_table(self, table: FeatureTable) -> "LabelledFeatures":
-        return LabelledFeatures(
-            class_names=self.class_names,
-            image_ids=self.image_ids,
-            labels=self.labels,
-            groups=self.groups,
-            table=table,
-        )
+        batch = self.table.batch(rows, label_of)
+        return batch if self.text is None else replace(batch, text=torch.from_numpy(self.text))
 
 
 def _rng(seed: int, number: int, purpose: int) -> np.random.Generator:

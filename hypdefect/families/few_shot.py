@@ -14,6 +14,7 @@ from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
+import torch
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, f1_score
 from torch import Tensor
 
@@ -25,6 +26,7 @@ from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, first_support, sample_episode
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
 from hypdefect.features.imported import Imported, card_of
+from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import FeatureTransform, TransformConfig
@@ -52,6 +54,10 @@ class TaskConfig(DataConfig):
     """Augmented copies extracted of each support candidate."""
     max_normals: int = 400
     """Normal images used for whitening."""
+    prompt_template: str = TEMPLATE
+    """What a class is called where the backbone has a text tower (openclip:...); {} stands for its name."""
+    class_prompts: tuple[str, ...] = ()
+    """CLASS=PROMPT for classes that the template does not fit."""
 
     @property
     def title(self) -> str:
@@ -59,6 +65,8 @@ class TaskConfig(DataConfig):
 
     def __post_init__(self) -> None:
         DataConfig.__post_init__(self)
+        if wrong := [text for text in self.class_prompts if not all(text.partition("=")[::2])]:
+            raise ConfigError(f"class_prompts are written CLASS=PROMPT, got {wrong[0]!r}")
         for name, least in (("k_shot", 1), ("pool_per_class", 0), ("copies", 0), ("max_normals", 0)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
@@ -89,6 +97,18 @@ class TaskPlan(Plan):
         most = self.config.copies if self.imported is None else min(self.config.copies, self.imported.copies)
         copies |= dict.fromkeys(self.pool_ids, most)
         return image_requests(self.manifest, copies, self.uses_mask)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompt of each class; none where the backbone has no text tower.
+
+        Raises:
+            ConfigError: as `prompts_of`.
+        """
+        if self.imported or not has_text_tower(self.spec):
+            return []
+        given = dict(text.split("=", 1) for text in self.config.class_prompts)
+        return prompts_of(self.classes, self.config.prompt_template, given)
 
     def provenance(self) -> dict[str, object]:
         return Plan.provenance(self) | {
@@ -230,6 +250,7 @@ def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     requests = {r.image_id: r for r in plan.requests()}
     table = store.load([key for r in requests.values() for key in r.row_keys()])
     columns = (plan.manifest[c].to_pylist() for c in ("image_id", "defect", "group_id"))
+    text = load_prompts(plan.spec, plan.prompts, home).numpy() if plan.prompts else None
     about = {i: (defect, group or i) for i, defect, group in zip(*columns, strict=True)}
 
     def labelled(ids: tuple[str, ...]) -> LabelledFeatures:
@@ -239,6 +260,7 @@ def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
             labels=np.array([plan.classes.index(about[i][0]) for i in ids]),
             groups=np.array([about[i][1] for i in ids]),
             table=table.select(table.rows_of(ids)),
+            text=text,
         )
 
     normals = None
@@ -270,8 +292,13 @@ def transformed(data: Reported, transform: FeatureTransform) -> Reported: ...
 def transformed(data: Fitting | Reported, transform: FeatureTransform) -> Fitting | Reported:
     """The same images with transformed features; normals are not needed behind a transform."""
     if isinstance(data, Reported):
-        return Reported(queries=data.queries.with_table(transform.table(data.queries.table)))
-    return replace(data, pool=data.pool.with_table(transform.table(data.pool.table)), normals=None)
+        return Reported(queries=_behind(data.queries, transform))
+    return replace(data, pool=_behind(data.pool, transform), normals=None)
+
+
+def _behind(features: LabelledFeatures, transform: FeatureTransform) -> LabelledFeatures:
+    text = None if features.text is None else transform.text(torch.from_numpy(features.text)).numpy()
+    return replace(features, table=transform.table(features.table), text=text)
 
 
 def references(config: Any) -> tuple[RunConfig, ...]:

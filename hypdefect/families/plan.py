@@ -97,6 +97,11 @@ class Plan:
         """Every image to extract, once."""
         raise NotImplementedError  # a family says which
 
+    @property
+    def prompts(self) -> list[str]:
+        """Texts whose features the task needs beside those of images."""
+        return []
+
     def provenance(self) -> dict[str, object]:
         """Where results come from; free JSON."""
         return {

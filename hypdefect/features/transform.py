@@ -134,6 +134,32 @@ class FeatureTransform:
             out = normalize(centred @ self.tensors[f"{view}/projection"], dim=1)
         return torch.cat([out, *shape], 1)
 
+    def text(self, text: Float[Tensor, "W T"]) -> Float[Tensor, "W d2"]:
+        """Embeddings of the classes' names as rows of both views side by side, as wide as transformed features.
+
+        Images and texts of a CLIP lie apart in their common space. Where features are centred on the normals, texts
+        are therefore centred on their own; then they are whitened, scaled and projected as features are. They say
+        nothing of the region's shape.
+
+        Raises:
+            DataError: an embedding is not as long as the features without the shape descriptors.
+        """
+        embedded = list(self.block_dims[:-1] if self.shape_dims else self.block_dims)
+        if text.shape[1] != sum(embedded):
+            raise DataError(f"text embeddings have {text.shape[1]} numbers, features {sum(embedded)}: another space")
+        views = []
+        for view in VIEWS:
+            x = text - text.mean(0) if f"{view}/mean" in self.tensors else text
+            blocks = list(x.split(embedded, dim=1))
+            for i, block in enumerate(blocks):
+                matrix = self.tensors.get(f"{view}/{i}")
+                blocks[i] = normalize(block if matrix is None else block @ matrix, dim=1)
+            out = torch.cat(blocks, 1) / len(blocks) ** 0.5
+            if f"{view}/projection" in self.tensors:
+                out = normalize((out - out.mean(0)) @ self.tensors[f"{view}/projection"], dim=1)
+            views.append(torch.cat([out, out.new_zeros(len(out), self.shape_dims)], 1))
+        return torch.cat(views, 1)
+
     def table(self, table: FeatureTable) -> FeatureTable:
         """The transformed copy of a table."""
         views = self({k: torch.from_numpy(v) for k, v in table.views.items()})

@@ -107,7 +107,7 @@ def check(fitting: Fitting, setting: Setting) -> None:
 
 
 def references(config: Any) -> tuple[RunConfig, ...]:
-    return (RunConfig(name="small_detector", method={"rank": 1}),)
+    return (RunConfig(name="small_detector", method={"rank": 1}, pretrained=False),)
 
 
 def transform_of(run: RunConfig, fitting: Fitting, start: Any) -> FeatureTransform:
@@ -123,7 +123,8 @@ def twin(run: RunConfig, fitting: Fitting, start: Any) -> None:
 
 
 def detector(run: RunConfig, normals: Batch, start: Any) -> AnomalyDetector:
-    model: AnomalyDetector = run.model(normals.views["patch"].shape[-1], start)
+    fits = start is not None and start["basis"].shape[1] == run.method.rank
+    model: AnomalyDetector = run.model(normals.views["patch"].shape[-1], start if fits else None)
     model.fit([normals])
     return model
 

@@ -3,7 +3,6 @@
 Each is one method file and one name (`HYPDEFECT_METHODS`, set in conftest.py). Nothing of the library knows of them.
 """
 
-import importlib
 import io
 import socket
 from dataclasses import asdict, dataclass
@@ -31,6 +30,7 @@ from hypdefect.methods import methods_of
 from hypdefect.predictor import Predictor
 from hypdefect.results import ledger
 from hypdefect.training import TrainConfig
+from tests.elsewhere import detection, segmentation
 from tests.tiny_dataset import draw, make_mtd_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
@@ -38,17 +38,32 @@ RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 METHODS = ("small_detector", "small_segmenter")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DetectorJob(detection.TaskConfig, SweepConfig):
+    pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterJob(segmentation.TaskConfig, SweepConfig):
+    pass
+
+
+JOBS: dict[str, Any] = {"small_detector": DetectorJob, "small_segmenter": SegmenterJob}
+
+
+def detector_space(trial: optuna.Trial) -> None:
+    trial.suggest_int("method.rank", 1, 6)
+
+
+def segmenter_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("method.window", [5, 9, 15])
+    trial.suggest_categorical("pretrained", [True, False])
+
+
 def space_of(method: str) -> ModuleType:
     """As a file of tune_spaces/."""
-
-    def space(trial: optuna.Trial) -> None:
-        if method == "small_detector":
-            trial.suggest_int("method.rank", 1, 6)
-        else:
-            trial.suggest_categorical("method.window", [5, 9, 15])
-            trial.suggest_categorical("pretrained", [True, False])
-
     module = ModuleType(method)
+    space = {"small_detector": detector_space, "small_segmenter": segmenter_space}[method]
     vars(module).update(METHOD=method, space=space)
     return module
 
@@ -73,21 +88,15 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ran(request: pytest.FixtureRequest, ray_local: Any, tree: Path, tmp_path_factory: Any) -> Any:
     method, home = request.param, tmp_path_factory.mktemp(request.param)
     family: Any = get_family(method)
-    module = importlib.import_module(family.__name__)
-
-    @dataclass(frozen=True, kw_only=True)
-    class Job(module.TaskConfig, SweepConfig):  # type: ignore[misc, name-defined]
-        def __post_init__(self) -> None:
-            module.TaskConfig.__post_init__(self)
-            SweepConfig.__post_init__(self)
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYPDEFECT_HOME", str(home))
-        job = Job(dataset="mtd", root=tree, recipe=RECIPE, trials=3, episodes=4, rungs=2, draws=3, name="small")
+        job = JOBS[method](
+            dataset="mtd", root=tree, recipe=RECIPE, trials=3, episodes=4, rungs=2, draws=3, name="small"
+        )
         plan = prepare(family, job)
         fill(plan)
         fitting, _ = family.load(plan, home)
-        training = module.Training(
+        training = family.Training(
             fitting=fitting,
             config=TrainConfig(steps=60, items_per_step=2, lr=0.05, report_every=30),
             run=RunConfig(name=method),
