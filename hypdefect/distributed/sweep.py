@@ -33,6 +33,7 @@ from hypdefect.results.sweep_figure import plot_sweep
 from hypdefect.statistics import Interval, interval, paired
 
 logger = logging.getLogger(__name__)
+TRIALS = 24
 Job = TypeVar("Job", bound="SweepConfig")
 
 
@@ -42,8 +43,8 @@ class SweepConfig:
 
     space: str = "hypdfs"
     """Module of tune_spaces/ to search."""
-    trials: int = 24
-    """Configurations to try, the defaults first."""
+    trials: int | None = None
+    """Configurations to try, the defaults first; default: 24, or as many as a resumed sweep was started with."""
     episodes: int = 24
     """Validation episodes of a full trial, drawn inside the support pool."""
     rungs: int = 4
@@ -67,7 +68,9 @@ class SweepConfig:
     """Alias moved to the published version."""
 
     def __post_init__(self) -> None:
-        for name, least in (("trials", 1), ("episodes", 1), ("rungs", 1), ("finalists", 1), ("draws", 2)):
+        if self.trials is not None and self.trials < 1:
+            raise ConfigError(f"trials must be at least 1, got {self.trials}")
+        for name, least in (("episodes", 1), ("rungs", 1), ("finalists", 1), ("draws", 2)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.rungs > self.episodes:
@@ -109,7 +112,7 @@ class Sweep:
 
 
 def named(job: Job) -> Job:
-    """The job with its name decided; a resumed one with the settings it was started with.
+    """The job with its name and trials decided; a resumed one with the settings it was started with, or more trials.
 
     Raises:
         ConfigError: nothing to resume, or a new sweep under a name that is taken.
@@ -122,7 +125,7 @@ def named(job: Job) -> Job:
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
         # a resumed sweep may be started in another folder
         changes: dict[str, Any] = {"name": name, "root": _absolute(task.root), "init": _absolute(job.init)}
-        return replace(job, **changes)
+        return replace(job, trials=job.trials or TRIALS, **changes)
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], task)}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
@@ -132,7 +135,7 @@ def named(job: Job) -> Job:
         )
     stored = from_mapping(type(job), known[name]["job"], str(sweeps / name / "sweep.json"))
     logger.info("resuming %s with the settings it was started with", name)
-    return replace(stored, trials=max(stored.trials, job.trials) if job.name else stored.trials, resume=True)
+    return replace(stored, trials=max(stored.trials or TRIALS, job.trials or 1), resume=True)
 
 
 def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
