@@ -8,7 +8,8 @@ import pytest
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.results.comparison import TWIN, best_euclidean, claims, display_name, leaderboard, paired_to
+from hypdefect.evaluation import TWIN
+from hypdefect.results.comparison import best_euclidean, claims, display_name, leaderboard, paired_to
 from hypdefect.statistics import interval
 from tests.ledger_rows import as_table, draws
 

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from hypdefect.errors import DataError
-from hypdefect.evaluation import MetaStart, RunConfig, candidates, dimension, first_support, flat_twin
+from hypdefect.evaluation import RunConfig, candidates
+from hypdefect.families.episodes import first_support
+from hypdefect.families.few_shot import MetaStart, twin
 from hypdefect.geometry import pairwise_dist
-from hypdefect.methods.hypdfs import HypDFSConfig
-from hypdefect.training import core_tensors
-from tests.toy_features import DIM, toy_pool
+from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from tests.toy_features import DIM, toy_fitting, toy_pool
 
 
 def space_of(*first: dict[str, Any], curvature: bool = True) -> ModuleType:
@@ -66,7 +67,7 @@ def test_first_images_by_file_name() -> None:
 
 def mean_distance(config: RunConfig) -> float:
     pool = toy_pool()
-    model: Any = config.classifier(DIM)
+    model: Any = config.model(DIM)
     points = model.to_ball(model.core, model.tangents(pool.batch(np.arange(len(pool)))).double())
     return float(pairwise_dist(points, points, config.method.curvature).mean())
 
@@ -74,37 +75,41 @@ def mean_distance(config: RunConfig) -> float:
 @pytest.mark.parametrize("c", [0.01, 0.5])
 def test_the_twin_sees_distances_of_the_same_size(c: float) -> None:
     config = RunConfig(method={"curvature": c, "temperature": 0.7, "margin": 2.0})
-    twin = flat_twin(config, toy_pool())
-    assert twin.method.curvature == 0
-    before, after = mean_distance(config), mean_distance(twin)
+    flat = twin(config, toy_fitting())
+    assert flat is not None
+    assert flat.method.curvature == 0
+    before, after = mean_distance(config), mean_distance(flat)
     assert before > after  # curvature stretches
     for length in ("temperature", "contrast_temperature", "margin"):
-        assert after / getattr(twin.method, length) == pytest.approx(before / getattr(config.method, length), rel=1e-5)
+        assert after / getattr(flat.method, length) == pytest.approx(before / getattr(config.method, length), rel=1e-5)
     back = {k: getattr(config.method, k) for k in ("curvature", "temperature", "contrast_temperature", "margin")}
-    assert replace(twin, method=replace(twin.method, **back)) == config  # nothing else differs
+    assert replace(flat, method=replace(flat.method, **back)) == config  # nothing else differs
 
 
 def test_the_twin_of_a_flat_configuration_is_itself() -> None:
     config = RunConfig(method={"curvature": 0.0})
-    assert flat_twin(config, toy_pool()) == config
+    assert twin(config, toy_fitting()) == config
     learned = RunConfig(method={"curvature": 0.1, "learn_curvature": True})
-    core = core_tensors(learned.classifier(DIM))  # type: ignore[arg-type]
-    start = MetaStart(projection={}, core=core)
-    assert not flat_twin(learned, toy_pool(), start).method.learn_curvature
+    core = learned.model(DIM).trained()  # type: ignore[arg-type]
+    start = MetaStart(method="hypdfs", projection={}, core=core)
+    flat = twin(learned, toy_fitting(), start)
+    assert flat is not None
+    assert not flat.method.learn_curvature
 
 
 def test_who_starts_from_meta_trained_weights() -> None:
     learned = RunConfig(method={"learn_curvature": True})
-    core = core_tensors(learned.classifier(DIM))  # type: ignore[arg-type]
-    projected = MetaStart(projection={"whole": torch.eye(DIM), "crop": torch.eye(DIM)}, core=core)
-    plain = MetaStart(projection={}, core=core)
+    core = learned.model(DIM).trained()  # type: ignore[arg-type]
+    projected = MetaStart(method="hypdfs", projection={"whole": torch.eye(DIM), "crop": torch.eye(DIM)}, core=core)
+    plain = MetaStart(method="hypdfs", projection={}, core=core)
     on_meta = replace(learned, features="meta")
     assert projected.weights(on_meta) == plain.weights(learned) == core
     assert projected.weights(learned) is plain.weights(on_meta) is None
     assert projected.weights(replace(on_meta, pretrained=False)) is None
     assert projected.weights(RunConfig(name="prototype", features="meta")) is None
-    assert MetaStart(projection=projected.projection, core={}).weights(on_meta) is None
-    fixed = projected.weights(replace(on_meta, method=HypDFSConfig()))
-    assert fixed is not None
-    assert core.keys() - fixed.keys() == {"core.log_c"}
-    assert dimension(toy_pool()) == DIM
+    assert MetaStart(method="hypdfs", projection=projected.projection, core={}).weights(on_meta) is None
+    fixed: Any = HypDFS(HypDFSConfig(), DIM)
+    fixed.start_from(core)  # a curvature that was trained is left out where it is fixed
+    assert fixed.core.log_c is None
+    assert torch.equal(fixed.core.adapter.down, core["core.adapter.down"])
+    assert toy_pool().dim == DIM

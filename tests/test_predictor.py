@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from hypdefect import predictor as module
 from hypdefect import registry
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
@@ -20,8 +19,9 @@ from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import FeatureTransform, TransformConfig
-from hypdefect.methods import METHODS
-from hypdefect.predictor import Predictor, save_model
+from hypdefect.methods import methods_of
+from hypdefect.predictor import ClassPredictor, Predictor, save_model
+from hypdefect.predictor import row as row_batch
 from hypdefect.registry import write_checksums
 from hypdefect.types import VIEWS, Batch
 from tests.tiny_dataset import draw
@@ -59,7 +59,7 @@ class Fitted:
             mean = {view: torch.randn(size, generator=generator) / size for view in VIEWS}
             self.transform = self.transform.projected(projection, mean)
         self.run = RunConfig(name=method, method=CONFIGS.get(method, {}))
-        self.classifier = self.run.classifier(self.transform.dim)
+        self.classifier = self.run.model(self.transform.dim)
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
         support = Batch(
@@ -72,9 +72,8 @@ class Fitted:
 
     def save(self, folder: Path, **changes: Any) -> None:
         parts: dict[str, Any] = {
-            "method": self.run.name,
             "run_config": self.run,
-            "classifier": self.classifier,
+            "model": self.classifier,
             "class_names": CLASSES,
             "transform": self.transform,
             "backbone": "tiny_random",
@@ -85,7 +84,7 @@ class Fitted:
         save_model(folder, **parts | changes)
 
 
-@pytest.fixture(scope="module", params=sorted(METHODS))
+@pytest.fixture(scope="module", params=sorted(methods_of("few_shot")))
 def fitted(request: pytest.FixtureRequest) -> Fitted:
     return Fitted(request.param)
 
@@ -98,12 +97,13 @@ def fitted_prototype() -> Fitted:
 def test_loaded_is_equal_to_saved(fitted: Fitted, tmp_path: Path) -> None:
     entry = registry.publish(tmp_path, "drawn", fitted.save, "champion")
     loaded = Predictor.load(registry.resolve(tmp_path, "drawn@champion"))
+    assert isinstance(loaded, ClassPredictor)
     assert loaded.entry == entry
     assert loaded.card.run == fitted.run
     assert loaded.card.recipe == RECIPE
     assert loaded.card.provenance["metrics"] == {"acc": 0.5}
     for image, mask in (picture(0, 50), picture(2, 51)):
-        batch = module._batch(fitted.transform(fitted.extractor(image, mask)))
+        batch = row_batch(fitted.transform(fitted.extractor(image, mask)))
         expected = fitted.classifier.logits(batch)
         assert torch.equal(loaded.logits(image, mask)[None], expected)
         [found] = loaded.predict([(image, mask)])
@@ -117,6 +117,7 @@ def test_loaded_is_equal_to_saved(fitted: Fitted, tmp_path: Path) -> None:
 def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None:
     fitted.save(tmp_path / "model")
     loaded = Predictor.load(tmp_path / "model")
+    assert isinstance(loaded, ClassPredictor)
     spec = get_backbone("tiny_random")
     key = FeatureKey(
         backbone=spec.name, backbone_digest=spec.digest, block_dims=dims_of(spec, RECIPE)[0], recipe=RECIPE
@@ -130,7 +131,7 @@ def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None
     ]
     store.write([RowKey(i, "m", 0) for i in ids], {v: np.stack([row[v][0].numpy() for row in rows]) for v in VIEWS})
     table = loaded.transform.table(store.load([RowKey(i, "m", 0) for i in ids]))
-    stored = loaded.classifier.logits(table.batch(np.arange(3), dict.fromkeys(ids, 0)))
+    stored = loaded.model.logits(table.batch(np.arange(3), dict.fromkeys(ids, 0)))
     for i, (image, mask) in enumerate(pictures):
         torch.testing.assert_close(loaded.logits(image, mask), stored[i], rtol=1e-5, atol=1e-5)
 
@@ -139,15 +140,17 @@ def test_a_projected_model_is_served_as_it_was_saved(tmp_path: Path) -> None:
     fitted = Fitted("prototype", narrow=5)
     fitted.save(tmp_path)
     loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
     image, mask = picture(1, 55)
     views = fitted.transform(fitted.extractor(image, mask))
     assert views["crop"].shape == (1, 5 + SHAPE_DIMS)
-    assert torch.equal(loaded.logits(image, mask)[None], fitted.classifier.logits(module._batch(views)))
+    assert torch.equal(loaded.logits(image, mask)[None], fitted.classifier.logits(row_batch(views)))
 
 
 def test_neighbours_do_not_matter(fitted: Fitted, tmp_path: Path) -> None:
     fitted.save(tmp_path)
     loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
     pairs = [picture(kind, 70) for kind in range(3)]
     assert loaded.predict(pairs) == [loaded.predict([pair])[0] for pair in pairs]
 
@@ -155,6 +158,7 @@ def test_neighbours_do_not_matter(fitted: Fitted, tmp_path: Path) -> None:
 def test_an_image_without_mask_is_region_as_a_whole(fitted_prototype: Fitted, tmp_path: Path) -> None:
     fitted_prototype.save(tmp_path)
     loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
     image, _ = picture(0, 80)
     [found] = loaded.predict([(image, None)])
     assert found.region == "whole image"
@@ -166,6 +170,7 @@ def test_an_image_without_mask_is_region_as_a_whole(fitted_prototype: Fitted, tm
 def test_tiny_and_thin_images(fitted_prototype: Fitted, tmp_path: Path, shape: tuple[int, int]) -> None:
     fitted_prototype.save(tmp_path)
     loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
     [found] = loaded.predict([(np.zeros((*shape, 3), np.uint8), None)])
     assert np.isfinite(list(found.probabilities.values())).all()
 
@@ -174,6 +179,7 @@ def test_masks_are_checked(fitted_prototype: Fitted, tmp_path: Path) -> None:
     fitted_prototype.save(tmp_path / "a")
     image, mask = picture(0, 80)
     loaded = Predictor.load(tmp_path / "a")
+    assert isinstance(loaded, ClassPredictor)
     with pytest.raises(DataError, match="its image"):
         loaded.predict([(image, mask[:-1])])
     with pytest.raises(DataError, match="empty"):
@@ -239,7 +245,7 @@ def test_a_description_that_does_not_fit_is_refused(
 
 def test_tensors_of_another_method_are_refused(fitted: Fitted, tmp_path: Path) -> None:
     fitted.save(tmp_path)
-    other = next(name for name in METHODS if name != fitted.run.name)
+    other = next(name for name in methods_of("few_shot") if name != fitted.run.name)
     card = json.loads((tmp_path / "model.json").read_text())
     card["run"] |= {"name": other, "method": CONFIGS.get(other, {})}
     (tmp_path / "model.json").write_text(json.dumps(card))
@@ -250,7 +256,6 @@ def test_tensors_of_another_method_are_refused(fitted: Fitted, tmp_path: Path) -
 
 def test_contradictions_are_found_when_saving(fitted_prototype: Fitted, tmp_path: Path) -> None:
     for change, message in (
-        ({"method": "hypdfs"}, "run configuration is one of 'prototype'"),
         ({"backbone": "efficientnet_lite0"}, "gives"),
         (
             {"recipe": replace(RECIPE, shape=False)},

@@ -13,12 +13,12 @@ from scipy import stats
 
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import MetaStart, RunConfig
-from hypdefect.families.few_shot import FewShotTask
+from hypdefect.evaluation import TWIN, RunConfig
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import METHODS
 from hypdefect.results import ledger
-from hypdefect.results.comparison import TWIN, leaderboard
+from hypdefect.results.comparison import leaderboard
 from hypdefect.results.feature_figures import fitted_points, plot_disk, plot_radius, plot_tsne
 from hypdefect.results.figures import short, spread
 from hypdefect.results.ledger import SCHEMA
@@ -374,17 +374,16 @@ def test_long_names_are_cut() -> None:
     assert short("x" * 30, 10) == "x" * 9 + "…"
 
 
-def toy_task(copies: int = 1, dim: int = DIM) -> FewShotTask:
+def toy_task(copies: int = 1, dim: int = DIM) -> tuple[Fitting, Reported]:
     pool = toy_pool(n_way=3, per_class=6, copies=copies, dim=dim)
     queries = toy_pool(n_way=3, per_class=4, dim=dim, seed=0)
-    return FewShotTask(pool=pool, queries=queries, normals=None, block_dims=(dim,))
+    return Fitting(pool=pool, normals=None, block_dims=(dim,)), Reported(queries=queries)
 
 
 @pytest.mark.parametrize(("curvature", "dim"), [(0.05, DIM), (0.0, DIM), (0.05, 40)])  # 40: fitted in its span
 def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: float, dim: int) -> None:
-    task = toy_task(dim=dim)
     config = RunConfig(method={"curvature": curvature, "adapter_rank": 2, "n_syn": 3}, support_copies=1)
-    points = fitted_points(task, config, 2, 0, 0)
+    points = fitted_points(*toy_task(dim=dim), config, Setting(k_shot=2), 0)
     nearest = pairwise_dist(points.ball[6:], points.prototypes, curvature).argmin(1)
     assert float((nearest == points.labels[6:]).double().mean()) == pytest.approx(points.accuracy)
     assert points.num_supports == 3 * 2
@@ -399,10 +398,10 @@ def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: f
 def test_points_of_meta_features_need_the_projection() -> None:
     config = RunConfig(features="meta")
     with pytest.raises(ConfigError, match="projection"):
-        fitted_points(toy_task(), config, 2, 0, 0)
+        fitted_points(*toy_task(), config, Setting(k_shot=2), 0)
     means = {view: torch.zeros(DIM) for view in VIEWS}
-    start = MetaStart(projection={view: torch.eye(DIM)[:, :4] for view in VIEWS}, core={}, mean=means)
-    assert fitted_points(toy_task(), config, 2, 0, 0, start).plain.shape[1] == 2 * 4
+    start = MetaStart(method="hypdfs", projection={view: torch.eye(DIM)[:, :4] for view in VIEWS}, core={}, mean=means)
+    assert fitted_points(*toy_task(), config, Setting(k_shot=2), 0, start).plain.shape[1] == 2 * 4
 
 
 def test_features_that_are_not_there_become_a_note(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ import pytest
 
 from hypdefect.datasets.ingest import ingested
 from hypdefect.errors import ConfigError
-from hypdefect.families.few_shot import TaskConfig, plan_task
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import TaskConfig
 from hypdefect.features.store import FeatureStore
 from hypdefect.results import ledger
 from hypdefect.types import VIEWS
@@ -53,7 +54,7 @@ def fill_store(home: Path, task: TaskConfig, *products: str) -> None:
     rng = np.random.default_rng(0)
     manifest = ingested(task.dataset, task.root, home).table
     for product in products or ("",):
-        plan = plan_task(replace(task, product=product), manifest)
+        plan = few_shot.plan(replace(task, product=product), manifest)
         keys = [key for request in plan.requests() for key in request.row_keys()]
         store = FeatureStore(home, plan.key)
         store.create()

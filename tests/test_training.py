@@ -13,14 +13,22 @@ from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures, build_episode
+from hypdefect.families.episodic import (
+    EpisodicConfig,
+    EpisodicTraining,
+    MetaConfig,
+    learner,
+    load_start,
+    write_run,
+)
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import MetaConfig, TrainConfig, learner, load_start, meta_train, write_run
+from hypdefect.training import MeanLoss, fit
 from hypdefect.types import EpisodeSpec
 from tests.toy_features import DIM, toy_batch, toy_pool
 
 METHOD = HypDFSConfig(steps=3, adapter_rank=4, ode_hidden=6, n_syn=3)
-SMALL = TrainConfig(method=METHOD, steps=6, episodes_per_step=2, n_way=3, n_query=3, report_every=2, lr=1e-2)
+SMALL = EpisodicConfig(method=METHOD, steps=6, items_per_step=2, n_way=3, n_query=3, report_every=2, lr=1e-2)
 Write = Callable[[Path], None] | None
 
 
@@ -33,10 +41,11 @@ def quiet(metrics: dict[str, float], write: Write) -> None:
 
 
 def train(
-    config: TrainConfig = SMALL, pool: LabelledFeatures | None = None, **options: Any
+    config: EpisodicConfig = SMALL, pool: LabelledFeatures | None = None, **options: Any
 ) -> tuple[HypDFS, list[float]]:
-    model = HypDFS(config.method, DIM)
-    losses = meta_train(model, toy_pool() if pool is None else pool, config, options.pop("report", quiet), **options)
+    training = EpisodicTraining(pool=toy_pool() if pool is None else pool, config=config)
+    model = training.model()
+    losses = fit(model, training.item, config, options.pop("report", quiet), **options)
     return model, losses
 
 
@@ -44,14 +53,14 @@ def test_the_loss_of_an_easy_pool_goes_down() -> None:
     pool = toy_pool(n_way=6, per_class=10, spread=0.5)
     episodes = [build_episode(pool, EpisodeSpec(k_shot=1, n_way=3, n_query=3, seed=99), i) for i in range(12)]
 
-    def judged(model: HypDFS) -> float:
+    def loss_of(model: HypDFS) -> float:
         with torch.no_grad():
-            return float(model(episodes, list(range(12))))
+            return float(MeanLoss(model)(episodes, list(range(12))))
 
-    before = judged(HypDFS(METHOD, DIM))
-    model, losses = train(replace(SMALL, steps=25, episodes_per_step=2, lr=3e-2), pool)
+    before = loss_of(HypDFS(METHOD, DIM))
+    model, losses = train(replace(SMALL, steps=25, items_per_step=2, lr=3e-2), pool)
     assert len(losses) == 25
-    assert judged(model) < 0.9 * before
+    assert loss_of(model) < 0.9 * before
 
 
 def test_training_is_repeatable_and_depends_on_its_seed() -> None:
@@ -124,13 +133,13 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path, damage: str) 
     if damage == "absent":
         folder = tmp_path / "other"
     elif damage == "no weights":
-        (folder / "core.safetensors").unlink()
+        (folder / "weights.safetensors").unlink()
     elif damage == "no step":
         (folder / "state.json").write_text("{}")
     elif damage == "other model":
         config = replace(SMALL, method=replace(METHOD, ode="none"))
     else:
-        file = folder / ("core.safetensors" if damage == "cut weights" else "optimizer.pt")
+        file = folder / ("weights.safetensors" if damage == "cut weights" else "optimizer.pt")
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     with pytest.raises(ArtifactError, match=f"{folder.name} holds no finished training run or checkpoint"):
         train(config, resume=folder)
@@ -142,9 +151,9 @@ def test_a_checkpoint_that_cannot_be_used_is_named(tmp_path: Path, damage: str) 
 class Recorder(torch.nn.Module):
     """Stands where DistributedDataParallel would, and keeps what a rank was asked and answered."""
 
-    def __init__(self, model: HypDFS) -> None:
+    def __init__(self, loss: torch.nn.Module) -> None:
         super().__init__()
-        self.model = model
+        self.loss = loss
         self.supports: list[tuple[str, ...]] = []
         self.seeds: list[int] = []
         self.losses: list[torch.Tensor] = []
@@ -152,23 +161,30 @@ class Recorder(torch.nn.Module):
     def forward(self, episodes: list[Any], seeds: list[int]) -> torch.Tensor:
         self.supports += [e.support.image_ids for e in episodes]
         self.seeds += seeds
-        self.losses.append(self.model(episodes, seeds))
+        self.losses.append(self.loss(episodes, seeds))
         return self.losses[-1]
 
 
-def first_step(rank: int, world_size: int, config: TrainConfig) -> tuple[Recorder, list[torch.Tensor]]:
+def keep(recorder: Recorder, recorders: list[Recorder]) -> Recorder:
+    recorders.append(recorder)
+    return recorder
+
+
+def first_step(rank: int, world_size: int, config: EpisodicConfig) -> tuple[Recorder, list[torch.Tensor]]:
     model = HypDFS(config.method, DIM)
     with torch.no_grad():  # away from the zeros, so that every weight has a gradient
         for i, p in enumerate(model.core.parameters()):
             p += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
-    recorder = Recorder(model)
-    meta_train(model, toy_pool(), replace(config, steps=1), quiet, wrapped=recorder, rank=rank, world_size=world_size)
-    return recorder, [p.grad for p in model.core.parameters() if p.grad is not None]
+    recorders: list[Recorder] = []
+    training = EpisodicTraining(pool=toy_pool(), config=replace(config, steps=1))
+    ranks = {"rank": rank, "world_size": world_size}
+    fit(model, training.item, training.config, quiet, wrap=lambda loss: keep(Recorder(loss), recorders), **ranks)
+    return recorders[0], [p.grad for p in model.core.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_the_ranks_gradients_average_to_those_of_one_process(world_size: int) -> None:
-    config = replace(SMALL, episodes_per_step=4)
+    config = replace(SMALL, items_per_step=4)
     alone, whole = first_step(0, 1, config)
     ranks = [first_step(rank, world_size, config) for rank in range(world_size)]
     assert whole
@@ -182,10 +198,10 @@ def test_the_ranks_gradients_average_to_those_of_one_process(world_size: int) ->
 
 
 def test_every_step_has_episodes_of_its_own() -> None:
-    model = HypDFS(METHOD, DIM)
-    recorder = Recorder(model)
-    meta_train(model, toy_pool(), SMALL, quiet, wrapped=recorder)
-    assert len(set(recorder.seeds)) == SMALL.steps * SMALL.episodes_per_step
+    recorders: list[Recorder] = []
+    train(wrap=lambda loss: keep(Recorder(loss), recorders))
+    recorder = recorders[0]
+    assert len(set(recorder.seeds)) == SMALL.steps * SMALL.items_per_step
     assert len(set(recorder.supports)) > SMALL.steps
 
 
@@ -197,7 +213,7 @@ def test_only_rank_0_writes() -> None:
 
 
 def test_episodes_must_share_out_evenly() -> None:
-    with pytest.raises(ConfigError, match="episodes_per_step=2 is not a multiple of the 3 workers"):
+    with pytest.raises(ConfigError, match="items_per_step=2 is not a multiple of the 3 workers"):
         train(world_size=3)
 
 
@@ -207,7 +223,7 @@ def test_episodes_must_share_out_evenly() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        *(({n: 0}, f"train.{n} must be at least 1, got 0") for n in ("steps", "episodes_per_step", "n_way", "k_shot")),
+        *(({n: 0}, f"train.{n} must be at least 1, got 0") for n in ("steps", "items_per_step", "n_way", "k_shot")),
         ({"report_every": 0}, "report_every"),
         ({"n_query": 0}, "n_query"),
         ({"lr": 0.0}, "train.lr must be positive"),
@@ -221,7 +237,7 @@ def test_training_that_cannot_work_is_refused(values: dict[str, Any], message: s
 
 
 def test_a_training_config_survives_its_mapping() -> None:
-    assert from_mapping(TrainConfig, to_mapping(SMALL)) == SMALL
+    assert from_mapping(EpisodicConfig, to_mapping(SMALL)) == SMALL
 
 
 def test_a_loss_that_leaves_the_numbers_stops_the_run() -> None:
@@ -243,7 +259,7 @@ def test_a_run_directory_starts_a_classifier(tmp_path: Path) -> None:
     assert {k: tuple(v.shape) for k, v in start.core.items()} == {
         f"core.{k}": tuple(v.shape) for k, v in model.core.state_dict().items()
     }
-    begun = RunConfig(name="hypdfs", method=METHOD).classifier(DIM, start.core)
+    begun = RunConfig(name="hypdfs", method=METHOD).model(DIM, start.core)
     for classifier in (begun, model):
         classifier.adapt(toy_batch(), 3)
     queries = toy_batch(k_shot=5, seed=2)
@@ -260,7 +276,7 @@ def test_a_learned_representation_goes_to_the_features_and_the_rest_to_the_class
     pool = toy_pool()
     model = learner(pool, config, shape_dims)
     before = model.core.state_dict()["projection.weight"].clone()
-    meta_train(model, pool, config, quiet)
+    fit(model, EpisodicTraining(pool=pool, config=config, shape_dims=shape_dims).item, config, quiet)
     assert not torch.equal(before, model.core.state_dict()["projection.weight"])
     write_run(tmp_path / "run", model, MetaConfig(train=config), {})
     start, _ = load_start(tmp_path / "run")
@@ -270,7 +286,7 @@ def test_a_learned_representation_goes_to_the_features_and_the_rest_to_the_class
     support, query = toy_batch(), toy_batch(k_shot=5, seed=2)
     on_plain, on_meta = ([replace(b, views=t(b.views)) for b in (support, query)] for t in (plain, transform))
     assert on_meta[0].views["whole"].shape[1] == 3 + shape_dims
-    begun = RunConfig(method=METHOD, features="meta").classifier(3 + shape_dims, start.core)
+    begun = RunConfig(method=METHOD, features="meta").model(3 + shape_dims, start.core)
     begun.adapt(on_meta[0], 3)
     model.adapt(on_plain[0], 3)
     torch.testing.assert_close(begun.logits(on_meta[1]), model.logits(on_plain[1]), rtol=0, atol=1e-5)

@@ -3,10 +3,13 @@
 Shapes: N images, D features of one view.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
 
 from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.few_shot import Fitting
 from hypdefect.features.spec import FeatureTable
 from hypdefect.types import VIEWS, Batch
 
@@ -44,6 +47,12 @@ def toy_pool(
         groups=np.array([f"g{label}-{i // per_group}" for i, label in enumerate(labels)]),
         table=table,
     )
+
+
+def toy_fitting(**options: Any) -> Fitting:
+    """A `toy_pool` as what may be looked at, its features as they are: no transform acts on it."""
+    pool = toy_pool(**options)
+    return Fitting(pool=pool, normals=None, block_dims=(pool.dim,))
 
 
 def unit(x: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from hypdefect.datasets.manifest import manifest_digest
 from hypdefect.datasets.readers.folder import CARD
 from hypdefect.distributed.extract import Extractor
 from hypdefect.errors import DataError
-from hypdefect.families.few_shot import image_requests
+from hypdefect.families.plan import image_requests
 from hypdefect.images import (
     ALPHA_NOTE,
     Intensity,

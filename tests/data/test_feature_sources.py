@@ -169,7 +169,7 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
         aug_index=torch.zeros(6, dtype=torch.long),
     )
     run = RunConfig(name="prototype", method=PrototypeConfig())
-    classifier = run.classifier(transform.dim)
+    classifier = run.model(transform.dim)
     classifier.adapt(support, 2)
     save_model(
         tmp_path / "model",

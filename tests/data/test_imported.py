@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.families.few_shot import TaskConfig, load_task, plan_task
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import TaskConfig
 from hypdefect.features.imported import import_features, read_file, read_import
 from hypdefect.features.spec import RowKey
 from hypdefect.features.store import FeatureStore
@@ -72,12 +73,12 @@ def test_a_few_shot_task_runs_on_imported_features(tmp_path: Path) -> None:
     features, labels = values()
     imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
     config = TaskConfig(dataset="imported:f", k_shot=2, copies=2)
-    plan = plan_task(config, imported.manifest, imported)
+    plan = few_shot.plan(config, imported.manifest, imported)
     assert plan.classes == ("crack", "pit", "stain")
-    task = load_task(plan, tmp_path)
-    assert len(task.pool.table) == 3 * len(task.pool.image_ids)
-    assert task.normals is not None
-    assert task.normals["whole"].shape == (6, 10)
+    fitting, _ = few_shot.load(plan, tmp_path)
+    assert len(fitting.pool.table) == 3 * len(fitting.pool.image_ids)
+    assert fitting.normals is not None
+    assert fitting.normals["whole"].shape == (6, 10)
 
 
 def test_files_named_train_and_test_keep_their_split(tmp_path: Path) -> None:

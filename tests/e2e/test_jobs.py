@@ -18,11 +18,11 @@ import yaml
 
 import hypdefect
 from hypdefect.datasets.manifest import read_manifest
+from hypdefect.families.episodic import load_start
 from hypdefect.images import read_bytes, read_image, read_mask
 from hypdefect.predictor import Predictor
 from hypdefect.registry import resolve
 from hypdefect.results.ledger import read, read_part
-from hypdefect.training import load_start
 from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 
 pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]

@@ -39,7 +39,7 @@ def save(folder: Path) -> None:
     recipe = RecipeConfig(whole_size=64, window=48, crop_size=64)
     block_dims, shape_dims = dims_of(spec, recipe)
     transform = FeatureTransform.fit(None, block_dims, TransformConfig(), shape_dims)
-    classifier = run.classifier(transform.dim)
+    classifier = run.model(transform.dim)
     prototypes = torch.randn(3, 2 * transform.dim, generator=torch.Generator().manual_seed(0))
     classifier.restore({"prototypes": prototypes})
     save_model(

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig, score_draw, validation_scores
-from hypdefect.families.episodes import draw_support
-from hypdefect.methods import METHODS, Classifier, build, get_method
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Reported, Setting
+from hypdefect.methods import METHODS, build, get_method, methods_of
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import core_tensors
-from hypdefect.types import EpisodeSpec
-from tests.toy_features import DIM, permuted, toy_batch, toy_pool
+from hypdefect.types import FewShotClassifier
+from tests.toy_features import DIM, permuted, toy_batch, toy_fitting, toy_pool
 
 VARIANTS: dict[str, dict[str, Any]] = {"hypdfs": {"steps": 8, "adapter_rank": 4, "ode_hidden": 8, "lr": 1e-2}}
 
@@ -25,12 +25,12 @@ def setup_module() -> None:
     torch.set_num_threads(1)  # so small tensors are slower, and on a busy machine far slower, on two
 
 
-@pytest.fixture(params=sorted(METHODS))
+@pytest.fixture(params=sorted(methods_of("few_shot")))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def fresh(name: str) -> Classifier:
+def fresh(name: str) -> FewShotClassifier:
     return build(name, get_method(name).config(**VARIANTS.get(name, {})), DIM)
 
 
@@ -128,7 +128,9 @@ def test_a_query_is_judged_alone(name: str) -> None:
 def test_renumbering_the_classes_renumbers_the_logits_of_methods_without_noise() -> None:
     support, queries = toy_batch(), toy_batch(k_shot=9, seed=4)
     noiseless = [
-        (name, {}) for name, method in METHODS.items() if "seed" not in {f.name for f in fields(method.config)}
+        (name, {})
+        for name, method in METHODS.items()
+        if method.family == "few_shot" and "seed" not in {f.name for f in fields(method.config)}
     ]
     hypdfs = [("hypdfs", {"steps": 0}), ("hypdfs", {"adapter": "real", "lr": 1e-2})]
     assert len(noiseless) > 8
@@ -165,39 +167,39 @@ def test_a_run_config_reads_the_config_of_its_method_strictly(name: str) -> None
 
 
 def test_validation_scores_and_draws_are_repeatable(name: str) -> None:
-    pool, queries = toy_pool(per_class=8, copies=2), toy_pool(per_class=5)
-    config = RunConfig(name=name, method=VARIANTS.get(name))
-    spec = EpisodeSpec(k_shot=2, n_query=3, seed=1)
-    scores = list(validation_scores(config, pool, spec, range(4)))
-    assert scores == list(validation_scores(config, pool, spec, range(4)))
-    assert scores[2:] == list(validation_scores(config, pool, spec, range(2, 4)))
+    fitting, reported = toy_fitting(per_class=8, copies=2), Reported(queries=toy_pool(per_class=5))
+    run, setting = RunConfig(name=name, method=VARIANTS.get(name)), Setting(k_shot=2, seed=1)
+    scores = list(few_shot.validation_scores(run, fitting, setting, range(4)))
+    assert scores == list(few_shot.validation_scores(run, fitting, setting, range(4)))
+    assert scores[2:] == list(few_shot.validation_scores(run, fitting, setting, range(2, 4)))
     assert all(0 <= s <= 1 for s in scores)
-    a, b = (score_draw(config, pool, queries, draw_support(pool, 2, 0, 3), 3) for _ in range(2))
+    a, b = (few_shot.score(run, fitting, reported, setting, 3) for _ in range(2))
+    assert a.probabilities is not None
     np.testing.assert_array_equal(a.probabilities, b.probabilities)
     np.testing.assert_allclose(a.probabilities.sum(1), 1)
-    assert a.image_ids == tuple(queries.image_ids)
-    assert a.metrics["acc"] == (a.predicted == queries.labels).mean()
+    assert a.image_ids == tuple(reported.queries.image_ids)
+    assert a.metrics["acc"] == (a.predicted == reported.queries.labels).mean()
     assert a.metrics["acc"] == pytest.approx(a.metrics["balanced_acc"])  # as many queries of each class
 
 
 def test_query_labels_change_no_prediction(name: str) -> None:
     """The leak test: a method that peeks at them would answer otherwise."""
-    pool, queries = toy_pool(per_class=8), toy_pool(per_class=5)
-    config = RunConfig(name=name, method=VARIANTS.get(name))
+    fitting, queries = toy_fitting(per_class=8), toy_pool(per_class=5)
+    run = RunConfig(name=name, method=VARIANTS.get(name))
     other = replace(queries, labels=np.random.default_rng(0).permutation(queries.labels))
-    a, b = (score_draw(config, pool, q, draw_support(pool, 2, 0, 3), 3) for q in (queries, other))
+    a, b = (few_shot.score(run, fitting, Reported(queries=q), Setting(k_shot=2), 3) for q in (queries, other))
     np.testing.assert_array_equal(a.probabilities, b.probabilities)
 
 
 def test_starting_weights_need_a_method_that_has_some() -> None:
-    start = core_tensors(HypDFS(HypDFSConfig(), DIM)) | {"core.adapter.up": torch.ones(DIM, 32)}
+    start = HypDFS(HypDFSConfig(), DIM).trained() | {"core.adapter.up": torch.ones(DIM, 32)}
     with pytest.raises(ConfigError, match="'prototype' has no weights to start from; drop --init"):
-        RunConfig(name="prototype").classifier(DIM, start)
-    started = RunConfig(name="hypdfs").classifier(DIM, start)
+        RunConfig(name="prototype").model(DIM, start)
+    started = RunConfig(name="hypdfs").model(DIM, start)
     assert torch.equal(started.core.adapter.up, start["core.adapter.up"])  # type: ignore[attr-defined]
-    scratch = RunConfig(name="hypdfs", pretrained=False).classifier(DIM, start)
+    scratch = RunConfig(name="hypdfs", pretrained=False).model(DIM, start)
     assert not scratch.core.adapter.up.any()  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match="do not fit this configuration"):
-        RunConfig(name="hypdfs", method={"adapter_rank": 3}).classifier(DIM, start)
+        RunConfig(name="hypdfs", method={"adapter_rank": 3}).model(DIM, start)
     with pytest.raises(ConfigError, match=r"core\.ode\.clock.* on one side only"):
-        RunConfig(name="hypdfs", method={"ode": "none"}).classifier(DIM, start)
+        RunConfig(name="hypdfs", method={"ode": "none"}).model(DIM, start)

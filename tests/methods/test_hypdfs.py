@@ -25,7 +25,7 @@ from hypdefect.methods.hypdfs import (
     span_frame,
     whole_crop_contrast,
 )
-from hypdefect.types import VIEWS, Episode, Batch
+from hypdefect.types import VIEWS, Batch, Episode
 from tests.toy_features import DIM, permuted, toy_batch
 
 SMALL: dict[str, Any] = {"steps": 2, "adapter_rank": 3, "ode_hidden": 5, "n_syn": 4}

@@ -13,10 +13,10 @@ from hypdefect.config import override
 from hypdefect.distributed.evaluate import CHUNK, compare, evaluate, validate
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import (
-    DrawScore,
+    TWIN,
     Entrant,
-    MetaStart,
     RunConfig,
+    Score,
     Scored,
     dimension,
     flat_twin,
@@ -24,10 +24,8 @@ from hypdefect.evaluation import (
     validation_scores,
 )
 from hypdefect.families.episodes import LabelledFeatures, draw_support
-from hypdefect.families.few_shot import FewShotTask
+from hypdefect.families.few_shot import FewShotTask, MetaStart
 from hypdefect.metrics import calibration_error
-from hypdefect.results.comparison import TWIN
-from hypdefect.training import core_tensors
 from hypdefect.types import VIEWS, EpisodeSpec
 from tests.ray.search_script import BASE, SPEC, make_task
 
@@ -48,9 +46,9 @@ def task() -> FewShotTask:
 @pytest.fixture(scope="module")
 def start(task: FewShotTask) -> dict[str, torch.Tensor]:
     """Weights other than those a fit starts from on its own."""
-    model: Any = BASE.classifier(dimension(task.pool))
+    model: Any = BASE.model(dimension(task.pool))
     generator = torch.Generator().manual_seed(5)
-    return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in core_tensors(model).items()}
+    return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in model.trained().items()}
 
 
 @pytest.fixture(autouse=True)
@@ -68,7 +66,7 @@ def sides(
     transform = task.transform(config.transform)
     if meta and config.features == "meta":
         transform = transform.projected(meta.projection, meta.mean)
-    pool, queries = (side.with_table(transform.table(side.table)) for side in (task.pool, task.queries))
+    pool, queries = (replace(side, table=transform.table(side.table)) for side in (task.pool, task.queries))
     return pool, queries
 
 
@@ -76,15 +74,13 @@ def supports_of(task: FewShotTask, k_shot: int, draws: int) -> list[np.ndarray]:
     return [draw_support(task.pool, k_shot, 11, number) for number in range(draws)]
 
 
-def in_process(
-    task: FewShotTask, config: RunConfig, k_shot: int, number: int, meta: MetaStart | None = None
-) -> DrawScore:
+def in_process(task: FewShotTask, config: RunConfig, k_shot: int, number: int, meta: MetaStart | None = None) -> Score:
     pool, queries = sides(task, config, meta)
     chosen = draw_support(pool, k_shot, 11, number)
     return score_draw(config, pool, queries, chosen, number, meta.weights(config) if meta else None)
 
 
-def assert_same(found: DrawScore, expected: DrawScore) -> None:
+def assert_same(found: Score, expected: Score) -> None:
     assert found.number == expected.number
     assert found.image_ids == expected.image_ids
     for name in ("probabilities", "predicted", "confusion"):
@@ -98,7 +94,7 @@ def test_draws_are_those_of_plain_calls_in_any_order(
     ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]
 ) -> None:
     steps: list[tuple[int, int]] = []
-    meta = MetaStart(projection={}, core=start)
+    meta = MetaStart(method="hypdfs", projection={}, core=start)
     configs = CONFIGS | {"flat": replace(CONFIGS["flat"], pretrained=False)}
     supports = supports_of(task, 3, CHUNK + 2)
     scores = evaluate(task, configs, supports, start=meta, progress=lambda *step: steps.append(step))
@@ -197,10 +193,10 @@ def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
     narrow = 5
     projection = {view: torch.randn(dimension(task.pool), narrow, generator=generator) for view in VIEWS}
     curved = replace(CONFIGS["curved"], features="meta")
-    core = core_tensors(curved.classifier(narrow))  # type: ignore[arg-type]
+    core = curved.model(narrow).trained()  # type: ignore[arg-type]
     core = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in core.items()}
     mean = {view: torch.randn(dimension(task.pool), generator=generator) / 10 for view in VIEWS}
-    meta = MetaStart(projection=projection, core=core, mean=mean)
+    meta = MetaStart(method="hypdfs", projection=projection, core=core, mean=mean)
     configs = [CONFIGS["prototype"], replace(CONFIGS["prototype"], features="meta"), curved]
     configs += [replace(curved, pretrained=False)]
     chosen = [Entrant(candidates=(config,), variant=str(i)) for i, config in enumerate(configs)]
@@ -218,7 +214,7 @@ def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
 
 def test_validation_is_that_of_plain_calls(ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]) -> None:
     configs = [CONFIGS["flat"], CONFIGS["curved"], override(CONFIGS["curved"], {"pretrained": False})]
-    meta = MetaStart(projection={}, core=start)
+    meta = MetaStart(method="hypdfs", projection={}, core=start)
     found = validate(task, configs, SPEC, range(5, 9), meta)
     for config, own in zip(configs, found, strict=True):
         pool, _ = sides(task, config)

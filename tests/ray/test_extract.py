@@ -18,7 +18,9 @@ import hypdefect
 from hypdefect.datasets.ingest import ingested
 from hypdefect.distributed import extract as module
 from hypdefect.distributed.extract import extract
-from hypdefect.families.few_shot import TaskConfig, TaskPlan, image_requests, plan_task
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import TaskConfig, TaskPlan
+from hypdefect.families.plan import image_requests
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.spec import FeatureKey, ImageRequest
 from hypdefect.features.store import FeatureStore
@@ -32,7 +34,7 @@ RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 
 def plan_of(root: Path, home: Path) -> TaskPlan:
     config = TaskConfig(dataset="mtd", root=root, k_shot=1, backbone="tiny_random", copies=1, recipe=RECIPE)
-    return plan_task(config, ingested("mtd", root, home).table)
+    return few_shot.plan(config, ingested("mtd", root, home).table)
 
 
 def every_image(plan: TaskPlan) -> list[ImageRequest]:
@@ -130,7 +132,7 @@ def test_killed_extractions_leave_a_valid_store(tmp_path: Path, private_env: dic
     args = ["--dataset", "mtd", "--root", str(root), "--k-shot", "1", "--copies", "5", "--all"]
     args += ["--backbone", "tiny_random", "--workers", "2"]
     command = [sys.executable, str(REPOSITORY / "jobs" / "extract.py"), *args]
-    plan = plan_task(
+    plan = few_shot.plan(
         TaskConfig(dataset="mtd", root=root, k_shot=1, copies=5, backbone="tiny_random"),
         ingested("mtd", root, home).table,
     )

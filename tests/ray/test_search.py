@@ -105,7 +105,7 @@ def test_exactly_the_trials_asked_for_the_defaults_first(searched: Searched, dat
 def test_values_are_those_of_the_same_episodes_in_process(searched: Searched, task: FewShotTask) -> None:
     for result in searched.results:
         config = override(BASE, result.params)
-        pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
+        pool = replace(task.pool, table=task.transform(config.transform).table(task.pool.table))
         scores = list(validation_scores(config, pool, SPEC, range(4)))
         assert result.value == pytest.approx(float(np.mean(scores)), abs=1e-12)
 
@@ -169,8 +169,8 @@ def selected(task: FewShotTask, trials: list[TrialResult]) -> tuple[Any, dict[st
     """What `jobs/sweep.py` chooses and publishes."""
     job = SweepJob(k_shot=SPEC.k_shot, episodes=4, finalists=3, rungs=1)
     winner, config, peer = select(job, task, BASE, trials, None)
-    pool = task.pool.with_table(task.transform(config.transform).table(task.pool.table))
-    classifier = config.classifier(dimension(pool))
+    pool = replace(task.pool, table=task.transform(config.transform).table(task.pool.table))
+    classifier = config.model(dimension(pool))
     support = pool.batch(draw_support(pool, SPEC.k_shot, job.seed, 0), copies=config.support_copies)
     classifier.adapt(support, pool.n_way)
     return (winner.number, config, peer), classifier.export()

@@ -19,7 +19,7 @@ from tests.ray.search_script import SMALL, make_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
 CONFIG = TrainConfig(
-    method=HypDFSConfig(**SMALL), steps=6, episodes_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
+    method=HypDFSConfig(**SMALL), steps=6, items_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
 )
 
 
@@ -37,14 +37,14 @@ def expected(pool: LabelledFeatures) -> tuple[dict[str, torch.Tensor], list[floa
 def in_process(pool: LabelledFeatures, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = HypDFS(config.method, dimension(pool))
     losses = meta_train(model, pool, config, lambda metrics, write: None)
-    return core_tensors(model), losses
+    return model.trained(), losses
 
 
 def assert_same(model: HypDFS, losses: list[float], expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
     weights, stream = expected
     assert losses == pytest.approx(stream, abs=1e-5)
     assert len(losses) == len(stream)
-    found = core_tensors(model)
+    found = model.trained()
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
@@ -78,7 +78,7 @@ def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures,
     first = meta_train(plain, pool, replace(CONFIG, steps=2), keep)
     rest = meta_train(plain, pool, CONFIG, keep, resume=checkpoints[0])
     assert (len(first), len(rest)) == (2, 4)
-    assert_same(model, losses, (core_tensors(plain), first + rest))
+    assert_same(model, losses, (plain.trained(), first + rest))
 
 
 def kill_one_worker(folder: Path, killed: list[int]) -> None:
@@ -112,8 +112,8 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
         with pytest.raises(error, match=match):
             train(pool, config, workers=workers, name="run", folder=tmp_path)
 
-    refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, episodes_per_step=64), 64)
-    refuse(ConfigError, "episodes_per_step=4 is no multiple of 3", CONFIG, 3)
+    refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, items_per_step=64), 64)
+    refuse(ConfigError, "items_per_step=4 is no multiple of 3", CONFIG, 3)
     refuse(DataError, "class 'crack' has 12 images", replace(CONFIG, k_shot=12, n_way=4), 2)
     assert not list(tmp_path.iterdir())
 

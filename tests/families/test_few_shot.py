@@ -16,15 +16,10 @@ import torch
 from hypdefect.datasets.ingest import ingest, ingested
 from hypdefect.datasets.manifest import read_manifest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.families.few_shot import (
-    FewShotTask,
-    TaskConfig,
-    TaskPlan,
-    extraction_key,
-    image_requests,
-    load_task,
-    plan_task,
-)
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Fitting, Reported, TaskConfig, TaskPlan
+from hypdefect.families.plan import extraction_key, image_requests
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
 from hypdefect.features.backbones import Backbone, get_backbone
 from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
@@ -82,7 +77,7 @@ def rows_of(manifest: pa.Table) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("split", ["random", "grouped"])
 @pytest.mark.parametrize("partition", [0, 1, 2])
 def test_no_image_is_on_two_sides(mtd: pa.Table, split: Any, partition: int) -> None:
-    plan, rows = plan_task(config(split=split, partition=partition), mtd), rows_of(mtd)
+    plan, rows = few_shot.plan(config(split=split, partition=partition), mtd), rows_of(mtd)
     pool, queries, normals = set(plan.pool_ids), set(plan.partition.query), set(plan.normal_ids)
     assert not pool & queries
     assert not normals & (pool | queries)
@@ -95,7 +90,7 @@ def test_no_image_is_on_two_sides(mtd: pa.Table, split: Any, partition: int) -> 
 
 
 def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> None:
-    whole, capped = (plan_task(config(pool_per_class=n), mtd) for n in (0, 2))
+    whole, capped = (few_shot.plan(config(pool_per_class=n), mtd) for n in (0, 2))
     rows = rows_of(mtd)
     assert [sum(rows[i]["defect"] == c for i in whole.pool_ids) for c in whole.classes] == [3] * 5
     assert [sum(rows[i]["defect"] == c for i in capped.pool_ids) for c in capped.classes] == [2] * 5
@@ -105,10 +100,10 @@ def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> N
 
 def test_normals_are_capped_and_alike_in_all_partitions(mtd: pa.Table) -> None:
     """What is learned from normals alone is then learned once."""
-    a, b = (plan_task(config(max_normals=3, partition=p), mtd) for p in (0, 1))
+    a, b = (few_shot.plan(config(max_normals=3, partition=p), mtd) for p in (0, 1))
     assert len(a.normal_ids) == 3
     assert a.normal_ids == b.normal_ids
-    assert plan_task(config(max_normals=0), mtd).normal_ids == ()
+    assert few_shot.plan(config(max_normals=0), mtd).normal_ids == ()
 
 
 def pseudo_on(manifest: pa.Table) -> pa.Table:
@@ -126,7 +121,7 @@ def test_no_pseudo_defect_lies_on_a_query(
     mtd: pa.Table, elpv: pa.Table, dataset: str, split: Literal["random", "grouped"]
 ) -> None:
     manifest = mtd if dataset == "mtd" else elpv
-    plan, rows = plan_task(config(dataset=dataset, split=split), manifest), rows_of(manifest)
+    plan, rows = few_shot.plan(config(dataset=dataset, split=split), manifest), rows_of(manifest)
     source_of = {row["image_id"]: row["group_id"] for row in pseudo_on(manifest).to_pylist()}
     requests = pseudo_requests(plan, pseudo_on(manifest))
     sources = {source_of[r.image_id] for r in requests}
@@ -140,35 +135,37 @@ def test_no_pseudo_defect_lies_on_a_query(
 
 def test_without_normals_pseudo_defects_lie_on_support_candidates(mtd: pa.Table) -> None:
     defects = mtd.filter(pc.field("is_defect"))
-    plan = plan_task(config(), defects)
+    plan = few_shot.plan(config(), defects)
     assert plan.normal_ids == ()
     assert plan.source_ids == set(plan.partition.pool)
 
 
 def test_pseudo_classes_are_read_with_the_features_of_the_task(mtd: pa.Table, tmp_path: Path) -> None:
-    plan, pseudo = plan_task(config(), mtd), pseudo_on(mtd)
+    plan, pseudo = few_shot.plan(config(), mtd), pseudo_on(mtd)
     extract(plan, tmp_path)
-    task, transform = load_task(plan, tmp_path), TransformConfig(whitening=None)
+    fitting, _ = few_shot.load(plan, tmp_path)
+    transform = TransformConfig(whitening=None)
     requests = pseudo_requests(plan, pseudo)
     keys = [key for r in requests for key in r.row_keys()]
     rng = np.random.default_rng(0)
     views = {view: rng.normal(size=(len(keys), plan.key.dim)).astype(np.float32) for view in VIEWS}
     FeatureStore(tmp_path, plan.key).write(keys, views)
-    pool = pseudo_pool(plan, task, pseudo, tmp_path, transform, least=1)
+    pool = pseudo_pool(plan, fitting, pseudo, tmp_path, transform, least=1)
     assert set(pool.class_names) <= {f"pseudo-{i}" for i in range(4)}
     assert set(pool.image_ids) == {r.image_id for r in requests}
     first = pool.batch(np.array([0]))
     raw = FeatureStore(tmp_path, plan.key).load([k for r in requests for k in r.row_keys()])
     row = raw.select(raw.rows_of([pool.image_ids[0]]))
     torch.testing.assert_close(
-        first.views["crop"], torch.from_numpy(task.transform(transform).table(row).views["crop"])
+        first.views["crop"],
+        torch.from_numpy(few_shot.transform_of(RunConfig(transform=transform), fitting).table(row).views["crop"]),
     )
     with pytest.raises(DataError, match="raise --synthesis"):
-        pseudo_pool(plan, task, pseudo, tmp_path, transform, least=99)
+        pseudo_pool(plan, fitting, pseudo, tmp_path, transform, least=99)
 
 
 def test_where_good_is_a_class_only_supports_serve_as_normals(elpv: pa.Table) -> None:
-    plan, rows = plan_task(config(dataset="elpv", pool_per_class=3), elpv), rows_of(elpv)
+    plan, rows = few_shot.plan(config(dataset="elpv", pool_per_class=3), elpv), rows_of(elpv)
     assert plan.classes == ("mono_defect", "mono_good", "poly_defect", "poly_good")
     assert set(plan.normal_ids) == {i for i in plan.pool_ids if not rows[i]["is_defect"]}
     assert len(plan.normal_ids) == 6
@@ -180,13 +177,13 @@ def test_where_good_is_a_class_only_supports_serve_as_normals(elpv: pa.Table) ->
 
 def test_a_plan_does_not_depend_on_the_order_of_the_manifest(mtd: pa.Table) -> None:
     turned = mtd.take(pa.array(np.random.default_rng(0).permutation(len(mtd))))
-    a, b = plan_task(config(), mtd), plan_task(config(), turned)
+    a, b = few_shot.plan(config(), mtd), few_shot.plan(config(), turned)
     assert (a.pool_ids, a.partition, a.normal_ids) == (b.pool_ids, b.partition, b.normal_ids)
     assert a.provenance() == b.provenance()
 
 
 def test_requests_ask_for_copies_of_supports_alone(mtd: pa.Table) -> None:
-    plan = plan_task(config(copies=2), mtd)
+    plan = few_shot.plan(config(copies=2), mtd)
     requests = {r.image_id: r for r in plan.requests()}
     assert len(requests) == len(plan.requests()) == 36
     assert {i for i, r in requests.items() if r.copies == 2} == set(plan.pool_ids)
@@ -199,15 +196,15 @@ def test_requests_ask_for_copies_of_supports_alone(mtd: pa.Table) -> None:
 
 
 def test_in_a_set_without_masks_nothing_is_said_of_regions(elpv: pa.Table) -> None:
-    plan = plan_task(config(dataset="elpv"), elpv)
+    plan = few_shot.plan(config(dataset="elpv"), elpv)
     assert not plan.uses_mask
     assert {r.mask_id for r in plan.requests()} == {""}
     assert image_requests(elpv, {}, False) == []
 
 
 def test_provenance_tells_partitions_pools_and_recipes_apart(mtd: pa.Table) -> None:
-    base = plan_task(config(), mtd).provenance()
-    assert base == plan_task(config(k_shot=2, copies=0), mtd).provenance()
+    base = few_shot.plan(config(), mtd).provenance()
+    assert base == few_shot.plan(config(k_shot=2, copies=0), mtd).provenance()
     for values, changed in [
         ({"partition": 1}, {"partition", "partition_digest"}),
         ({"split": "grouped"}, {"split", "partition_digest"}),
@@ -215,22 +212,22 @@ def test_provenance_tells_partitions_pools_and_recipes_apart(mtd: pa.Table) -> N
         ({"max_normals": 2}, {"normal_images"}),
         ({"recipe": replace(RECIPE, aug_seed=1)}, {"feature_key"}),
     ]:
-        other = plan_task(config(**values), mtd).provenance()
+        other = few_shot.plan(config(**values), mtd).provenance()
         assert {name for name in base if base[name] != other[name]} == changed
-    fewer = plan_task(config(), mtd.slice(1)).provenance()
+    fewer = few_shot.plan(config(), mtd.slice(1)).provenance()
     assert fewer["manifest_digest"] != base["manifest_digest"]
     assert (base["pool_images"], base["query_images"], base["normal_images"]) == (15, 15, 6)
 
 
 def test_a_class_too_small_for_k_is_named(mtd: pa.Table) -> None:
     with pytest.raises(DataError, match=r"class blowhole has 3 pool and 3 query images.*K = 4 needs 4"):
-        plan_task(config(k_shot=4), mtd)
+        few_shot.plan(config(k_shot=4), mtd)
 
 
 def test_one_class_is_no_task(tmp_path: Path) -> None:
     manifest = ingest("folder", make_folder_tree(tmp_path, classes=1)).manifest
     with pytest.raises(DataError, match=r"folder has 1 few-shot classes \(dent\); needs 2"):
-        plan_task(config(dataset="folder"), manifest)
+        few_shot.plan(config(dataset="folder"), manifest)
 
 
 @pytest.mark.parametrize(
@@ -254,26 +251,26 @@ def test_task_settings_that_cannot_work_are_refused(values: dict[str, Any], mess
 
 
 @pytest.fixture(scope="module")
-def loaded(mtd: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskPlan, FewShotTask, Path]:
+def loaded(mtd: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskPlan, Fitting, Reported, Path]:
     home = tmp_path_factory.mktemp("task_home")
-    plan = plan_task(config(split="grouped", copies=1), mtd)
+    plan = few_shot.plan(config(split="grouped", copies=1), mtd)
     extract(plan, home)
-    return plan, load_task(plan, home), home
+    return plan, *few_shot.load(plan, home), home
 
 
-def test_a_task_holds_what_was_planned(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
-    plan, task, _ = loaded
+def test_a_task_holds_what_was_planned(mtd: pa.Table, loaded: tuple[TaskPlan, Fitting, Reported, Path]) -> None:
+    plan, fitting, reported, _ = loaded
     rows = rows_of(mtd)
-    for side, ids, per_image in ((task.pool, plan.pool_ids, 2), (task.queries, plan.partition.query, 1)):
+    for side, ids, per_image in ((fitting.pool, plan.pool_ids, 2), (reported.queries, plan.partition.query, 1)):
         assert sorted(side.image_ids) == sorted(ids)
         assert len(side.table) == per_image * len(ids)
         for image_id, label, group in zip(side.image_ids, side.labels, side.groups, strict=True):
             assert side.class_names[label] == rows[image_id]["defect"]
             assert group == rows[image_id]["group_id"]
-    assert not set(task.pool.groups) & set(task.queries.groups)
-    assert task.normals is not None
-    assert {view: x.shape for view, x in task.normals.items()} == dict.fromkeys(VIEWS, (6, plan.key.dim))
-    assert (task.block_dims, task.shape_dims) == ((*plan.spec.dims, SHAPE_DIMS), SHAPE_DIMS)
+    assert not set(fitting.pool.groups) & set(reported.queries.groups)
+    assert fitting.normals is not None
+    assert {view: x.shape for view, x in fitting.normals.items()} == dict.fromkeys(VIEWS, (6, plan.key.dim))
+    assert (fitting.block_dims, fitting.shape_dims) == ((*plan.spec.dims, SHAPE_DIMS), SHAPE_DIMS)
 
 
 def test_keys_say_which_numbers_describe_the_shape() -> None:
@@ -290,37 +287,39 @@ def test_keys_say_which_numbers_describe_the_shape() -> None:
     }
 
 
-def test_features_are_those_of_the_image_they_stand_for(loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
-    plan, task, _ = loaded
-    request = next(r for r in plan.requests() if r.image_id == task.queries.image_ids[3])
+def test_features_are_those_of_the_image_they_stand_for(loaded: tuple[TaskPlan, Fitting, Reported, Path]) -> None:
+    plan, _, reported, _ = loaded
+    request = next(r for r in plan.requests() if r.image_id == reported.queries.image_ids[3])
     image = read_image(Path(request.uri))
     assert hashlib.sha256(Path(request.uri).read_bytes()).hexdigest() == request.image_id
     mask, _ = read_mask(Path(request.mask_uri), image.shape[:2])
     expected = RegionExtractor(Backbone(plan.spec), RECIPE)(image, mask)
-    batch = task.queries.batch(np.array([3]))
+    batch = reported.queries.batch(np.array([3]))
     assert all(torch.equal(batch.views[view], expected[view]) for view in VIEWS)
 
 
-def test_the_transform_is_fitted_on_normals(loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
-    _, task, _ = loaded
-    assert task.normals is not None
-    few = task.transform(TransformConfig())
+def test_the_transform_is_fitted_on_normals(loaded: tuple[TaskPlan, Fitting, Reported, Path]) -> None:
+    _, fitting, _, _ = loaded
+    assert fitting.normals is not None
+    few = few_shot.transform_of(RunConfig(), fitting)
     assert set(few.tensors) == {"shape"}  # six are too few to whiten by
-    many = replace(task, normals={view: np.tile(x, (2, 1)) for view, x in task.normals.items()})
-    found = many.transform(TransformConfig()).tensors["whole/mean"].numpy()
-    np.testing.assert_allclose(found, task.normals["whole"].mean(0)[:-SHAPE_DIMS], rtol=1e-4, atol=1e-5)
+    many = replace(fitting, normals={view: np.tile(x, (2, 1)) for view, x in fitting.normals.items()})
+    found = few_shot.transform_of(RunConfig(), many).tensors["whole/mean"].numpy()
+    np.testing.assert_allclose(found, fitting.normals["whole"].mean(0)[:-SHAPE_DIMS], rtol=1e-4, atol=1e-5)
 
 
-def test_a_store_without_all_rows_is_not_a_task(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
-    _, _, home = loaded
-    more = plan_task(config(split="grouped", copies=2), mtd)
+def test_a_store_without_all_rows_is_not_a_task(
+    mtd: pa.Table, loaded: tuple[TaskPlan, Fitting, Reported, Path]
+) -> None:
+    *_, home = loaded
+    more = few_shot.plan(config(split="grouped", copies=2), mtd)
     with pytest.raises(ArtifactError, match=r"lacks 15 of 66 rows; run jobs/extract\.py"):
-        load_task(more, home)
+        few_shot.load(more, home)
 
 
-def test_without_normals_a_task_has_none(mtd: pa.Table, loaded: tuple[TaskPlan, FewShotTask, Path]) -> None:
-    plan = plan_task(config(split="grouped", copies=1, max_normals=0), mtd)
-    assert load_task(plan, loaded[2]).normals is None
+def test_without_normals_a_task_has_none(mtd: pa.Table, loaded: tuple[TaskPlan, Fitting, Reported, Path]) -> None:
+    plan = few_shot.plan(config(split="grouped", copies=1, max_normals=0), mtd)
+    assert few_shot.load(plan, loaded[3])[0].normals is None
 
 
 # ---- the manifest --------------------------------------------------------------------------------------------------
@@ -387,10 +386,10 @@ def test_a_set_of_several_products_needs_one_named(elpv: pa.Table) -> None:
     products = [f"panel_{i % 2}" for i in range(elpv.num_rows)]
     several = elpv.set_column(position, elpv.schema.field("product"), [products])
     with pytest.raises(ConfigError, match=r"dataset elpv has 2 products; choose one with --product: panel_0, panel_1"):
-        plan_task(config(dataset="elpv"), several)
+        few_shot.plan(config(dataset="elpv"), several)
     with pytest.raises(ConfigError, match=r"has no product 'panel'; choose one with --product: panel_0, panel_1"):
-        plan_task(config(dataset="elpv", product="panel"), several)
-    plan = plan_task(config(dataset="elpv", product="panel_1"), several)
+        few_shot.plan(config(dataset="elpv", product="panel"), several)
+    plan = few_shot.plan(config(dataset="elpv", product="panel_1"), several)
     assert plan.label == "elpv-panel_1"
     wanted = {i for i, p in zip(several["image_id"].to_pylist(), products, strict=True) if p == "panel_1"}
     assert {*plan.pool_ids, *plan.partition.query} <= wanted
@@ -404,13 +403,13 @@ def test_normals_never_share_a_group_with_a_query(mtd: pa.Table) -> None:
         row["group_id"] = defects[i % len(defects)]
     manifest = pa.Table.from_pylist(rows, schema=mtd.schema)
     group_of = {row["image_id"]: row["group_id"] for row in rows}
-    plan = plan_task(config(split="grouped"), manifest)
+    plan = few_shot.plan(config(split="grouped"), manifest)
     assert plan.normal_ids
     assert not {group_of[i] for i in plan.normal_ids} & {group_of[i] for i in plan.partition.query}
 
 
 def test_patch_features_are_no_task(elpv: pa.Table, tmp_path: Path) -> None:
-    plan = plan_task(config(dataset="elpv", backbone="patchcore_lite0"), elpv)
+    plan = few_shot.plan(config(dataset="elpv", backbone="patchcore_lite0"), elpv)
     assert (plan.key.views, plan.key.grid) == (("patch",), (4, 4))
     with pytest.raises(ConfigError, match="patchcore_lite0 gives patch features, which no few-shot method reads"):
-        load_task(plan, tmp_path)
+        few_shot.load(plan, tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypdefect.errors import DataError
 from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, sample_episode
 from hypdefect.features.spec import FeatureTable
-from hypdefect.types import EpisodeSpec, Batch
+from hypdefect.types import Batch, EpisodeSpec
 from tests.toy_features import toy_pool
 
 PROFILE = settings(deadline=None, database=None, max_examples=60)
@@ -258,7 +258,7 @@ def test_images_and_features_must_match(change: str) -> None:
         "without its clean row": np.array([0, 1, 2, 3, 5]),
     }[change]
     with pytest.raises(DataError, match="one unaugmented row of each image"):
-        pool.with_table(pool.table.select(rows))
+        replace(pool, table=pool.table.select(rows))
 
 
 def test_other_features_can_take_the_place_of_the_stored_ones() -> None:
@@ -268,7 +268,7 @@ def test_other_features_can_take_the_place_of_the_stored_ones() -> None:
         aug_index=pool.table.aug_index,
         views={view: 2 * x for view, x in pool.table.views.items()},
     )
-    batch = pool.with_table(doubled).batch(np.array([1]))
+    batch = replace(pool, table=doubled).batch(np.array([1]))
     assert batch.views["whole"].tolist() == [[2.0, 2.0, 0.0]]
     assert batch.labels.tolist() == [1]
 
