@@ -24,6 +24,7 @@ def row(accuracy: float = 0.75, **changes: Any) -> dict[str, Any]:
         "dataset": "mtd",
         "product": "",
         "backbone": "tiny_random",
+        "family": "few_shot",
         "study": "main",
         "split": "grouped",
         "protocol": "draws",
@@ -31,21 +32,28 @@ def row(accuracy: float = 0.75, **changes: Any) -> dict[str, Any]:
         "variant": "",
         "features": "plain",
         "method_config": "{}",
-        "validation_acc": 0.5,
+        "validation": 0.5,
         "k_shot": 1,
         "partition": 0,
         "draw": 0,
         "num_queries": 40,
-        "acc": right / 20,
-        "balanced_acc": right / 20,
-        "macro_f1": 0.7,
-        "ece": 0.1,
-        "fit_seconds": 0.001,
-        "predict_seconds": 0.002,
+        "metrics": {
+            "acc": right / 20,
+            "balanced_acc": right / 20,
+            "macro_f1": 0.7,
+            "ece": 0.1,
+            "fit_seconds": 0.001,
+            "predict_seconds": 0.002,
+        },
         "class_names": CLASSES,
         "confusion": [right, 20 - right, 20 - right, right],
     }
     return values | changes
+
+
+def with_metrics(one: dict[str, Any], **metrics: float) -> dict[str, Any]:
+    """The row with some metrics replaced."""
+    return one | {"metrics": one["metrics"] | metrics}
 
 
 def draws(accuracies: list[list[float]], **changes: Any) -> list[dict[str, Any]]:
@@ -61,4 +69,4 @@ def as_table(*groups: list[dict[str, Any]], shuffled: int | None = None) -> pa.T
     rows = [one for group in groups for one in group]
     if shuffled is not None:
         rows = [rows[i] for i in np.random.default_rng(shuffled).permutation(len(rows))]
-    return pa.Table.from_pylist(rows, schema=SCHEMA)
+    return pa.Table.from_pylist([one | {"metrics": list(one["metrics"].items())} for one in rows], schema=SCHEMA)

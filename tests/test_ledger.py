@@ -5,33 +5,35 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.results.ledger import SCHEMA, append, commit, latest, read, read_part
-from tests.ledger_rows import as_table, draws, row
+from hypdefect.files import write_table
+from hypdefect.results.ledger import FORMAT_1, SCHEMA, append, commit, latest, metric, read, read_part
+from tests.ledger_rows import as_table, draws, row, with_metrics
 
 
 def test_parts_add_up_and_stay_as_they_are(tmp_path: Path) -> None:
     assert read(tmp_path).num_rows == 0
     first = append(draws([[0.5, 0.6]]), tmp_path)
     before = first.read_bytes()
-    second = append(draws([[0.7]], run_id="run1", k_shot=5, validation_acc=math.nan), tmp_path)
+    second = append(draws([[0.7]], run_id="run1", k_shot=5, validation=math.nan), tmp_path)
     assert first.read_bytes() == before
     assert {first, second} == set((tmp_path / "ledger").iterdir())
     table = read(tmp_path)
     assert table.schema == SCHEMA
-    assert table["acc"].to_pylist() == [0.5, 0.6, 0.7]  # the older part first
-    assert table.slice(0, 2).to_pylist() == draws([[0.5, 0.6]])
-    assert math.isnan(table["validation_acc"][2].as_py())
+    assert metric(table, "acc").tolist() == [0.5, 0.6, 0.7]  # the older part first
+    assert table.slice(0, 2).equals(as_table(draws([[0.5, 0.6]])))
+    assert math.isnan(table["validation"][2].as_py())
     assert read_part(second).num_rows == 1
 
 
 def test_reading_can_ask_for_values(tmp_path: Path) -> None:
     append(draws([[0.5, 0.6], [0.7, 0.8]]), tmp_path)
     append(draws([[0.9]], run_id="run1", dataset="elpv"), tmp_path)
-    assert read(tmp_path, dataset="mtd", partition=1)["acc"].to_pylist() == [0.7, 0.8]
+    assert metric(read(tmp_path, dataset="mtd", partition=1), "acc").tolist() == [0.7, 0.8]
     assert read(tmp_path, dataset="neu_seg").num_rows == 0
     with pytest.raises(ConfigError, match="no column datset"):
         read(tmp_path, datset="mtd")
@@ -40,16 +42,16 @@ def test_reading_can_ask_for_values(tmp_path: Path) -> None:
 WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "none": ([], "no rows"),
     "unknown column": ([row() | {"auroc": 0.5}], "unknown: auroc"),
-    "missing column": ([{k: v for k, v in row().items() if k != "ece"}], "unknown: ece"),
+    "missing column": ([{k: v for k, v in row().items() if k != "family"}], "unknown: family"),
     "empty cell": ([row(label=None)], "label has empty cells"),
     "wrong type": ([row(k_shot="five")], "do not fit"),
     "two runs": ([row(), row(run_id="other", draw=1)], "one run, got 2"),
     "same draw": ([row(), row(0.5)], "stands twice"),
-    "percent": ([row() | {"macro_f1": 70.0}], r"macro_f1 must lie in \[0, 1\]"),
-    "not finite": ([row() | {"ece": math.nan}], r"ece must lie in \[0, 1\]"),
+    "percent": ([with_metrics(row(), macro_f1=70.0)], r"macro_f1 must lie in \[0, 1\]"),
+    "not finite": ([with_metrics(row(), ece=math.nan)], r"ece must lie in \[0, 1\]"),
     "confusion of three": ([row(class_names=["a", "b", "c"])], "3 classes"),
     "queries uncounted": ([row(num_queries=41)], "does not count 41"),
-    "confusion of another draw": ([row(0.75) | {"acc": 0.9}], "contradicts accuracy 0.9"),
+    "confusion of another draw": ([with_metrics(row(0.75), acc=0.9)], "contradicts accuracy 0.9"),
 }
 
 
@@ -68,11 +70,41 @@ def test_a_damaged_part_is_named_with_the_remedy(tmp_path: Path) -> None:
         part.write_bytes(damage)
         with pytest.raises(ArtifactError, match=f"{part} is damaged .* move it out of .* run its evaluation again"):
             read(tmp_path)
-    pq.write_table(as_table(draws([[0.5]])).drop_columns(["ece"]), part)
+    pq.write_table(as_table(draws([[0.5]])).drop_columns(["family"]), part)
     with pytest.raises(ArtifactError, match="has format ''"):
         read(tmp_path)
     with pytest.raises(ArtifactError, match="no ledger part"):
         read_part(tmp_path / "none.parquet")
+
+
+def test_parts_of_the_first_format_are_read(tmp_path: Path) -> None:
+    """Each metric was a column, and few-shot classification the only family."""
+    rows = []
+    for one in draws([[0.5, 0.6]]):
+        old = {k: v for k, v in one.items() if k not in ("metrics", "family", "validation")}
+        rows.append(old | one["metrics"] | {"validation_acc": one["validation"]})
+    path = tmp_path / "ledger" / "old.parquet"
+    write_table(pa.Table.from_pylist(rows), path, {"hypdefect.format": FORMAT_1})
+    append(draws([[0.7]], run_id="run1"), tmp_path)
+    table = read(tmp_path)
+    assert table.num_rows == 3
+    assert (
+        read_part(path)
+        .select([n for n in SCHEMA.names if n != "metrics"])
+        .equals(as_table(draws([[0.5, 0.6]])).select([n for n in SCHEMA.names if n != "metrics"]))
+    )
+    assert metric(read_part(path), "acc").tolist() == [0.5, 0.6]
+
+
+def test_rows_of_a_family_without_classes(tmp_path: Path) -> None:
+    bare = {"class_names": [], "confusion": [], "k_shot": 0, "family": "detection"}
+    rows = [row(draw=i, **bare) | {"metrics": {"auroc": 0.9 + i / 100, "fit_seconds": 1.0}} for i in range(3)]
+    table = read_part(append(rows, tmp_path))
+    assert metric(table, "auroc") == pytest.approx([0.9, 0.91, 0.92])
+    with pytest.raises(DataError, match="metric 'acc'; metrics: auroc, fit_seconds"):
+        metric(table, "acc")
+    with pytest.raises(DataError, match="auroc must lie"):
+        append([with_metrics(rows[0], auroc=90.0)], tmp_path)
 
 
 def test_latest_is_the_newest_run_of_each_task() -> None:
@@ -84,7 +116,7 @@ def test_latest_is_the_newest_run_of_each_task() -> None:
         draws([[0.4]], study="curvature"),
         draws([[0.5]], study="curvature", **later),
     )
-    assert latest(table)["acc"].to_pylist() == [0.1, 0.3, 0.5]
+    assert metric(latest(table), "acc").tolist() == [0.1, 0.3, 0.5]
     assert latest(table.slice(0, 0)).num_rows == 0
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from hypdefect.errors import DataError
 from hypdefect.metrics import calibration_error
-from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, wilcoxon
+from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, paired_p
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
 
@@ -47,9 +47,9 @@ def test_values_that_are_no_sample_are_refused(values: list[float]) -> None:
 
 def test_clusters_count_not_their_members() -> None:
     values = [0.0, 0.2, 0.4, 1.0, 1.0]
-    found = clustered_interval(values, [7, 7, 7, 3, 3])
-    assert found == interval([1.0, 0.2])
-    assert found.n == 2
+    found, plain = clustered_interval(values, [7, 7, 7, 3, 3]), interval([1.0, 0.2])
+    assert (found.mean, found.std, found.n) == (plain.mean, plain.std, 2)
+    assert found.half_width == pytest.approx(3**0.5 * plain.half_width)  # sqrt(1/2 + 1) s, not s / sqrt(2)
 
 
 def test_a_cluster_weighs_the_same_whatever_its_size() -> None:
@@ -79,7 +79,7 @@ def test_paired_is_scipys_paired_test() -> None:
 
 
 def test_paired_differences_are_clustered_too() -> None:
-    assert paired([1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [0, 0, 1, 1]) == interval([1.0, 2.0])
+    assert paired([1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 1.0, 1.0], [0, 0, 1, 1]) == clustered_interval([1.0, 2.0], [0, 1])
 
 
 def test_lists_of_different_length_are_refused() -> None:
@@ -100,20 +100,41 @@ def test_holm_by_hand() -> None:
     assert holm([]) == []
 
 
-def test_wilcoxon_by_hand() -> None:
-    """All of 5 differences above 0: 2 of the 2^5 equally likely signs are as extreme."""
-    assert wilcoxon([0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(2 / 32)
-    assert wilcoxon([-0.1, 0.2, 0.3, 0.4, 0.5]) == pytest.approx(4 / 32)  # rank sum of the minority at most 1
-    assert wilcoxon([-0.5, 0.1]) == wilcoxon([0.5, -0.1]) == 1.0
-    assert wilcoxon([0.0, 0.0]) == 1.0
-    assert wilcoxon([0.3]) == 1.0
-    with pytest.raises(DataError, match="finite differences"):
-        wilcoxon([math.nan, 0.1])
+def test_the_p_of_partitions_is_the_corrected_resampled_t_test() -> None:
+    rng = np.random.default_rng(3)
+    x = rng.normal(0.3, 1.0, 8)
+    t = x.mean() / (x.std(ddof=1) * (1 / 8 + 1) ** 0.5)
+    assert paired_p(x.tolist(), list(range(8))) == pytest.approx(2 * stats.t.sf(abs(t), 7))
+    assert paired_p(x.tolist(), [0] * 8) == pytest.approx(stats.ttest_1samp(x, 0).pvalue)  # draws of one partition
+    assert paired_p([0.0, 0.0], [0, 1]) == paired_p([0.3], [0]) == 1.0
+    assert paired_p([0.2, 0.2], [0, 1]) == 0.0
 
 
-def test_wilcoxon_copes_with_draws_that_agree() -> None:
-    """Accuracies are counts over few queries: ties and zeros are common and must not end in a warning."""
-    assert wilcoxon([0.0, 0.01, 0.01, 0.01, 0.02, 0.02, 0.0, 0.01, 0.03, 0.01]) < 0.02
+@settings(deadline=None, database=None, max_examples=30)
+@given(values=VALUES, several=st.booleans())
+def test_the_interval_leaves_out_zero_where_p_is_small(values: list[float], several: bool) -> None:
+    clusters = list(range(len(values))) if several else [0] * len(values)
+    found = clustered_interval(values, clusters)
+    assert (found.low > 0 or found.high < 0) == (paired_p(values, clusters) < 0.05)
+
+
+def test_partitions_of_one_finite_set_are_not_independent() -> None:
+    """Two classifiers that are equally good in truth, on 10 halves of the same 200 images: 5 % false alarms at most.
+
+    As if the halves were independent, a third of all sets would show a difference.
+    """
+    rng = np.random.default_rng(0)
+    corrected = naive = 0
+    trials = 400
+    for _ in range(trials):
+        difference = rng.choice([-1.0, 0.0, 1.0], size=200, p=[0.1, 0.8, 0.1])  # right or wrong on one image
+        means = [difference[rng.permutation(200)[:100]].mean() for _ in range(10)]
+        found = clustered_interval(means, list(range(10)))
+        corrected += found.low > 0 or found.high < 0
+        plain = interval(means)
+        naive += plain.low > 0 or plain.high < 0
+    assert corrected / trials < 0.07
+    assert naive / trials > 0.3
 
 
 def slow_calibration_error(confidence: list[float], correct: list[bool], bins: int) -> float:

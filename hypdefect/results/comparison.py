@@ -1,7 +1,7 @@
 """What the ledger says: a leaderboard at each K, and paired differences between its methods.
 
-Functions take ledger rows (`ledger.SCHEMA`) of one run. Draws of one partition share their queries, so that where there
-are several partitions every interval and test is over partition means; else it is over draws.
+Functions take ledger rows (`ledger.SCHEMA`) of one run, of any family; `metric` names what is compared, larger is
+better. Intervals and tests are those of `statistics`.
 """
 
 import math
@@ -14,12 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hypdefect.errors import DataError
+from hypdefect.evaluation import TWIN
 from hypdefect.methods import METHODS
-from hypdefect.statistics import Interval, clustered_interval, holm, independent, paired, wilcoxon
+from hypdefect.results import ledger
+from hypdefect.statistics import Interval, clustered_interval, holm, paired, paired_p
 
-TWIN = "c = 0 twin"
-"""`variant` of HypDFS's Euclidean twin (`evaluation.flat_twin`)."""
 OURS = "hypdfs"
+"""The method that the results of few-shot classification speak for."""
+SIGNIFICANCE = 0.05
 
 
 def display_name(method: str, features: str = "plain", variant: str = "") -> str:
@@ -45,10 +47,10 @@ class Row:
     fit_seconds: float
     predict_seconds: float
     validation: float
-    """Mean accuracy on validation episodes, by which its configuration was chosen; NaN where none was run."""
+    """Mean validation score by which its configuration was chosen; NaN where none was run."""
     draws: int
     confusion: np.ndarray
-    """`[W, W]` counts summed over draws, rows are the true classes."""
+    """`[W, W]` counts summed over draws, rows are the true classes; empty where a family has no classes."""
     class_names: tuple[str, ...]
 
     @property
@@ -58,7 +60,7 @@ class Row:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Difference:
-    """Accuracy of `name` minus that of `reference` over the same draws, and Wilcoxon's signed-rank p."""
+    """A metric of `name` minus that of `reference` over the same draws, and p of the corrected resampled t-test."""
 
     k_shot: int
     name: str
@@ -67,20 +69,27 @@ class Difference:
     p: float
     """Corrected (Holm) for all methods compared to this reference at this K."""
 
+    @property
+    def verdict(self) -> Literal["ahead", "level", "behind"]:
+        """ahead or behind where the corrected p is below 0.05, else level."""
+        if self.p >= SIGNIFICANCE:
+            return "level"
+        return "ahead" if self.interval.mean > 0 else "behind"
 
-def leaderboard(table: pa.Table) -> list[Row]:
-    """Every method at every K, by K and then best accuracy first (ties: by name)."""
-    rows = [_row(*key, group) for key, group in _groups(table)]
+
+def leaderboard(table: pa.Table, metric: str = "acc") -> list[Row]:
+    """Every method at every K, by K and then the best first (ties: by name)."""
+    rows = [_row(*key, group, metric) for key, group in _groups(table)]
     return sorted(rows, key=lambda r: (r.k_shot, -r.accuracy.mean, r.name))
 
 
-def paired_to(table: pa.Table, reference: str) -> list[Difference]:
+def paired_to(table: pa.Table, reference: str, metric: str = "acc") -> list[Difference]:
     """Every other method against the one of this display name, at each K at which the reference was run.
 
     Raises:
         DataError: two methods share no draw at a K.
     """
-    values = {(k_shot, display_name(*names)): _accuracies(group) for (k_shot, *names), group in _groups(table)}
+    values = {(k_shot, display_name(*names)): _values(group, metric) for (k_shot, *names), group in _groups(table)}
     found: list[Difference] = []
     for k_shot in sorted({k for k, name in values if name == reference}):
         theirs = values[k_shot, reference]
@@ -92,7 +101,7 @@ def paired_to(table: pa.Table, reference: str) -> list[Difference]:
                 raise DataError(f"{name} and {reference} share no draw at K = {k_shot}")
             clusters = [partition for partition, _ in draws]
             a, b = [ours[d] for d in draws], [theirs[d] for d in draws]
-            p = wilcoxon(independent([x - y for x, y in zip(a, b, strict=True)], clusters))
+            p = paired_p([x - y for x, y in zip(a, b, strict=True)], clusters)
             raw.append((name, paired(a, b, clusters), p))
         corrected = holm([p for *_, p in raw])
         found += [
@@ -175,30 +184,37 @@ def _groups(table: pa.Table) -> Iterator[tuple[tuple[int, str, str, str], pa.Tab
         yield key, table.filter(pa.array([k == key for k in keys], pa.bool_()))
 
 
-def _accuracies(group: pa.Table) -> dict[tuple[int, int], float]:
-    """Accuracy of each (partition, draw)."""
+def _values(group: pa.Table, metric: str) -> dict[tuple[int, int], float]:
+    """The metric of each (partition, draw)."""
     draws = zip(group["partition"].to_pylist(), group["draw"].to_pylist(), strict=True)
-    return dict(zip(draws, group["acc"].to_pylist(), strict=True))
+    return dict(zip(draws, ledger.metric(group, metric).tolist(), strict=True))
 
 
-def _row(k_shot: int, method: str, features: str, variant: str, group: pa.Table) -> Row:
-    numbers = {name: group[name].to_numpy() for name in ("acc", "balanced_acc", "macro_f1", "ece", "validation_acc")}
+def _row(k_shot: int, method: str, features: str, variant: str, group: pa.Table, metric: str) -> Row:
     clusters = group["partition"].to_pylist()
+    values = ledger.metric(group, metric)
     names = group["class_names"][0].as_py()
+
+    def other(name: str) -> np.ndarray:
+        """A metric that not every family has."""
+        known = dict(group["metrics"][0].as_py())
+        return ledger.metric(group, name) if name in known else np.full(len(group), math.nan)
+
+    balanced = other("balanced_acc")
     return Row(
         k_shot=k_shot,
         name=display_name(method, features, variant),
         method=method,
         features=features,
         variant=variant,
-        accuracy=clustered_interval(numbers["acc"].tolist(), clusters),
-        std=float(numbers["acc"].std(ddof=1)) if len(group) > 1 else math.nan,
-        balanced=clustered_interval(numbers["balanced_acc"].tolist(), clusters),
-        macro_f1=float(numbers["macro_f1"].mean()),
-        ece=float(numbers["ece"].mean()),
-        fit_seconds=float(np.median(group["fit_seconds"].to_numpy())),
-        predict_seconds=float(np.median(group["predict_seconds"].to_numpy())),
-        validation=float(numbers["validation_acc"].mean()),
+        accuracy=clustered_interval(values.tolist(), clusters),
+        std=float(values.std(ddof=1)) if len(group) > 1 else math.nan,
+        balanced=clustered_interval((values if np.isnan(balanced).any() else balanced).tolist(), clusters),
+        macro_f1=float(other("macro_f1").mean()),
+        ece=float(other("ece").mean()),
+        fit_seconds=float(np.median(other("fit_seconds"))),
+        predict_seconds=float(np.median(other("predict_seconds"))),
+        validation=float(group["validation"].to_numpy().mean()),
         draws=len(group),
         confusion=np.array(group["confusion"].to_pylist()).sum(0).reshape(len(names), len(names)),
         class_names=tuple(names),

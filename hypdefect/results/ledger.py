@@ -19,6 +19,7 @@ from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import Scored
 from hypdefect.families.plan import Plan
 from hypdefect.files import write_table
+from hypdefect.methods import get_method
 
 SCHEMA = pa.schema(
     [
@@ -32,30 +33,30 @@ SCHEMA = pa.schema(
         ("dataset", pa.string()),
         ("product", pa.string()),
         ("backbone", pa.string()),
-        ("study", pa.string()),  # main, ceiling (every label of the pool, K = 0), curvature, ablation/NAME
+        ("family", pa.string()),  # of the method: few_shot ...
+        ("study", pa.string()),  # main, sweep, ceiling (every label of the pool, K = 0), curvature, ablation/NAME
         ("split", pa.string()),  # random, grouped
         ("protocol", pa.string()),  # draws, first (AMC: the first K images of each class)
         ("method", pa.string()),  # name in METHODS
         ("variant", pa.string()),  # what tells rows of one method apart: "", "c = 0 twin", "no adapter" ...
         ("features", pa.string()),  # plain, meta (meta-trained projection)
         ("method_config", pa.string()),  # JSON of the RunConfig that was used on this partition
-        ("validation_acc", pa.float64()),  # mean accuracy by which it was chosen, on episodes of the pool; NaN: not run
-        ("k_shot", pa.int32()),
+        ("validation", pa.float64()),  # mean validation score by which it was chosen; NaN: nothing was validated
+        ("k_shot", pa.int32()),  # 0 where a family knows no shots
         ("partition", pa.int32()),
         ("draw", pa.int32()),
-        ("num_queries", pa.int32()),
-        ("acc", pa.float64()),
-        ("balanced_acc", pa.float64()),
-        ("macro_f1", pa.float64()),
-        ("ece", pa.float64()),
-        ("fit_seconds", pa.float64()),
-        ("predict_seconds", pa.float64()),
-        ("class_names", pa.list_(pa.string())),
-        ("confusion", pa.list_(pa.int32())),  # row by row, rows are the true classes
+        ("num_queries", pa.int32()),  # images reported on
+        ("metrics", pa.map_(pa.string(), pa.float64())),  # of the family, and fit_seconds, predict_seconds
+        ("class_names", pa.list_(pa.string())),  # empty where a family has no classes
+        ("confusion", pa.list_(pa.int32())),  # row by row, rows are the true classes; empty where there is none
     ]
 )
-FORMAT = "hypdefect-ledger-1"
-SHARES = ("acc", "balanced_acc", "macro_f1", "ece")
+FORMAT = "hypdefect-ledger-2"
+FORMAT_1 = "hypdefect-ledger-1"
+"""Parts of few-shot classification alone, each metric a column; they are read as parts of FORMAT."""
+COLUMNS_1 = ("acc", "balanced_acc", "macro_f1", "ece", "fit_seconds", "predict_seconds")
+SHARES = (*COLUMNS_1[:4], "auroc", "aupr", "aupro", "f1_max", "iou")
+"""Metrics that lie in [0, 1]."""
 DRAW = ("study", "method", "variant", "features", "k_shot", "partition", "draw")
 TASK = ("label", "backbone", "study", "split", "protocol")
 """What tells one comparison from another: rows of one task may be compared, rows of two may not."""
@@ -92,16 +93,17 @@ def rows_of(
     return [
         {
             **run,
+            "family": get_method(one.config.name).family,
             "method": one.config.name,
             "variant": one.variant,
             "features": one.features,
             "method_config": json.dumps(to_mapping(one.config), sort_keys=True),
-            "validation_acc": one.validation,
+            "validation": one.validation,
             "k_shot": one.k_shot,
             "partition": partition,
             "draw": draw.number,
             "num_queries": len(draw.image_ids),
-            **draw.metrics,
+            "metrics": draw.metrics,
             "class_names": list(class_names),
             "confusion": [] if draw.confusion is None else draw.confusion.flatten().tolist(),
         }
@@ -122,8 +124,8 @@ def append(rows: Sequence[dict[str, Any]], home: Path) -> Path:
         if odd := sorted(row.keys() ^ set(SCHEMA.names)):
             raise DataError(f"ledger row with columns missing or unknown: {', '.join(odd)}")
     try:
-        table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
-    except (pa.ArrowException, TypeError) as error:
+        table = pa.Table.from_pylist([row | {"metrics": list(row["metrics"].items())} for row in rows], schema=SCHEMA)
+    except (pa.ArrowException, TypeError, AttributeError) as error:
         raise DataError(f"ledger rows do not fit their columns: {error}") from error
     _check(table)
     stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"  # parts are read in the order of their names
@@ -141,17 +143,32 @@ def _check(table: pa.Table) -> None:
     keys = list(zip(*(table[n].to_pylist() for n in DRAW), strict=True))
     if len(set(keys)) < len(keys):
         raise DataError("a draw of one method stands twice among the ledger rows")
-    for name in SHARES:
-        values = table[name].to_numpy()
-        if not ((values >= 0) & (values <= 1)).all():
-            raise DataError(f"ledger column {name} must lie in [0, 1], got {values.min()} to {values.max()}")
-    columns = (table[n].to_pylist() for n in ("num_queries", "class_names", "confusion", "acc"))
-    for queries, classes, confusion, accuracy in zip(*columns, strict=True):
-        square = np.array(confusion)
+    for metrics in (dict(pairs) for pairs in table["metrics"].to_pylist()):
+        for name in SHARES:
+            if not 0 <= metrics.get(name, 0) <= 1:
+                raise DataError(f"ledger metric {name} must lie in [0, 1], got {metrics[name]}")
+    columns = (table[n].to_pylist() for n in ("num_queries", "class_names", "confusion", "metrics"))
+    for queries, classes, confusion, pairs in zip(*columns, strict=True):
+        if not confusion:
+            continue
+        square, accuracy = np.array(confusion), dict(pairs)["acc"]
         if len(square) != len(classes) ** 2 or square.sum() != queries or square.min() < 0:
             raise DataError(f"confusion {confusion} of {len(classes)} classes does not count {queries} queries")
         if not np.isclose(square.reshape(len(classes), -1).trace() / queries, accuracy, atol=1e-6):
             raise DataError(f"confusion {confusion} contradicts accuracy {accuracy}")
+
+
+def metric(table: pa.Table, name: str) -> np.ndarray:
+    """A metric of every row.
+
+    Raises:
+        DataError: a row has no such metric; the message lists those there are.
+    """
+    rows = [dict(pairs) for pairs in table["metrics"].to_pylist()]
+    if any(name not in row for row in rows):
+        known = sorted(set().union(*rows))
+        raise DataError(f"not every ledger row has a metric {name!r}; metrics: {', '.join(known)}")
+    return np.array([row[name] for row in rows])
 
 
 def read(home: Path, **equal: str | int) -> pa.Table:
@@ -182,9 +199,20 @@ def read_part(path: Path) -> pa.Table:
             f"ledger part {path} is damaged or not Parquet ({' '.join(str(error).split())}); {remedy}"
         ) from error
     found = (table.schema.metadata or {}).get(b"hypdefect.format", b"").decode()
+    if found == FORMAT_1:
+        return _of_format_1(table)
     if found != FORMAT or table.schema.names != SCHEMA.names:
         raise ArtifactError(f"ledger part {path} has format {found!r}, this code reads {FORMAT!r}; {remedy}")
     return table.replace_schema_metadata(None)
+
+
+def _of_format_1(table: pa.Table) -> pa.Table:
+    """Rows of the first format as rows of this one."""
+    rows = []
+    for row in table.to_pylist():
+        metrics = [(name, row.pop(name)) for name in COLUMNS_1]
+        rows.append(row | {"family": "few_shot", "validation": row.pop("validation_acc"), "metrics": metrics})
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def latest(table: pa.Table) -> pa.Table:

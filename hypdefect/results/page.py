@@ -125,13 +125,6 @@ def difference(found: Interval) -> str:
 STATES = {"ahead": "ahead of", "level": "level with", "behind": "behind"}
 
 
-def verdict(found: Interval) -> str:
-    """ahead, behind, or level where the interval holds 0; a single draw has none."""
-    if not math.isfinite(found.half_width):
-        return "unknown"
-    return "ahead" if found.low > 0 else "behind" if found.high < 0 else "level"
-
-
 def listed(differences: Sequence[Difference], names: dict[str, str], most: int = 4) -> str:
     """`a (+0.30 ± 0.52), b (...)`, the smallest first; of many, how many and the two ends."""
     found = sorted(differences, key=lambda d: d.interval.mean)
@@ -167,7 +160,7 @@ def reading(section: Section) -> str:
     elif own.features == "meta":
         text.append("No peer was run on the meta-trained features.")
     if found.twin:
-        parts = [f"{verdict(d.interval)} at K = {d.k_shot} ({difference(d.interval)})" for d in found.twin]
+        parts = [f"{d.verdict} at K = {d.k_shot} ({difference(d.interval)})" for d in found.twin]
         text.append(f"Beside its own c = 0 twin it is {joined(parts)}.")
     else:
         text.append("Its c = 0 twin was not run.")
@@ -194,13 +187,13 @@ def _against_peers(differences: Sequence[Difference], where: str, label: dict[st
     count = len({d.reference for d in differences})
     head = f"Beside the {count} peers {where} it is" if count > 1 else f"Beside the one peer {where} it is"
     least = min(differences, key=lambda d: d.interval.mean)
-    if all(verdict(d.interval) == "ahead" for d in differences):
+    if all(d.verdict == "ahead" for d in differences):
         closest = f"{label[least.reference]} at K = {least.k_shot}, {difference(least.interval)}"
         return f"{head} ahead of {'all' if count > 1 else 'it'} at every K (closest: {closest})."
     parts = []
     for k in sorted({d.k_shot for d in differences}):
         own = [d for d in differences if d.k_shot == k]
-        by = {state: [d for d in own if verdict(d.interval) == state] for state in STATES}
+        by = {state: [d for d in own if d.verdict == state] for state in STATES}
         said = []
         if by["ahead"]:
             nearest = min(by["ahead"], key=lambda d: d.interval.mean)
@@ -312,7 +305,10 @@ def replace_results(path: Path, text: str) -> None:
 
 # -- HTML ----------------------------------------------------------------------------------------------------------
 
-COLOURS_EXPLAINED = "Differences are over the same draws, with 95 % intervals: blue ahead, grey level, orange behind."
+COLOURS_EXPLAINED = (
+    "Differences are over the same draws, with 95 % intervals. Blue: ahead, orange: behind, by a corrected p below "
+    "0.05; grey: level."
+)
 STYLE = """
 :root { color-scheme: light }
 body { font: 16px/1.5 system-ui, "Segoe UI", "Helvetica Neue", Arial, sans-serif; color: #24292f; background: #fff;
@@ -386,7 +382,7 @@ def overview(found: Sequence[Section]) -> str:
                 cells.append(f"<td class='faint'>{'as left' if same else 'not run'}</td>")
                 continue
             closest = min(rivals, key=lambda d: d.interval.mean)
-            state = verdict(closest.interval)
+            state = closest.verdict
             name = (
                 "" if side is compared.twin else f" <span class='faint'>{html.escape(label[closest.reference])}</span>"
             )
@@ -465,14 +461,14 @@ def leaderboard_html(section: Section) -> str:
 
 
 def ahead_html(section: Section) -> str:
-    """The paired difference of HypDFS to every method at each K, with Wilcoxon's p."""
+    """The paired difference of HypDFS to every method at each K, with its corrected p."""
     rows = leaderboard(section.main)
     own = ours(rows)
     if own is None or len({row.name for row in rows}) == 1:
         return ""
     paired = {(d.k_shot, d.name): d for d in paired_to(section.main, own.name)}
     asked = claims(section.main)
-    p_of = {(d.k_shot, d.reference): d.p for side in (asked.plain, asked.meta, asked.twin) for d in side}
+    tested = {(d.k_shot, d.reference): d for side in (asked.plain, asked.meta, asked.twin) for d in side}
     heads = "".join(f"<th>K = {at}</th><th>p</th>" for at in section.shots)
     lines = []
     for group in _by_accuracy(rows):
@@ -485,12 +481,14 @@ def ahead_html(section: Section) -> str:
                 cells.append("<td></td><td></td>")
                 continue
             delta = -found.interval
-            p = probability(p_of[at, name]) if section.repeated and (at, name) in p_of else ""
-            cells.append(f'<td class="{verdict(delta)}">{difference(delta)}</td><td class="faint">{p}</td>')
+            test = tested.get((at, name)) if section.repeated else None
+            p, state = (probability(test.p), test.verdict) if test else ("", "level")
+            cells.append(f'<td class="{state}">{difference(delta)}</td><td class="faint">{p}</td>')
         lines.append(_line(group, rows, cells))
     return (
         f"<h3>HypDFS minus each method, points of accuracy</h3>{_table(f'<tr>{NAMES}{heads}</tr>', lines)}"
-        f'<p class="facts">{COLOURS_EXPLAINED} p: Wilcoxon signed-rank test, corrected (Holm) at each K within '
+        f'<p class="facts">{COLOURS_EXPLAINED} p: corrected resampled t-test (Nadeau and Bengio 2003), '
+        "corrected (Holm) at each K within "
         "each of three comparisons: peers on plain features, peers on the same features, the twin. Intervals are not "
         "corrected.</p>"
     )

@@ -94,7 +94,7 @@ def evaluation_tables(rows: pa.Table, protocol: str) -> list[Table]:
         if fair and strict:
             by = "fixed: nothing was validated" if math.isnan(fair.validation) else "by validation accuracy"
             table.caption = (
-                f"± is the 95 % interval over {'partitions' if partitions > 1 else 'draws'}; p is Wilcoxon's, "
+                f"± is the 95 % interval over {'partitions' if partitions > 1 else 'draws'}, p of the same t-test, "
                 f"corrected (Holm).\nBest Euclidean: {fair.name} ({by}); strictest: {strict.name}, best on the queries."
             )
         tables.append(table)

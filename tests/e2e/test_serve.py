@@ -44,9 +44,8 @@ def save(folder: Path) -> None:
     classifier.restore({"prototypes": prototypes})
     save_model(
         folder,
-        method="prototype",
         run_config=run,
-        classifier=classifier,
+        model=classifier,
         class_names=CLASSES,
         transform=transform,
         backbone=spec.name,
@@ -59,7 +58,7 @@ def save(folder: Path) -> None:
 class Broken:
     """In place of the model: fails as a bug would."""
 
-    async def classify(self, item: object) -> None:
+    async def predict(self, item: object) -> None:
         raise RuntimeError("secret path /srv/models")
 
     async def describe(self) -> None:
@@ -370,7 +369,7 @@ def test_args_are_strict(change: dict[str, Any]) -> None:
 
 
 def test_every_format_has_its_signature() -> None:
-    from serve.app import SIGNATURES
+    from serve.uploads import SIGNATURES
 
     assert tuple(SIGNATURES) == FORMATS
     for kind, starts in SIGNATURES.items():

@@ -12,18 +12,18 @@ import numpy as np
 import optuna
 
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.tune import SearchConfig, SearchData, search
+from hypdefect.distributed.tune import SearchConfig, search
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.few_shot import FewShotTask
+from hypdefect.families.few_shot import Fitting, Reported, Setting
 from hypdefect.features.spec import FeatureTable
-from hypdefect.types import VIEWS, EpisodeSpec
+from hypdefect.types import VIEWS
 
 BLOCK_DIMS = (4, 8)
 CLASSES = ("crack", "dent", "scratch", "stain")
 SMALL = {"steps": 2, "adapter_rank": 2, "ode_hidden": 4, "n_syn": 2}
 BASE = RunConfig(method=SMALL)
-SPEC = EpisodeSpec(k_shot=3)
+SETTING = Setting(k_shot=3)
 NAME = "study"
 
 
@@ -51,19 +51,12 @@ def images(side: str, per_class: int, copies: int, seed: int, spread: float = 1.
     )
 
 
-def make_task(per_class: int = 12) -> FewShotTask:
+def make_task(per_class: int = 12) -> tuple[Fitting, Reported]:
     pool = images("pool", per_class, copies=2, seed=1)
     clean = pool.table.aug_index == 0
-    return FewShotTask(
-        pool=pool,
-        queries=images("query", per_class, copies=0, seed=2),
-        normals={view: values[clean] for view, values in pool.table.views.items()},
-        block_dims=BLOCK_DIMS,
-    )
-
-
-def search_data(task: FewShotTask) -> SearchData:
-    return SearchData(pool=task.pool, normals=task.normals, block_dims=task.block_dims)
+    normals = {view: values[clean] for view, values in pool.table.views.items()}
+    queries = images("query", per_class, copies=0, seed=2)
+    return Fitting(pool=pool, normals=normals, block_dims=BLOCK_DIMS), Reported(queries=queries)
 
 
 def small_space(trial: optuna.Trial) -> None:
@@ -75,7 +68,7 @@ def small_space(trial: optuna.Trial) -> None:
 
 def as_space(function: Any, method: str = "hypdfs") -> ModuleType:
     module = ModuleType(function.__name__)
-    vars(module).update(METHOD=method, METRIC="val/episode/acc", MODE="max", space=function)
+    vars(module).update(METHOD=method, space=function)
     return module
 
 
@@ -83,4 +76,4 @@ if __name__ == "__main__":
     folder, trials = Path(sys.argv[1]), int(sys.argv[2])
     config = SearchConfig(trials=trials, episodes=8, rungs=2, concurrency=2)
     with connected(num_cpus=2):
-        search(as_space(small_space), search_data(make_task()), BASE, SPEC, config, name=NAME, folder=folder)
+        search(as_space(small_space), make_task()[0], BASE, SETTING, config, name=NAME, folder=folder)

@@ -12,22 +12,12 @@ import torch
 from hypdefect.config import override
 from hypdefect.distributed.evaluate import CHUNK, compare, evaluate, validate
 from hypdefect.errors import NumericsError
-from hypdefect.evaluation import (
-    TWIN,
-    Entrant,
-    RunConfig,
-    Score,
-    Scored,
-    dimension,
-    flat_twin,
-    score_draw,
-    validation_scores,
-)
-from hypdefect.families.episodes import LabelledFeatures, draw_support
-from hypdefect.families.few_shot import FewShotTask, MetaStart
+from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored
+from hypdefect.families import few_shot
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.metrics import calibration_error
-from hypdefect.types import VIEWS, EpisodeSpec
-from tests.ray.search_script import BASE, SPEC, make_task
+from hypdefect.types import VIEWS
+from tests.ray.search_script import BASE, SETTING, make_task
 
 pytestmark = pytest.mark.ray
 CONFIGS = {
@@ -38,15 +28,18 @@ CONFIGS = {
 TIMES = {"fit_seconds", "predict_seconds"}
 
 
+Task = tuple[Fitting, Reported]
+
+
 @pytest.fixture(scope="module")
-def task() -> FewShotTask:
+def task() -> Task:
     return make_task()
 
 
 @pytest.fixture(scope="module")
-def start(task: FewShotTask) -> dict[str, torch.Tensor]:
+def start(task: Task) -> dict[str, torch.Tensor]:
     """Weights other than those a fit starts from on its own."""
-    model: Any = BASE.model(dimension(task.pool))
+    model: Any = BASE.model(task[0].dim)
     generator = torch.Generator().manual_seed(5)
     return {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in model.trained().items()}
 
@@ -60,24 +53,17 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def sides(
-    task: FewShotTask, config: RunConfig, meta: MetaStart | None = None
-) -> tuple[LabelledFeatures, LabelledFeatures]:
-    transform = task.transform(config.transform)
-    if meta and config.features == "meta":
-        transform = transform.projected(meta.projection, meta.mean)
-    pool, queries = (replace(side, table=transform.table(side.table)) for side in (task.pool, task.queries))
-    return pool, queries
+def sides(task: Task, config: RunConfig, meta: MetaStart | None = None) -> Task:
+    transform = few_shot.transform_of(config, task[0], meta)
+    return few_shot.transformed(task[0], transform), few_shot.transformed(task[1], transform)
 
 
-def supports_of(task: FewShotTask, k_shot: int, draws: int) -> list[np.ndarray]:
-    return [draw_support(task.pool, k_shot, 11, number) for number in range(draws)]
+def setting_of(k_shot: int) -> Setting:
+    return Setting(k_shot=k_shot, seed=2)
 
 
-def in_process(task: FewShotTask, config: RunConfig, k_shot: int, number: int, meta: MetaStart | None = None) -> Score:
-    pool, queries = sides(task, config, meta)
-    chosen = draw_support(pool, k_shot, 11, number)
-    return score_draw(config, pool, queries, chosen, number, meta.weights(config) if meta else None)
+def in_process(task: Task, config: RunConfig, k_shot: int, number: int, meta: MetaStart | None = None) -> Score:
+    return few_shot.score(config, *sides(task, config, meta), setting_of(k_shot), number, meta)
 
 
 def assert_same(found: Score, expected: Score) -> None:
@@ -91,21 +77,21 @@ def assert_same(found: Score, expected: Score) -> None:
 
 
 def test_draws_are_those_of_plain_calls_in_any_order(
-    ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]
+    ray_local: Any, task: Task, start: dict[str, torch.Tensor]
 ) -> None:
     steps: list[tuple[int, int]] = []
     meta = MetaStart(method="hypdfs", projection={}, core=start)
     configs = CONFIGS | {"flat": replace(CONFIGS["flat"], pretrained=False)}
-    supports = supports_of(task, 3, CHUNK + 2)
-    scores = evaluate(task, configs, supports, start=meta, progress=lambda *step: steps.append(step))
-    again = evaluate(task, dict(reversed(configs.items())), supports, start=meta)
+    settings = setting_of(3), CHUNK + 2
+    scores = evaluate(*task, configs, *settings, start=meta, progress=lambda *step: steps.append(step))
+    again = evaluate(*task, dict(reversed(configs.items())), *settings, start=meta)
     assert steps == [(i, 6) for i in range(1, 7)]
     assert list(scores) == list(configs)
     for name, own in scores.items():
         assert len(own) == CHUNK + 2
         for number in (6, 0, 3):
             expected = in_process(task, configs[name], 3, number, meta)
-            assert expected.image_ids == tuple(task.queries.image_ids)
+            assert expected.image_ids == tuple(task[1].queries.image_ids)
             assert_same(own[number], expected)
             assert_same(again[name][number], expected)
     scratch = in_process(task, CONFIGS["curved"], 3, 0)
@@ -113,9 +99,12 @@ def test_draws_are_those_of_plain_calls_in_any_order(
     assert len({s.metrics["acc"] for own in scores.values() for s in own}) > 2  # draws and methods differ
 
 
-def test_metrics_of_a_draw_agree_with_its_predictions(task: FewShotTask) -> None:
+def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
     score = in_process(task, CONFIGS["prototype"], 3, 0)
-    truth = task.queries.labels
+    assert score.predicted is not None
+    assert score.probabilities is not None
+    assert score.confusion is not None
+    truth = task[1].queries.labels
     assert score.metrics.keys() == {"acc", "balanced_acc", "macro_f1", "ece", *TIMES}
     assert score.metrics["acc"] == (score.predicted == truth).mean() == score.confusion.trace() / len(truth)
     for label in range(4):
@@ -134,43 +123,44 @@ def entrants() -> list[Entrant]:
     ]
 
 
-def compared(task: FewShotTask, **changes: Any) -> list[Scored]:
-    settings: dict[str, Any] = {"episodes": 6, "split": "random", "seed": 2}
-    supports = {k: supports_of(task, k, 2) for k in (1, 3)}
-    return compare(task, entrants(), supports, **settings | changes)
+def compared(task: Task, **changes: Any) -> list[Scored]:
+    settings = {k: setting_of(k) for k in (1, 3)}
+    return compare(*task, entrants(), settings, 2, **{"episodes": 6} | changes)
 
 
-def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(ray_local: Any, task: FewShotTask) -> None:
+def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(ray_local: Any, task: Task) -> None:
     steps: list[tuple[int, int]] = []
     found = compared(task, progress=lambda *step: steps.append(step))
     names = ["", TWIN, "", "no adapter"]
     assert [(s.k_shot, s.variant) for s in found] == [(k, name) for k in (1, 3) for name in names]
     assert steps == [(i, 2 * 5 + 2 * 4) for i in range(1, 19)]  # trials, then chunks of draws
     for k_shot, own in ((1, found[:4]), (3, found[4:])):
-        spec = EpisodeSpec(k_shot=k_shot, seed=2, split="random")
         for entrant, scored in zip(entrants(), (own[0], own[2], own[3]), strict=True):
             means = []
             for config in entrant.candidates:
-                pool, _ = sides(task, config)
+                seen, _ = sides(task, config)
                 try:
-                    means.append(float(np.mean(list(validation_scores(config, pool, spec, range(6))))))
+                    scores = few_shot.validation_scores(config, seen, setting_of(k_shot), range(6))
+                    means.append(float(np.mean(list(scores))))
                 except NumericsError:
                     means.append(0.0)
             assert scored.config == entrant.candidates[int(np.argmax(means))]
             assert scored.validation == max(means)
             assert scored.seconds > 0
         curved, twin, *_ = own
-        assert twin.config == flat_twin(curved.config, sides(task, curved.config)[0])
+        assert twin.config == few_shot.twin(curved.config, sides(task, curved.config)[0])
         assert math.isnan(twin.validation)
     for scored in found:
         for number, draw in enumerate(scored.draws):
             assert_same(draw, in_process(task, scored.config, scored.k_shot, number))
 
 
-def test_the_query_side_decides_nothing(ray_local: Any, task: FewShotTask) -> None:
+def test_the_query_side_decides_nothing(ray_local: Any, task: Task) -> None:
     """The leak test: with shuffled query labels every choice and every prediction stays."""
-    labels = np.random.default_rng(0).permutation(task.queries.labels)
-    honest, leaky = compared(task), compared(replace(task, queries=replace(task.queries, labels=labels)))
+    fitting, reported = task
+    labels = np.random.default_rng(0).permutation(reported.queries.labels)
+    honest = compared(task)
+    leaky = compared((fitting, Reported(queries=replace(reported.queries, labels=labels))))
     moved = 0
     for a, b in zip(honest, leaky, strict=True):
         assert (a.config, a.variant) == (b.config, b.variant)
@@ -180,51 +170,49 @@ def test_the_query_side_decides_nothing(ray_local: Any, task: FewShotTask) -> No
     assert moved
 
 
-def test_without_episodes_the_first_candidate_is_taken(ray_local: Any, task: FewShotTask) -> None:
+def test_without_episodes_the_first_candidate_is_taken(ray_local: Any, task: Task) -> None:
     found = compared(task, episodes=0, twins=False)
     assert [s.config for s in found] == 2 * [e.candidates[0] for e in entrants()]
     assert all(math.isnan(s.validation) for s in found)
 
 
-def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
-    ray_local: Any, task: FewShotTask
-) -> None:
+def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(ray_local: Any, task: Task) -> None:
     generator = torch.Generator().manual_seed(3)
     narrow = 5
-    projection = {view: torch.randn(dimension(task.pool), narrow, generator=generator) for view in VIEWS}
+    projection = {view: torch.randn(task[0].dim, narrow, generator=generator) for view in VIEWS}
     curved = replace(CONFIGS["curved"], features="meta")
-    core = curved.model(narrow).trained()  # type: ignore[arg-type]
+    core = curved.model(narrow).trained()
     core = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in core.items()}
-    mean = {view: torch.randn(dimension(task.pool), generator=generator) / 10 for view in VIEWS}
+    mean = {view: torch.randn(task[0].dim, generator=generator) / 10 for view in VIEWS}
     meta = MetaStart(method="hypdfs", projection=projection, core=core, mean=mean)
     configs = [CONFIGS["prototype"], replace(CONFIGS["prototype"], features="meta"), curved]
     configs += [replace(curved, pretrained=False)]
     chosen = [Entrant(candidates=(config,), variant=str(i)) for i, config in enumerate(configs)]
-    found = compare(task, chosen, {3: supports_of(task, 3, 2)}, episodes=3, split="random", seed=0, start=meta)
-    spec = EpisodeSpec(k_shot=3, seed=0)
+    found = compare(*task, chosen, {3: setting_of(3)}, 2, episodes=3, start=meta)
     for config, scored in zip(configs, found, strict=True):
-        pool, _ = sides(task, config, meta)
-        assert dimension(pool) == (narrow if config.features == "meta" else dimension(task.pool))
-        assert scored.validation == np.mean(list(validation_scores(config, pool, spec, range(3), meta.weights(config))))
+        seen, _ = sides(task, config, meta)
+        assert seen.dim == (narrow if config.features == "meta" else task[0].dim)
+        scores = few_shot.validation_scores(config, seen, setting_of(3), range(3), meta)
+        assert scored.validation == np.mean(list(scores))
         assert_same(scored.draws[1], in_process(task, config, 3, 1, meta))
     first = [s.draws[0].probabilities for s in found]
     assert not np.array_equal(first[0], first[1])
     assert not np.array_equal(first[2], first[3])
 
 
-def test_validation_is_that_of_plain_calls(ray_local: Any, task: FewShotTask, start: dict[str, torch.Tensor]) -> None:
+def test_validation_is_that_of_plain_calls(ray_local: Any, task: Task, start: dict[str, torch.Tensor]) -> None:
     configs = [CONFIGS["flat"], CONFIGS["curved"], override(CONFIGS["curved"], {"pretrained": False})]
     meta = MetaStart(method="hypdfs", projection={}, core=start)
-    found = validate(task, configs, SPEC, range(5, 9), meta)
+    found = validate(task[0], configs, SETTING, range(5, 9), meta)
     for config, own in zip(configs, found, strict=True):
-        pool, _ = sides(task, config)
-        assert own == list(validation_scores(config, pool, SPEC, range(5, 9), meta.weights(config)))
+        seen, _ = sides(task, config)
+        assert own == list(few_shot.validation_scores(config, seen, SETTING, range(5, 9), meta))
         # an episode is the same alone
-        assert own[2:3] == validate(task, [config], SPEC, range(7, 8), meta)[0]
+        assert own[2:3] == validate(task[0], [config], SETTING, range(7, 8), meta)[0]
 
 
-def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: FewShotTask) -> None:
+def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: Task) -> None:
     broken = override(BASE, {"method.lr": 1e30, "method.steps": 8})
-    scores = validate(task, [broken, CONFIGS["prototype"]], SPEC, range(3))
+    scores = validate(task[0], [broken, CONFIGS["prototype"]], SETTING, range(3))
     assert scores[0] == [0.0] * 3
     assert min(scores[1]) > 0

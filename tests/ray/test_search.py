@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -23,14 +23,15 @@ from optuna.trial import FrozenTrial, TrialState
 import hypdefect
 import tune_spaces
 from hypdefect.config import override
-from hypdefect.distributed.tune import SearchConfig, SearchData, default_point, finished, search, storage
+from hypdefect.distributed.sweep import select
+from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.evaluation import RunConfig, TrialResult, dimension, validation_scores
-from hypdefect.families.episodes import LabelledFeatures, draw_support
-from hypdefect.families.few_shot import FewShotTask
-from hypdefect.types import EpisodeSpec
-from jobs.sweep import SweepJob, select
-from tests.ray.search_script import BASE, NAME, SPEC, as_space, make_task, search_data, small_space
+from hypdefect.evaluation import RunConfig, TrialResult
+from hypdefect.families import few_shot, get_family
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.types import VIEWS
+from jobs.sweep import SweepJob
+from tests.ray.search_script import BASE, NAME, SETTING, as_space, make_task, small_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 REPOSITORY = Path(hypdefect.__file__).parents[1]
@@ -39,13 +40,13 @@ SMALL_SPACE = as_space(small_space)
 
 
 @pytest.fixture(scope="module")
-def task() -> FewShotTask:
+def task() -> tuple[Fitting, Reported]:
     return make_task()
 
 
 @pytest.fixture(scope="module")
-def data(task: FewShotTask) -> SearchData:
-    return search_data(task)
+def data(task: tuple[Fitting, Reported]) -> Fitting:
+    return task[0]
 
 
 def study_of(folder: Path) -> list[FrozenTrial]:
@@ -54,16 +55,17 @@ def study_of(folder: Path) -> list[FrozenTrial]:
 
 def run(
     folder: Path,
-    data: SearchData,
+    data: Fitting,
     space: ModuleType = SMALL_SPACE,
     base: RunConfig = BASE,
-    spec: EpisodeSpec = SPEC,
+    setting: Setting = SETTING,
     notify: Any = None,
+    start: MetaStart | None = None,
     **settings: int,
 ) -> list[TrialResult]:
     """A search on one actor: a second one would import everything again."""
     config = SearchConfig(**{"trials": 6, "episodes": 4, "rungs": 1, "concurrency": 1, **settings})
-    return search(space, data, base, spec, config, name=NAME, folder=folder, notify=notify)
+    return search(space, data, base, setting, config, name=NAME, folder=folder, start=start, notify=notify)
 
 
 @dataclass(frozen=True)
@@ -77,19 +79,19 @@ class Searched:
         return [(r.number, r.params, r.value, r.rungs) for r in self.results]
 
 
-def search_alone(task: FewShotTask, folder: Path) -> Searched:
+def search_alone(data: Fitting, folder: Path) -> Searched:
     """One trial at a time, which makes a search repeatable."""
     seen: list[tuple[int, float]] = []
-    results = run(folder, search_data(task), notify=lambda n, v: seen.append((n, v)), trials=6, episodes=4)
+    results = run(folder, data, notify=lambda n, v: seen.append((n, v)), trials=6, episodes=4)
     return Searched(folder, results, seen)
 
 
 @pytest.fixture(scope="module")
-def searched(ray_local: Any, task: FewShotTask, tmp_path_factory: pytest.TempPathFactory) -> Searched:
-    return search_alone(task, tmp_path_factory.mktemp("search"))
+def searched(ray_local: Any, data: Fitting, tmp_path_factory: pytest.TempPathFactory) -> Searched:
+    return search_alone(data, tmp_path_factory.mktemp("search"))
 
 
-def test_exactly_the_trials_asked_for_the_defaults_first(searched: Searched, data: SearchData) -> None:
+def test_exactly_the_trials_asked_for_the_defaults_first(searched: Searched, data: Fitting) -> None:
     trials, results = study_of(searched.folder), searched.results
     assert [t.state for t in trials] == [TrialState.COMPLETE] * 6
     assert trials[0].params == default_point(SMALL_SPACE, BASE)
@@ -102,17 +104,15 @@ def test_exactly_the_trials_asked_for_the_defaults_first(searched: Searched, dat
     assert run(searched.folder, data) == results  # nothing is left to do
 
 
-def test_values_are_those_of_the_same_episodes_in_process(searched: Searched, task: FewShotTask) -> None:
+def test_values_are_those_of_the_same_episodes_in_process(searched: Searched, data: Fitting) -> None:
     for result in searched.results:
         config = override(BASE, result.params)
-        pool = replace(task.pool, table=task.transform(config.transform).table(task.pool.table))
-        scores = list(validation_scores(config, pool, SPEC, range(4)))
+        seen = few_shot.transformed(data, few_shot.transform_of(config, data))
+        scores = list(few_shot.validation_scores(config, seen, SETTING, range(4)))
         assert result.value == pytest.approx(float(np.mean(scores)), abs=1e-12)
 
 
-def test_early_stopping_is_recorded_and_full_trials_come_first(
-    ray_local: Any, data: SearchData, tmp_path: Path
-) -> None:
+def test_early_stopping_is_recorded_and_full_trials_come_first(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     results = run(tmp_path, data, trials=12, episodes=9, rungs=3)
     rungs = [r.rungs for r in results]
     assert len(rungs) == 12
@@ -128,7 +128,7 @@ def exploding_space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("method.lr", [1e-4, 1e30])
 
 
-def test_a_numerical_failure_scores_zero(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+def test_a_numerical_failure_scores_zero(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     base = override(BASE, {"method.steps": 8})
     results = run(tmp_path, data, as_space(exploding_space), base, trials=8, episodes=4, rungs=2)
     assert len(results) == 8
@@ -138,9 +138,9 @@ def test_a_numerical_failure_scores_zero(ray_local: Any, data: SearchData, tmp_p
     assert all(r.value > 0 for r in results if r.params["method.lr"] == 1e-4)
 
 
-def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     with pytest.raises(HypdefectError, match="class 'crack' has 12 images") as caught:
-        run(tmp_path, data, spec=EpisodeSpec(k_shot=12), trials=2)
+        run(tmp_path, data, setting=Setting(k_shot=12), trials=2)
     assert "\n" not in str(caught.value)
     assert f"every trial of {NAME} failed" in str(caught.value)
     assert [t.state for t in study_of(tmp_path)] == [TrialState.FAIL] * 2
@@ -150,7 +150,7 @@ def unknown_space(trial: optuna.Trial) -> None:
     trial.suggest_float("method.curvatur", 0.1, 1.0)
 
 
-def test_a_space_of_an_unknown_field_is_refused(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+def test_a_space_of_an_unknown_field_is_refused(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'method\.curvatur', which is no field"):
         run(tmp_path, data, as_space(unknown_space))
 
@@ -158,43 +158,47 @@ def test_a_space_of_an_unknown_field_is_refused(ray_local: Any, data: SearchData
 # --- selection never sees a query --------------------------------------------------------------------------------
 
 
-def scrambled(queries: LabelledFeatures) -> LabelledFeatures:
-    """The same images with labels of others and noise for features."""
-    rng = np.random.default_rng(99)
-    noise = {view: rng.normal(size=x.shape).astype(np.float32) for view, x in queries.table.views.items()}
-    return replace(queries, labels=rng.permutation(queries.labels), table=replace(queries.table, views=noise))
+def selected(data: Fitting, trials: list[TrialResult]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """What a sweep chooses and publishes."""
+    job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=3, rungs=1)
+    choice = select(job, get_family("hypdfs"), data, BASE, trials, None)
+    seen = few_shot.transformed(data, few_shot.transform_of(choice.run, data))
+    model = few_shot.fit(choice.run, seen, few_shot.setting(job), 0)
+    return (choice.trial.number, choice.run, choice.reference), model.export()
 
 
-def selected(task: FewShotTask, trials: list[TrialResult]) -> tuple[Any, dict[str, torch.Tensor]]:
-    """What `jobs/sweep.py` chooses and publishes."""
-    job = SweepJob(k_shot=SPEC.k_shot, episodes=4, finalists=3, rungs=1)
-    winner, config, peer = select(job, task, BASE, trials, None)
-    pool = replace(task.pool, table=task.transform(config.transform).table(task.pool.table))
-    classifier = config.model(dimension(pool))
-    support = pool.batch(draw_support(pool, SPEC.k_shot, job.seed, 0), copies=config.support_copies)
-    classifier.adapt(support, pool.n_way)
-    return (winner.number, config, peer), classifier.export()
-
-
-def test_scrambled_queries_change_no_choice_and_no_weight(
-    searched: Searched, task: FewShotTask, tmp_path: Path
-) -> None:
-    """This is also the test that a search of the same seed repeats itself."""
-    other = replace(task, queries=scrambled(task.queries))
-    assert not np.array_equal(other.queries.labels, task.queries.labels)
-    again = search_alone(other, tmp_path)
+def test_a_search_and_a_selection_repeat_themselves(searched: Searched, data: Fitting, tmp_path: Path) -> None:
+    """They are handed what may be looked at and nothing else: no query can change them."""
+    again = search_alone(data, tmp_path)
     assert again.rows == searched.rows
-    chosen, tensors = selected(task, searched.results)
-    chosen_2, tensors_2 = selected(other, again.results)
+    chosen, tensors = selected(data, searched.results)
+    chosen_2, tensors_2 = selected(data, again.results)
     assert chosen_2 == chosen
     assert tensors_2.keys() == tensors.keys()
     assert all(torch.equal(tensors_2[name], value) for name, value in tensors.items())
 
 
-def test_search_data_has_no_place_for_a_query(task: FewShotTask, data: SearchData) -> None:
-    assert {f.name for f in fields(SearchData)} == {"pool", "normals", "block_dims", "shape_dims", "start"}
-    held = {*data.pool.image_ids.tolist(), *data.pool.table.image_ids.tolist()}
-    assert held.isdisjoint(task.queries.image_ids.tolist())
+def test_what_may_be_looked_at_holds_no_query(task: tuple[Fitting, Reported]) -> None:
+    fitting, reported = task
+    assert {f.name for f in fields(Fitting)} == {"pool", "normals", "block_dims", "shape_dims", "uri_of"}
+    held = {*fitting.pool.image_ids.tolist(), *fitting.pool.table.image_ids.tolist()}
+    assert held.isdisjoint(reported.queries.image_ids.tolist())
+
+
+def meta_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("features", ["plain", "meta"])
+
+
+def test_a_search_uses_what_was_learned(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
+    """Trials on meta-trained features see the projection: a projection to noise costs accuracy."""
+    generator = torch.Generator().manual_seed(0)
+    views = {view: torch.randn(data.dim, 1, generator=generator) for view in VIEWS}
+    start = MetaStart("hypdfs", projection=views, core={}, mean={view: torch.zeros(data.dim) for view in VIEWS})
+    base = RunConfig(name="prototype", method={}, support_copies=0)
+    results = run(tmp_path, data, as_space(meta_space, "prototype"), base, trials=4, episodes=6, start=start)
+    values = {r.params["features"]: r.value for r in results}
+    assert set(values) == {"plain", "meta"}
+    assert values["meta"] < values["plain"] - 0.1
 
 
 # --- a killed driver ---------------------------------------------------------------------------------------------
@@ -229,7 +233,7 @@ def start_script(folder: Path, trials: int, env: dict[str, str]) -> "subprocess.
 
 @pytest.mark.slow
 def test_a_killed_search_continues_with_what_is_missing(
-    ray_local: Any, data: SearchData, tmp_path: Path, private_env: dict[str, str]
+    ray_local: Any, data: Fitting, tmp_path: Path, private_env: dict[str, str]
 ) -> None:
     with start_script(tmp_path, 200, private_env) as process:
         wait_for(lambda: len(complete(tmp_path)) >= 3 or process.poll() is not None, "three trials")
@@ -246,7 +250,7 @@ def test_a_killed_search_continues_with_what_is_missing(
     assert {t.state for t in study_of(tmp_path)} <= {TrialState.COMPLETE, TrialState.FAIL}
 
 
-def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     """The driver died before the default point had finished, or even before it was handed out."""
     for state in (TrialState.RUNNING, TrialState.WAITING):
         folder = tmp_path / state.name
@@ -262,7 +266,7 @@ def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: S
 # --- cost and spaces ---------------------------------------------------------------------------------------------
 
 
-def test_packed_trials_cost_little(ray_local: Any, data: SearchData, tmp_path: Path) -> None:
+def test_packed_trials_cost_little(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     space = importlib.import_module("tune_spaces.prototype")
     times: list[float] = []
     base = RunConfig(name=space.METHOD)
@@ -278,8 +282,6 @@ def test_packed_trials_cost_little(ray_local: Any, data: SearchData, tmp_path: P
 @pytest.mark.parametrize("name", SPACES)
 def test_every_point_of_a_space_is_a_configuration(name: str) -> None:
     space = importlib.import_module(f"tune_spaces.{name}")
-    assert space.METRIC.startswith("val/")
-    assert space.MODE == "max"
     base = RunConfig(name=space.METHOD)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     first = default_point(space, base)

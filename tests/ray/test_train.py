@@ -11,21 +11,21 @@ import torch
 
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError, DataError, HypdefectError, NumericsError
-from hypdefect.evaluation import dimension
 from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.episodic import EpisodicConfig, EpisodicTraining
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import TrainConfig, core_tensors, meta_train
+from hypdefect.training import fit
 from tests.ray.search_script import SMALL, make_task
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
-CONFIG = TrainConfig(
+CONFIG = EpisodicConfig(
     method=HypDFSConfig(**SMALL), steps=6, items_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
 )
 
 
 @pytest.fixture(scope="module")
 def pool() -> LabelledFeatures:
-    return make_task().pool
+    return make_task()[0].pool
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +34,13 @@ def expected(pool: LabelledFeatures) -> tuple[dict[str, torch.Tensor], list[floa
     return in_process(pool, CONFIG)
 
 
-def in_process(pool: LabelledFeatures, config: TrainConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
-    model = HypDFS(config.method, dimension(pool))
-    losses = meta_train(model, pool, config, lambda metrics, write: None)
+def in_process(pool: LabelledFeatures, config: EpisodicConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
+    model = HypDFS(config.method, pool.dim)
+    losses = fit(model, EpisodicTraining(pool=pool, config=config).item, config, lambda metrics, write: None)
     return model.trained(), losses
 
 
-def assert_same(model: HypDFS, losses: list[float], expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
+def assert_same(model: Any, losses: list[float], expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
     weights, stream = expected
     assert losses == pytest.approx(stream, abs=1e-5)
     assert len(losses) == len(stream)
@@ -53,20 +53,20 @@ def assert_same(model: HypDFS, losses: list[float], expected: tuple[dict[str, to
 def test_two_workers_learn_what_one_process_does(
     ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path
 ) -> None:
-    started = core_tensors(HypDFS(CONFIG.method, dimension(pool)))
+    started = HypDFS(CONFIG.method, pool.dim).trained()
     assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
-    model, losses = train(pool, CONFIG, workers=2, name="run", folder=tmp_path)
+    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=2, name="run", folder=tmp_path)
     assert_same(model, losses, expected)
-    kept = sorted(tmp_path.rglob("core.safetensors"))  # a run that is complete does nothing when asked for again
-    model, losses = train(pool, CONFIG, workers=1, name="run", folder=tmp_path)
+    kept = sorted(tmp_path.rglob("weights.safetensors"))  # a run that is complete does nothing when asked for again
+    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=1, name="run", folder=tmp_path)
     assert_same(model, losses, expected)
-    assert sorted(tmp_path.rglob("core.safetensors")) == kept
+    assert sorted(tmp_path.rglob("weights.safetensors")) == kept
 
 
 def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     """More steps go on from the last checkpoint: the schedule of the learning rate is that of the longer run."""
-    train(pool, replace(CONFIG, steps=2), workers=1, name="run", folder=tmp_path)
-    model, losses = train(pool, CONFIG, workers=2, name="run", folder=tmp_path)
+    train(EpisodicTraining(pool=pool, config=replace(CONFIG, steps=2)), workers=1, name="run", folder=tmp_path)
+    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=2, name="run", folder=tmp_path)
 
     checkpoints: list[Path] = []
 
@@ -74,9 +74,10 @@ def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures,
         checkpoints.append(tmp_path / f"plain-{len(checkpoints)}")
         write(checkpoints[-1])
 
-    plain = HypDFS(CONFIG.method, dimension(pool))
-    first = meta_train(plain, pool, replace(CONFIG, steps=2), keep)
-    rest = meta_train(plain, pool, CONFIG, keep, resume=checkpoints[0])
+    plain = HypDFS(CONFIG.method, pool.dim)
+    stream = EpisodicTraining(pool=pool, config=CONFIG).item
+    first = fit(plain, stream, replace(CONFIG, steps=2), keep)
+    rest = fit(plain, stream, CONFIG, keep, resume=checkpoints[0])
     assert (len(first), len(rest)) == (2, 4)
     assert_same(model, losses, (plain.trained(), first + rest))
 
@@ -101,16 +102,16 @@ def test_a_killed_worker_changes_nothing(ray_local: Any, pool: LabelledFeatures,
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
-    model, losses = train(pool, config, workers=2, name="run", folder=tmp_path)
+    model, losses = train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path)
     killer.join()
     assert len(killed) == 1
     assert_same(model, losses, in_process(pool, config))
 
 
 def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
-    def refuse(error: type[HypdefectError], match: str, config: TrainConfig, workers: int) -> None:
+    def refuse(error: type[HypdefectError], match: str, config: EpisodicConfig, workers: int) -> None:
         with pytest.raises(error, match=match):
-            train(pool, config, workers=workers, name="run", folder=tmp_path)
+            train(EpisodicTraining(pool=pool, config=config), workers=workers, name="run", folder=tmp_path)
 
     refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, items_per_step=64), 64)
     refuse(ConfigError, "items_per_step=4 is no multiple of 3", CONFIG, 3)
@@ -121,4 +122,4 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
 def test_an_error_of_a_worker_is_the_error_of_the_run(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     config = replace(CONFIG, lr=1e30)
     with pytest.raises(NumericsError, match=r"finite numbers|loss at step"):
-        train(pool, config, workers=2, name="run", folder=tmp_path, max_failures=0)
+        train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path, max_failures=0)
