@@ -156,7 +156,7 @@ def select(
             variant=entrant.variant,
             k_shot=k_shot,
             validation=max(means, default=math.nan),
-            seconds=sum(seconds for *_, seconds in results),
+            seconds=sum((seconds for *_, seconds in results), 0.0),
         )
         selected.append(choice)
         if twins and has_twin(entrant):

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from sklearn.metrics import adjusted_rand_score
 
 from hypdefect.datasets.ingest import EMPTY_MASK_NOTE, ingest
@@ -62,6 +63,17 @@ def test_tiny_tree_has_its_tiles(tmp_path: Path) -> None:
     assert (one != other).any()
 
 
+def test_free_photographs_of_a_defective_tile_join_it(tmp_path: Path) -> None:
+    """A run of names goes on in an exposure that is called free."""
+    root = make_mtd_tree(tmp_path / "t")
+    pixels, _ = draw(0, tile=0, exposure=3, defect=False)
+    Image.fromarray(pixels).save(root / "MT_Free" / "Imgs" / "exp4_num_2055.jpg")
+    rows = {Path(row["uri"]).stem: row for row in ingest("mtd", root).manifest.to_pylist()}
+    assert not rows["exp4_num_2055"]["is_defect"]
+    assert rows["exp4_num_2055"]["group_id"] == rows["exp3_num_2040"]["group_id"] == "blowhole/exp1_num_2000"
+    assert rows["exp1_num_12400"]["group_id"] == "free/exp1_num_12400"
+
+
 @pytest.fixture(scope="module")
 def real(data_dir: Path) -> pa.Table:
     if not (data_dir / "mtd").is_dir():
@@ -86,7 +98,9 @@ def test_real_tiles(real: pa.Table) -> None:
     group = {Path(row["uri"]).stem: row["group_id"] for row in rows}
     defect_groups = Counter(row["group_id"] for row in rows if row["is_defect"])
     assert 60 <= len(defect_groups) <= 85
-    assert len({row["group_id"] for row in rows if not row["is_defect"]}) == 176
+    assert len({row["group_id"] for row in rows if not row["is_defect"]}) == 174
+    # a tile is called free in some exposures: such photographs are no normals where the tile is tested
+    assert sum(row["group_id"] in defect_groups for row in rows if not row["is_defect"]) == 52
 
     together = [
         # one run of file names
@@ -100,6 +114,9 @@ def test_real_tiles(real: pa.Table) -> None:
         # one tile under two labels
         ("exp1_num_77531", "exp3_num_77583"),
         ("exp0_num_797", "exp3_num_853", "exp6_num_972"),
+        # free in some exposures, a defect in others
+        ("exp1_num_148923", "exp2_num_148952", "exp3_num_148977", "exp4_num_148998", "exp6_num_149097"),
+        ("exp1_num_3786", "exp6_num_3789"),
     ]
     for stems in together:
         assert len({group[stem] for stem in stems}) == 1, stems
