@@ -28,7 +28,7 @@ from rich.table import Table
 from tyro.conf import Positional
 
 from hypdefect import geometry
-from hypdefect.backbones import get_backbone
+from hypdefect.backbones import Backbone, BackboneSpec, SlicedSame, get_backbone
 from hypdefect.config import parse_job, run_job, write_json
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import extract
@@ -42,7 +42,7 @@ from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.store import FeatureStore
 from hypdefect.task import extraction_key
 from hypdefect.types import VIEWS, EpisodeSpec, FeatureBatch
-from hypdefect.views import RecipeConfig, extractor_for
+from hypdefect.views import RecipeConfig, RegionExtractor, extractor_for
 from jobs.display import configure_logging, say, table_console
 
 Section = Literal["geometry", "fit", "tune", "store"]
@@ -219,13 +219,14 @@ def trials(job: BenchmarkJob) -> list[Row]:
 
 
 def storage(job: BenchmarkJob) -> list[Row]:
-    """Reading the feature store, extracting what is there already, and what Ray Data costs an extraction."""
+    """Reading the store, extracting what is there already, what Ray Data costs, and the network's form on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         rows = loads(job, Path(folder) / "load")
         requests = generated_images(Path(folder) / "images", job.images)
         with connected():
             rows += extractions(requests, Path(folder) / "twice")
             rows += throughput(requests, Path(folder) / "throughput")
+        rows += forms(job, requests[:8])
     return rows
 
 
@@ -330,6 +331,40 @@ def throughput(requests: list[ImageRequest], home: Path) -> list[Row]:
     note = f"an image; {start - begun:.1f} s to the first {first}, start of the actors included; limit 0.9"
     what = f"extraction by Ray Data, {cores} actors"
     return [Row(what, f"bare loop, {threads} threads", baseline, (end - start) / (last - first), note)]
+
+
+class CopyingBackbone(Backbone):
+    """The network as timm runs it: padded copies, all inputs in one pass."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__(spec)
+        for parent in list(self.net.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, SlicedSame):
+                    setattr(parent, name, child.conv)
+
+    @torch.inference_mode()
+    def forward(self, pixels: torch.Tensor, region: torch.Tensor | None = None) -> list[torch.Tensor]:
+        return self.maps_of(pixels)
+
+
+def forms(job: BenchmarkJob, requests: list[ImageRequest]) -> list[Row]:
+    """Features on one thread of a CPU, against the same network with padded copies and whole batches."""
+    spec, recipe = get_backbone("efficientnet_lite0"), RecipeConfig()
+    extractors = [RegionExtractor(backbone(spec), recipe) for backbone in (CopyingBackbone, Backbone)]
+    images = [read_image(Path(request.uri)) for request in requests]
+
+    def features(extractor: RegionExtractor) -> torch.Tensor:
+        return torch.stack([torch.cat(list(extractor(image, None).values())) for image in images])
+
+    before, after = (features(extractor) for extractor in extractors)
+    gap = float((after - before).abs().max())
+    slow, fast = (
+        seconds / len(images)
+        for seconds in interleaved(job.rounds, *(partial(features, extractor) for extractor in extractors))
+    )
+    note = f"CPU seconds an image; {1 / slow:.1f} -> {1 / fast:.1f} images a CPU second; max difference {gap:.0e}"
+    return [Row("features, one thread", "padded copies, whole batches", slow, fast, note)]
 
 
 if __name__ == "__main__":
