@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from PIL import Image
@@ -31,6 +30,7 @@ from starlette.responses import JSONResponse, Response
 
 import hypdefect
 from hypdefect import config, registry
+from hypdefect.backbones import compute_on_one_thread
 from hypdefect.errors import DataError
 from hypdefect.images import FORMATS, exif_orientation, read_mask, read_raw
 from hypdefect.predictor import Prediction, Predictor
@@ -94,7 +94,7 @@ class Classifier:
         self.model = ServedModel(name=entry.name, version=entry.version, alias=alias)
         digests = json.loads((entry.path / registry.CHECKSUMS).read_text())
         self.info = _info(self.predictor, self.model, digests)
-        self.worker = ThreadPoolExecutor(1, "predict", initializer=torch.set_num_threads, initargs=(1,))
+        self.worker = ThreadPoolExecutor(1, "predict", initializer=compute_on_one_thread)
         self.worker.submit(self.predictor.probe).result()
 
     async def describe(self) -> ModelInfo:

@@ -16,7 +16,7 @@ import ray
 import torch
 from ray.data import ActorPoolStrategy, DataContext
 
-from hypdefect.backbones import BackboneSpec
+from hypdefect.backbones import BackboneSpec, compute_on_one_thread
 from hypdefect.errors import DataError
 from hypdefect.features import FeatureKey, ImageRequest, RowKey
 from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
@@ -39,7 +39,7 @@ class Extractor:
     """Ray Data actor: features of a batch of images, committed to the store as one part."""
 
     def __init__(self, home: str, key: FeatureKey, spec: BackboneSpec) -> None:
-        torch.set_num_threads(1)
+        compute_on_one_thread()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         assert key.recipe is not None  # imported features are never extracted
         self.extractor = extractor_for(spec, key.recipe, device)

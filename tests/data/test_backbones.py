@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -102,6 +103,30 @@ def test_mobile_networks_see_two_inputs_at_a_time_on_a_cpu() -> None:
     maps = backbone(torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
     assert passes == [2, 2, 1]
     assert [len(x) for x in maps] == [5, 5]
+
+
+PAGES = """
+import resource, sys, torch
+from hypdefect.backbones import compute_on_one_thread
+if sys.argv[1] == "set up":
+    compute_on_one_thread()
+def layers():
+    maps = [torch.zeros(6_000_000) for _ in range(4)]
+layers()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    layers()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
+def test_memory_of_a_layer_serves_the_next_one() -> None:
+    by_default, kept = (
+        int(subprocess.run([sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("default", "set up")
+    )
+    assert kept < by_default / 10
 
 
 def test_package_weights_give_two_maps_at_stride_16_and_32() -> None:
