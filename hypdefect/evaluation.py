@@ -18,6 +18,7 @@ from hypdefect.families.episodes import LabelledFeatures, build_episode
 from hypdefect.features.transform import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import Classifier, build, get_method
+from hypdefect.methods.centred import CentredClassifier, centred, row_means
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.metrics import calibration_error
 from hypdefect.types import EpisodeSpec
@@ -57,7 +58,7 @@ class RunConfig:
                 classifier.load_state_dict({**classifier.state_dict(), **start})
             except RuntimeError as error:
                 raise ConfigError(f"starting weights do not fit this configuration: {error}") from error
-        return classifier
+        return CentredClassifier(classifier) if self.transform.centring == "supports" else classifier
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +179,11 @@ def flat_twin(config: RunConfig, pool: LabelledFeatures, start: MetaStart | None
     sums = []
     for one in (flat, config):
         model: Any = one.classifier(dimension(pool), start.weights(one) if start else None)
+        rows = batch
+        if isinstance(model, CentredClassifier):  # the pool lies round its mean as a task's rows round theirs
+            model, rows = model.inner, centred(batch, row_means(batch))
         with torch.no_grad():
-            points = model.to_ball(model.core, model.tangents(batch).double())
+            points = model.to_ball(model.core, model.tangents(rows).double())
             sums.append(float(pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
     lengths = ("temperature", "contrast_temperature", "margin")
     scaled = {name: getattr(config.method, name) * sums[0] / sums[1] for name in lengths}

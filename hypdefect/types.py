@@ -21,7 +21,8 @@ class FeatureBatch:
 
     `views` maps a view name ("whole", "crop") to a `[N, D]` float tensor, `labels [N]` are positions in the
     episode's `class_names`, `aug_index [N]` is 0 for the unaugmented image and 1.. for its augmented copies.
-    `text [W, T]` are embeddings of the class names, where the backbone has a text tower; else None.
+    `text [W, T]` are embeddings of the class names, where the backbone has a text tower; else None. The last
+    `shape_dims` numbers of a view describe the region's shape.
     """
 
     image_ids: tuple[str, ...]
@@ -29,6 +30,7 @@ class FeatureBatch:
     labels: Tensor
     aug_index: Tensor
     text: Tensor | None = None
+    shape_dims: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.image_ids)
@@ -48,6 +50,7 @@ class FeatureBatch:
             labels=self.labels[rows],
             aug_index=self.aug_index[rows],
             text=self.text,
+            shape_dims=self.shape_dims,
         )
 
     def clean(self) -> "FeatureBatch":
@@ -61,6 +64,7 @@ class FeatureBatch:
             labels=self.labels.to(device),
             aug_index=self.aug_index.to(device),
             text=None if self.text is None else self.text.to(device),
+            shape_dims=self.shape_dims,
         )
 
 

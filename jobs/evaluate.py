@@ -43,7 +43,7 @@ from hypdefect.statistics import Interval
 from hypdefect.training import MetaConfig, load_start
 from jobs.extract import fill, prepare
 from jobs.train import trained
-from tune_spaces import get_space
+from tune_spaces import get_space, with_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +105,7 @@ def main() -> None:
             with progress(f"partition {number}: trials and draws") as advance:
                 scored = compare(
                     task,
-                    fixed or entrants(job, start),
+                    fixed or entrants(job, start, plan.searched_parts),
                     supports_of(job, plan, task),
                     episodes=0 if fixed or not job.trials else job.episodes,
                     split=job.split,
@@ -134,6 +134,8 @@ def planned(job: EvaluateJob) -> list[TaskPlan]:
     """The task at each partition, every K possible on all of them."""
     most = replace(job, k_shot=max(job.shots))
     first = prepare(most)
+    for transform in (job.transform, job.meta.transform):
+        transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
     numbers = range(job.partition + 1, job.partition + job.partitions)
     return [first, *(plan_task(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
 
@@ -149,7 +151,7 @@ def start_of(task: FewShotTask, plan: TaskPlan, job: EvaluateJob) -> MetaStart |
         return None
 
 
-def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
+def entrants(job: EvaluateJob, start: MetaStart | None, searched_parts: int = 1) -> list[Entrant]:
     """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
 
     Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
@@ -160,7 +162,8 @@ def entrants(job: EvaluateJob, start: MetaStart | None) -> list[Entrant]:
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        found.append(Entrant(candidates=candidates(base, get_space(name), job.trials, job.seed)))
+        space = with_parts(get_space(name), searched_parts)
+        found.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
         method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None

@@ -38,7 +38,7 @@ from hypdefect.statistics import Interval, interval, paired
 from hypdefect.training import load_start
 from hypdefect.types import EpisodeSpec
 from jobs.extract import fill, prepare
-from tune_spaces import get_space
+from tune_spaces import CENTRINGS, get_space, part_choices, with_parts
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -97,6 +97,8 @@ def main() -> None:
     module = get_space(job.space)
     start, base = starting_point(job, module)
     plan = prepare(job)
+    parts = plan.searched_parts if start is None else 1  # what was learned belongs to the parts it was trained on
+    module = with_parts(module, parts)
     with connected() as dashboard:
         workers = num_workers(job.workers)
         say(f"sweep {job.name}, everything under {home()}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
@@ -107,7 +109,7 @@ def main() -> None:
         ready = time.monotonic()
         trials = run_search(job, module, task, base, start, workers)
         searched = time.monotonic()
-        best = select(job, task, base, trials, start)
+        best = select(job, task, base, trials, start, parts)
         outcomes = test(job, task, best, start)
         entry = None if plan.imported else publish_model(job, plan, task, best, start, outcomes)
     leaderboard(trials, best[0])
@@ -206,7 +208,12 @@ def run_search(
 
 
 def select(
-    job: SweepJob, task: FewShotTask, base: RunConfig, trials: list[TrialResult], start: MetaStart | None
+    job: SweepJob,
+    task: FewShotTask,
+    base: RunConfig,
+    trials: list[TrialResult],
+    start: MetaStart | None,
+    searched_parts: int = 1,
 ) -> tuple[TrialResult, RunConfig, RunConfig]:
     """The winning trial, its configuration, and the best nearest prototype: each by fresh validation episodes."""
     finalists = trials[: max(1, job.finalists)]
@@ -215,11 +222,17 @@ def select(
         RunConfig(
             name="prototype",
             method={"metric": metric},
-            transform=TransformConfig(whitening=whitening),
+            transform=TransformConfig(whitening=whitening, parts=parts, centring=centring),
             support_copies=copies,
             pretrained=False,  # it has no weights
         )
-        for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, job.copies))
+        for metric, whitening, copies, parts, centring in product(
+            ("cosine", "euclidean"),
+            (None, 3.0, 0.1),
+            (0, job.copies),
+            part_choices(searched_parts),
+            CENTRINGS if searched_parts > 1 else CENTRINGS[:1],
+        )
     ]
     say(f"selection: {len(candidates)} finalists and {len(peers)} prototypes on {job.episodes} fresh episodes")
     scores = validate(task, candidates + peers, episode_spec(job), range(job.episodes, 2 * job.episodes), start)

@@ -65,6 +65,7 @@ def main() -> None:
     configure_logging()
     job, options = parse_job(TrainJob, description=__doc__)
     plan = prepare(job)
+    job.transform.part_numbers(plan.num_parts)  # one that is not there: say so before any work
     with connected():
         fill(plan)
         task = load_task(plan, home())
@@ -168,7 +169,7 @@ def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: s
         "feature_key": plan.key.digest,
         "images": digest([pool.image_ids.tolist(), pool.labels.tolist()]),
         "normals": digest(list(plan.normal_ids)),
-        "transform": to_mapping(config.transform),
+        "transform": config.transform.identity(),
         "train": to_mapping(config.train),
     }
 

@@ -3,6 +3,7 @@
 import importlib
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import optuna
 
@@ -30,3 +31,35 @@ def of_features(trial: optuna.Trial) -> None:
     trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
     trial.suggest_categorical("support_copies", [0, 2])
     trial.suggest_categorical("transform.shape_weight", [0.05, 0.1, 0.15])
+
+
+CENTRINGS: tuple[Literal["none", "supports"], ...] = ("none", "supports")
+
+
+def part_choices(num_parts: int) -> list[str | None]:
+    """What a search tries of features of several parts: all of them side by side, and each alone."""
+    return [None, *map(str, range(num_parts))] if num_parts > 1 else [None]
+
+
+def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
+    """A space that also varies which parts of a feature count and whether rows are centred on the supports.
+
+    Its FIRST points are centred rows of all parts and of each alone, then the space's own: imported features often
+    come without normals, where whitening does nothing. Features of a single part leave a space as it is.
+
+    Args:
+        num_parts: parts to choose from (`TaskPlan.searched_parts`).
+    """
+    if num_parts < 2:
+        return space
+    choices = part_choices(num_parts)
+
+    def space_of_parts(trial: optuna.Trial) -> None:
+        space.space(trial)
+        trial.suggest_categorical("transform.parts", choices)
+        trial.suggest_categorical("transform.centring", CENTRINGS)
+
+    centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+    extended = ModuleType(space.__name__)
+    vars(extended).update(vars(space) | {"space": space_of_parts, "FIRST": [*centred, *getattr(space, "FIRST", ())]})
+    return extended

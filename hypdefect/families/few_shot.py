@@ -103,6 +103,16 @@ class TaskPlan:
     def key(self) -> FeatureKey:
         return self.imported.key if self.imported else extraction_key(self.spec, self.config.recipe)
 
+    @property
+    def num_parts(self) -> int:
+        """Parts of a feature, which `transform.parts` numbers: its blocks but that of the region's shape."""
+        return len(self.key.block_dims) - (self.key.shape_dims > 0)
+
+    @property
+    def searched_parts(self) -> int:
+        """Parts that a search chooses from: those of imported features; 1 where the blocks are one recipe's."""
+        return self.num_parts if self.imported else 1
+
     def requests(self) -> list[ImageRequest]:
         """Every image once: support candidates with their copies, queries and normals without."""
         copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0)

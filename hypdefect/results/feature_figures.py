@@ -25,6 +25,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.evaluation import MetaStart, RunConfig, dimension
 from hypdefect.families.episodes import draw_support
 from hypdefect.families.few_shot import FewShotTask
+from hypdefect.methods.centred import CentredClassifier, centred, row_means
 from hypdefect.methods.hypdfs import HypDFS, in_frame
 from hypdefect.results.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
 from hypdefect.results.figures import DARK, GREY, GRID, LIGHT, drawn, short
@@ -84,13 +85,16 @@ def fitted_points(
     pool = task.pool.with_table(transform.table(task.pool.table))
     queries = task.queries.with_table(transform.table(task.queries.table))
     support = pool.batch(draw_support(pool, k_shot, seed, number), copies=config.support_copies)
+    asked = queries.batch(np.arange(len(queries)))
     model = config.classifier(dimension(pool), start.weights(config) if start else None)
+    if isinstance(model, CentredClassifier):
+        means = row_means(support)
+        model, support, asked = model.inner, centred(support, means), centred(asked, means)
     assert isinstance(model, HypDFS)
     with torch.enable_grad():
         model.adapt(support, pool.n_way)
     core = model.fitted
     assert core is not None
-    asked = queries.batch(np.arange(len(queries)))
     tangents, clean = model.tangents(support, core), support.aug_index == 0
     c = float(model.c(core))
     evolved = model.evolve(core, model.moments(core, tangents, support.labels, pool.n_way))
