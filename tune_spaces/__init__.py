@@ -1,6 +1,8 @@
 """Search spaces, a module each: METHOD, METRIC, MODE, `space(trial)` and, if wanted, FIRST, points to try early."""
 
 import importlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Literal
@@ -53,13 +55,20 @@ def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
     if num_parts < 2:
         return space
     choices = part_choices(num_parts)
-
-    def space_of_parts(trial: optuna.Trial) -> None:
-        space.space(trial)
-        trial.suggest_categorical("transform.parts", choices)
-        trial.suggest_categorical("transform.centring", CENTRINGS)
-
+    varied = partial(_vary_parts, space.space, choices)  # no closure: Ray Tune pickles it by name
     centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
     extended = ModuleType(space.__name__)
-    vars(extended).update(vars(space) | {"space": space_of_parts, "FIRST": [*centred, *getattr(space, "FIRST", ())]})
+    vars(extended).update(
+        METHOD=space.METHOD,
+        METRIC=space.METRIC,
+        MODE=space.MODE,
+        FIRST=[*centred, *getattr(space, "FIRST", ())],
+        space=varied,
+    )
     return extended
+
+
+def _vary_parts(vary: Callable[[optuna.Trial], None], choices: list[str | None], trial: optuna.Trial) -> None:
+    vary(trial)
+    trial.suggest_categorical("transform.parts", choices)
+    trial.suggest_categorical("transform.centring", CENTRINGS)

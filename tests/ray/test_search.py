@@ -31,6 +31,7 @@ from hypdefect.families.few_shot import FewShotTask
 from hypdefect.types import EpisodeSpec
 from jobs.sweep import SweepJob, select
 from tests.ray.search_script import BASE, NAME, SPEC, as_space, make_task, search_data, small_space
+from tune_spaces import with_parts
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
 REPOSITORY = Path(hypdefect.__file__).parents[1]
@@ -275,9 +276,33 @@ def test_packed_trials_cost_little(ray_local: Any, data: SearchData, tmp_path: P
     assert len({log["pid"] for log in logs}) == 1  # one actor ran them all: starting one a trial takes seconds
 
 
+def informative_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("support_copies", [0, 2])
+
+
+def test_a_search_over_parts_finds_the_one_that_counts(
+    ray_local: Any, task: FewShotTask, data: SearchData, tmp_path: Path
+) -> None:
+    """The first block is made noise; the second still tells the classes apart."""
+    rng = np.random.default_rng(5)
+    noise = {
+        view: np.concatenate([rng.normal(size=(len(x), 4)), x[:, 4:]], 1).astype(np.float32)
+        for view, x in task.pool.table.views.items()
+    }
+    pool = task.pool.with_table(replace(task.pool.table, views=noise))
+    space = with_parts(as_space(informative_space, "prototype"), 2)
+    searched = replace(data, pool=pool, normals=None)
+    results = run(tmp_path, searched, space, RunConfig(name="prototype"), trials=6, episodes=12)
+    by_point = {(r.params["transform.parts"], r.params["transform.centring"]): r.value for r in results}
+    assert by_point.keys() >= {(None, "none"), (None, "supports"), ("0", "supports"), ("1", "supports")}
+    assert results[0].params["transform.parts"] == "1"
+    assert results[0].value > max(by_point[None, "none"], by_point["0", "supports"])
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("name", SPACES)
-def test_every_point_of_a_space_is_a_configuration(name: str) -> None:
-    space = importlib.import_module(f"tune_spaces.{name}")
+def test_every_point_of_a_space_is_a_configuration(name: str, num_parts: int) -> None:
+    space = with_parts(importlib.import_module(f"tune_spaces.{name}"), num_parts)
     assert space.METRIC.startswith("val/")
     assert space.MODE == "max"
     base = RunConfig(name=space.METHOD)
