@@ -337,7 +337,13 @@ def leaderboard(trials: list[TrialResult], winner: TrialResult, rows: int = 10) 
 
 
 def _short(name: str) -> str:
-    words = {"method.feature_scale": "scale", "support_copies": "copies", "transform.whitening": "whiten"}
+    words = {
+        "method.feature_scale": "scale",
+        "support_copies": "copies",
+        "transform.whitening": "whiten",
+        "transform.parts": "parts",
+        "transform.centring": "centring",
+    }
     return words.get(name, name.removeprefix("method.").replace("_", "\n"))
 
 

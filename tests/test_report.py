@@ -1,6 +1,7 @@
 """The report: what it says of known numbers, and that its page holds everything, whatever the ledger lacks."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ from scipy import stats
 
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import MetaStart, RunConfig
+from hypdefect.evaluation import MetaStart, RunConfig, score_draw
+from hypdefect.families.episodes import draw_support
 from hypdefect.families.few_shot import FewShotTask
+from hypdefect.features.transform import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import METHODS
 from hypdefect.results import ledger
@@ -394,6 +397,18 @@ def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: f
     plot_radius(tmp_path / "radius.png", points, ["one", "one", "two"])
     assert fits[1].stress <= fits[0].stress + 1e-3
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_points_of_a_centred_configuration_are_those_it_scores() -> None:
+    config = RunConfig(method={"adapter_rank": 2, "n_syn": 3}, transform=TransformConfig(centring="supports"))
+    task = toy_task()
+    points = fitted_points(task, config, 2, 0, 0)
+    pool, queries = (s.with_table(task.transform(config.transform).table(s.table)) for s in (task.pool, task.queries))
+    scored = score_draw(config, pool, queries, draw_support(pool, 2, 0, 0), 0)
+    assert points.accuracy == pytest.approx(scored.metrics["acc"])
+    assert not torch.allclose(
+        points.plain, fitted_points(task, replace(config, transform=TransformConfig()), 2, 0, 0).plain
+    )
 
 
 def test_points_of_meta_features_need_the_projection() -> None:

@@ -17,7 +17,9 @@ from hypdefect.features.imported import import_features, read_file, read_import
 from hypdefect.features.spec import RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import TransformConfig
+from hypdefect.training import MetaConfig
 from hypdefect.types import EpisodeSpec
+from jobs.evaluate import EvaluateJob, planned
 from tune_spaces import get_space, with_parts
 
 CLASSES = ("crack", "good", "pit", "stain")
@@ -127,6 +129,20 @@ def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_pat
     points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
     assert points[:3] == [(None, "supports"), ("0", "supports"), ("1", "supports")]
     assert extended.FIRST[3:] == space.FIRST
+
+
+@pytest.mark.parametrize("which", ["transform", "meta"])
+def test_a_part_that_is_not_there_is_refused_before_any_work(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    import_features([write_mvrec(tmp_path / "f.pt", *values())], tmp_path)
+    odd = TransformConfig(parts="2")
+    job = EvaluateJob(
+        dataset="imported:f", shots=(1,), **{which: odd if which == "transform" else MetaConfig(transform=odd)}
+    )
+    with pytest.raises(ConfigError, match=r"transform\.parts='2': these features have 2 parts"):
+        planned(job)
 
 
 def test_files_named_train_and_test_keep_their_split(tmp_path: Path) -> None:
