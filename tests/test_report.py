@@ -1,6 +1,7 @@
 """The report: what it says of known numbers, and that its page holds everything, whatever the ledger lacks."""
 
 import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from scipy import stats
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import TWIN, RunConfig
+from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.features.transform import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.methods import METHODS
 from hypdefect.results import ledger
@@ -393,6 +396,18 @@ def test_the_points_are_those_the_classifier_scores(tmp_path: Path, curvature: f
     plot_radius(tmp_path / "radius.png", points, ["one", "one", "two"])
     assert fits[1].stress <= fits[0].stress + 1e-3
     assert len(list(tmp_path.glob("*.png"))) == 3
+
+
+def test_the_points_of_a_centred_configuration_are_those_it_scores() -> None:
+    config = RunConfig(method={"adapter_rank": 2, "n_syn": 3}, transform=TransformConfig(centring="supports"))
+    fitting, reported = toy_task()
+    setting = Setting(k_shot=2)
+    points = fitted_points(fitting, reported, config, setting, 0)
+    transform = few_shot.transform_of(config, fitting)
+    seen = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform)
+    assert points.accuracy == pytest.approx(few_shot.score(config, *seen, setting, 0).metrics["acc"])
+    bare = fitted_points(fitting, reported, replace(config, transform=TransformConfig()), setting, 0)
+    assert not torch.allclose(points.plain, bare.plain)
 
 
 def test_points_of_meta_features_need_the_projection() -> None:

@@ -20,7 +20,7 @@ from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates
+from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, with_parts
 from hypdefect.families import few_shot
 from hypdefect.families.episodic import MetaConfig, load_start
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
@@ -113,7 +113,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
             scored = compare(
                 fitting,
                 reported,
-                fixed or entrants(job, spaces, start),
+                fixed or entrants(job, spaces, start, plan.searched_parts),
                 settings(job),
                 1 if job.protocol == "first" else job.draws,
                 episodes=0 if fixed or not job.trials else job.episodes,
@@ -138,6 +138,8 @@ def planned(job: EvaluateConfig) -> list[TaskPlan]:
     """The task at each partition, every K possible on all of them."""
     most = replace(job, k_shot=max(job.shots))
     first = prepare(few_shot, most)
+    for transform in (job.transform, job.meta.transform):
+        transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
     numbers = range(job.partition + 1, job.partition + job.partitions)
     return [first, *(few_shot.plan(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
 
@@ -153,7 +155,7 @@ def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart
         return None
 
 
-def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None) -> list[Entrant]:
+def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searched_parts: int = 1) -> list[Entrant]:
     """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
 
     Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
@@ -164,7 +166,8 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None) -> li
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        rows.append(Entrant(candidates=candidates(base, spaces(name), job.trials, job.seed)))
+        space = with_parts(spaces(name), searched_parts)
+        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
         method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None

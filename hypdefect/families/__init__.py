@@ -47,7 +47,7 @@ class Family(Protocol):
         """Raise DataError where no validation problem can be made."""
         ...
 
-    def references(self, config: Any) -> tuple[RunConfig, ...]:
+    def references(self, plan: Any, config: Any) -> tuple[RunConfig, ...]:
         """Configurations of the plain method that a winner is compared with."""
         ...
 

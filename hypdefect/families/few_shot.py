@@ -29,8 +29,9 @@ from hypdefect.features.imported import Imported, card_of
 from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
-from hypdefect.features.transform import FeatureTransform, TransformConfig
+from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformConfig, part_choices
 from hypdefect.methods import get_method
+from hypdefect.methods.centred import centred, row_means
 from hypdefect.metrics import calibration_error
 from hypdefect.predictor import ClassPredictor as Predictor
 from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
@@ -301,17 +302,23 @@ def _behind(features: LabelledFeatures, transform: FeatureTransform) -> Labelled
     return replace(features, table=transform.table(features.table), text=text)
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
-    """Nearest prototypes: both metrics, three ways to whiten, without and with copies."""
+def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
+    """Nearest prototypes: both metrics, three whitenings, without and with copies, each part of imported features."""
     return tuple(
         RunConfig(
             name="prototype",
             method={"metric": metric},
-            transform=TransformConfig(whitening=whitening),
+            transform=TransformConfig(whitening=whitening, parts=parts, centring=centring),
             support_copies=copies,
             pretrained=False,  # it has no weights
         )
-        for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, config.copies))
+        for metric, whitening, copies, parts, centring in product(
+            ("cosine", "euclidean"),
+            (None, 3.0, 0.1),
+            (0, config.copies),
+            part_choices(plan.searched_parts),
+            CENTRINGS if plan.searched_parts > 1 else CENTRINGS[:1],
+        )
     )
 
 
@@ -321,6 +328,8 @@ def twin(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> Ru
     if flat_twin is None:
         return None
     batch = fitting.pool.batch(np.arange(len(fitting.pool)))
+    if run.transform.centring == "supports":  # the pool lies round its mean as a task's rows round theirs
+        batch = centred(batch, row_means(batch))
     weights = start.weights(run) if start else None
     return replace(run, method=flat_twin(run.method, fitting.dim, batch, weights))
 

@@ -106,7 +106,7 @@ def check(fitting: Fitting, setting: Setting) -> None:
         raise DataError("a detector needs two normal images at least")
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
+def references(plan: Any, config: Any) -> tuple[RunConfig, ...]:
     return (RunConfig(name="small_detector", method={"rank": 1}, pretrained=False),)
 
 

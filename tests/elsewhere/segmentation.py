@@ -111,7 +111,7 @@ def check(fitting: Fitting, setting: Setting) -> None:
         raise DataError("a segmenter needs two marked images at least")
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
+def references(plan: Any, config: Any) -> tuple[RunConfig, ...]:
     return (RunConfig(name="small_segmenter", pretrained=False),)
 
 
