@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +22,7 @@ import tyro
 
 from hypdefect import ledger
 from hypdefect.comparison import OURS, TWIN, Row, best_euclidean, display_name, leaderboard, paired_to
-from hypdefect.config import command_line, from_mapping, home, parse_job, replaced_file, run_job, write_json
+from hypdefect.config import WRITTEN, command_line, from_mapping, home, parse_job, replaced_file, run_job, write_json
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import MetaStart, RunConfig
 from hypdefect.task import FewShotTask, TaskConfig, TaskPlan, load_task
@@ -55,9 +55,9 @@ class ReportJob(TaskConfig):
 
     label: str = ""
     """Only this task (data set, or data set and product as `mvtec-bottle`); default: every task of the ledger."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=WRITTEN)
     """Folder of the page; default: $HYPDEFECT_HOME/report."""
-    readme: Path | None = None
+    readme: Path | None = field(default=None, metadata=WRITTEN)
     """Write the tables between the results markers of this Markdown file, and nothing else."""
     peers: int = 0
     """Peers shown of each kind of features in that file, the best at the largest K; 0: all."""

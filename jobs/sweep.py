@@ -142,8 +142,7 @@ def named(job: SweepJob) -> SweepJob:
         name = job.name or f"{task_label(job)}-k{job.k_shot}-{job.split}-{time.strftime('%Y%m%d-%H%M%S')}"
         if (sweeps / name / "sweep.json").exists():
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
-        # a resumed sweep may be started in another folder
-        return replace(job, name=name, root=_absolute(job.root), init=_absolute(job.init))
+        return replace(job, name=name)
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], job)}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
@@ -154,10 +153,6 @@ def named(job: SweepJob) -> SweepJob:
     stored = from_mapping(SweepJob, known[name]["job"], str(sweeps / name / "sweep.json"))
     say(f"resuming {name} with the settings it was started with")
     return replace(stored, trials=max(stored.trials, job.trials) if job.name else stored.trials, resume=True)
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return path and path.expanduser().absolute()
 
 
 def episode_spec(job: SweepJob) -> EpisodeSpec:
