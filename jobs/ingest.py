@@ -14,7 +14,7 @@ python jobs/ingest.py --describe: the image sets there are; --describe mtd: one 
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+from hypdefect.command_line import WRITTEN, configure_logging, parse_job, run_job, table_console
 from hypdefect.datasets import DATASETS, get_dataset
 from hypdefect.datasets.card import DatasetCard
 from hypdefect.datasets.ingest import ClassCount, IngestResult, ingest
@@ -46,7 +46,7 @@ class IngestJob:
     """Folder or archive of the image set; default: the place its card names (see --describe)."""
     channels: tuple[int, ...] = ()
     """The one or three channels to use, from 0, of images that are not plain 8-bit; default: grey or RGB as stored."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=WRITTEN)
     """Manifest file to write; default: $HYPDEFECT_HOME/manifests/<dataset>-<digest>.parquet."""
     audit: bool = False
     """Look for near-duplicates (copies, turned ones, several shots of one part), make them groups, and draw some. Later

@@ -12,7 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import tyro
 
-from hypdefect.command_line import command_line, configure_logging, parse_job, run_job, say
+from hypdefect.command_line import WRITTEN, command_line, configure_logging, parse_job, run_job, say
 from hypdefect.config import from_mapping
 from hypdefect.distributed.pseudo import stored_start
 from hypdefect.errors import ArtifactError, ConfigError, DataError
@@ -66,9 +66,9 @@ class ReportJob(TaskConfig):
 
     label: str = ""
     """Only this task (data set, or data set and product as `mvtec-bottle`); default: every task of the ledger."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=WRITTEN)
     """Folder of the page; default: $HYPDEFECT_HOME/report."""
-    readme: Path | None = None
+    readme: Path | None = field(default=None, metadata=WRITTEN)
     """Write the tables between the results markers of this Markdown file, and nothing else."""
     peers: int = 0
     """Peers shown of each kind of features in that file, the best at the largest K; 0: all."""

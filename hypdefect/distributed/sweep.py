@@ -123,9 +123,7 @@ def named(job: Job) -> Job:
         name = job.name or f"{task.title}-{time.strftime('%Y%m%d-%H%M%S')}"
         if (sweeps / name / "sweep.json").exists():
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
-        # a resumed sweep may be started in another folder
-        changes: dict[str, Any] = {"name": name, "root": _absolute(task.root), "init": _absolute(job.init)}
-        return replace(job, trials=job.trials or TRIALS, **changes)
+        return replace(job, name=name, trials=job.trials or TRIALS)
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], task)}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
@@ -140,10 +138,6 @@ def named(job: Job) -> Job:
 
 def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
     return stored["dataset"] == task.dataset and stored.get("product", "") == task.product
-
-
-def _absolute(path: Path | None) -> Path | None:
-    return path and path.expanduser().absolute()
 
 
 def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sweep:
