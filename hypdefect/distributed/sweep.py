@@ -152,12 +152,12 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     begun = time.monotonic()
     family = get_family(base.name)
     plan = prepare(family, job)
+    family.check(plan, family.setting(job))
     if start is None:  # what was learned belongs to the parts it was trained on
         space = with_parts(space, plan.searched_parts)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
     fitting, reported = family.load(plan, home())
-    family.check(fitting, family.setting(job))
     write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
     ready = time.monotonic()
     trials = run_search(job, family, fitting, space, base, start, workers)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -102,6 +102,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     rows: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     plans = planned(job)
+    episodes = validation_episodes(job, plans, fixed=fixed is not None)
     run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=study) for study in ("main", CEILING))
     fill(*plans)
     ready = time.monotonic()
@@ -116,7 +117,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
                 fixed or entrants(job, spaces, start, plan.searched_parts),
                 settings(job),
                 1 if job.protocol == "first" else job.draws,
-                episodes=0 if fixed or not job.trials else job.episodes,
+                episodes=episodes,
                 start=start,
                 progress=advance,
             )
@@ -142,6 +143,22 @@ def planned(job: EvaluateConfig) -> list[TaskPlan]:
         transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
     numbers = range(job.partition + 1, job.partition + job.partitions)
     return [first, *(few_shot.plan(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
+
+
+def validation_episodes(job: EvaluateConfig, plans: Sequence[TaskPlan], fixed: bool) -> dict[int, int]:
+    """Validation episodes at each K: none where nothing is to be chosen, or where some pool has no image left for one.
+
+    An official split may have exactly K images of a class in its pool: every method then runs with its defaults.
+    """
+    counts = dict.fromkeys(job.shots, 0 if fixed or not job.trials else job.episodes)
+    for k, setting in settings(job).items() if any(counts.values()) else ():
+        try:
+            for plan in plans:
+                few_shot.check(plan, setting)
+        except DataError as error:
+            logger.warning("K = %d: %s. Nothing can be validated: every method runs with its defaults", k, error)
+            counts[k] = 0
+    return counts
 
 
 def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart | None:

@@ -27,7 +27,7 @@ from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_su
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
 from hypdefect.features.imported import Imported, card_of
 from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
-from hypdefect.features.spec import ImageRequest
+from hypdefect.features.spec import FeatureTable, ImageRequest
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformConfig, part_choices
 from hypdefect.methods import get_method
@@ -187,9 +187,19 @@ def setting(config: Any) -> Setting:
     return Setting(k_shot=config.k_shot, seed=config.seed, split=config.split)
 
 
-def check(fitting: Fitting, setting: Setting) -> None:
-    """Raises DataError where a class has too few images for a validation episode."""
-    sample_episode(fitting.pool, setting.episodes, 0)
+def check(plan: TaskPlan, setting: Setting) -> None:
+    """Raises DataError where a class of the pool has too few images (or groups) for a validation episode."""
+    columns = (plan.manifest[c].to_pylist() for c in ("image_id", "defect", "group_id"))
+    about = {i: (defect, group or i) for i, defect, group in zip(*columns, strict=True)}
+    ids = np.array(plan.pool_ids)
+    outline = LabelledFeatures(
+        class_names=plan.classes,
+        image_ids=ids,
+        labels=np.array([plan.classes.index(about[i][0]) for i in plan.pool_ids]),
+        groups=np.array([about[i][1] for i in plan.pool_ids]),
+        table=FeatureTable(image_ids=ids, aug_index=np.zeros(len(ids), np.int64), views={}),
+    )
+    sample_episode(outline, setting.episodes, 0)
 
 
 def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> TaskPlan:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hypdefect.distributed.tournament import EvaluateConfig, planned
+from hypdefect.distributed.tournament import EvaluateConfig, planned, validation_episodes
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, candidates, with_parts
 from hypdefect.families import few_shot
@@ -153,6 +153,23 @@ def test_support_and_query_files_are_a_split(names: tuple[str, str], tmp_path: P
     assert imported.manifest["split"].to_pylist() == ["train"] * 24 + ["test"] * 24
     plan = few_shot.plan(TaskConfig(dataset="imported:set", k_shot=5), imported.manifest, imported)
     assert plan.partition.kind == "official"
+
+
+def test_where_a_pool_has_exactly_k_images_nothing_is_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MVTec-FS at K = 5: said before any work, and the other K are tuned as ever."""
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    features, labels = values(per_class=5)
+    paths = [write_mvrec(tmp_path / f"{name}.pt", features + i, labels) for i, name in enumerate(("support", "query"))]
+    import_features(paths, tmp_path, "set")
+    job = EvaluateConfig(dataset="imported:set", shots=(1, 5), episodes=7)
+    plans = planned(job)
+    assert plans[0].partition.kind == "official"
+    assert validation_episodes(job, plans, fixed=False) == {1: 7, 5: 0}
+    assert validation_episodes(job, plans, fixed=True) == {1: 0, 5: 0}
+    with pytest.raises(DataError, match="class crack has 5 pool and 5 query images.*K = 6 needs 6"):
+        planned(EvaluateConfig(dataset="imported:set", shots=(1, 6)))
 
 
 def test_files_named_train_and_test_keep_their_split(tmp_path: Path) -> None:
