@@ -7,7 +7,7 @@ import pytest
 
 from cluster import head, local, processes
 from cluster.processes import PROJECT, ClusterError, Record
-from hypdefect.config import TYPED_IN
+from hypdefect.command_line import TYPED_IN
 
 
 @pytest.fixture(autouse=True)

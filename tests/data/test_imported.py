@@ -168,7 +168,7 @@ def test_where_a_pool_has_exactly_k_images_nothing_is_validated(
     assert plans[0].partition.kind == "official"
     assert validation_episodes(job, plans, fixed=False) == {1: 7, 5: 0}
     assert validation_episodes(job, plans, fixed=True) == {1: 0, 5: 0}
-    with pytest.raises(DataError, match="class crack has 5 pool and 5 query images.*K = 6 needs 6"):
+    with pytest.raises(DataError, match=r"class crack has 5 pool and 5 query images.*K = 6 needs 6"):
         planned(EvaluateConfig(dataset="imported:set", shots=(1, 6)))
 
 
