@@ -17,7 +17,7 @@ from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.tournament import EvaluateConfig, Evaluation, evaluate_methods, of_sweep
 from hypdefect.files import write_json
 from hypdefect.results.ledger import read_part
-from hypdefect.results.page import ceiling_text
+from hypdefect.results.reading import ceiling_text
 from hypdefect.results.tables import evaluation_tables, evaluation_values
 from tune_spaces import get_space
 

@@ -10,6 +10,9 @@ from typing import Any
 import jaxtyping
 import pytest
 
+# Before anything imports numpy: its threads wait for each other on a busy machine.
+os.environ["OPENBLAS_NUM_THREADS"] = "1"
+
 # Before anything imports ray: it reads these once.
 os.environ |= {
     "RAY_AUTH_MODE": "disabled",

@@ -68,9 +68,11 @@ def make_partition(
     else:
         if not any(row["group_id"] for row in rows):
             name = manifest["dataset"][0].as_py()
+            remedy = f"look for near-duplicates first: python jobs/ingest.py --dataset {name} --audit"
+            if name.startswith("imported:"):  # features have no images to look at
+                remedy = "import the features with their `groups`"
             raise DataError(
-                "no image has a group id, so a grouped split would be a random one: use split random, or look for "
-                f"near-duplicates first: python jobs/ingest.py --dataset {name} --audit"
+                f"no image has a group id, so a grouped split would be a random one: use split random, or {remedy}"
             )
         in_pool = _grouped_pool(rows, seed, pool_fraction)
     return Partition(

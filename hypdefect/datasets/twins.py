@@ -183,7 +183,7 @@ def find_pairs(pictures: Sequence[Float32[np.ndarray, "_ _"]], progress: Advance
 
 
 def twin_groups(twins: Sequence[Twin]) -> list[list[int]]:
-    """Positions that belong together, each group sorted; those without twins are in none. Doubtful pairs unite nothing."""
+    """Positions that belong together, each group sorted; those without twins are in none. Doubtful pairs unite none."""
     twins = [twin for twin in twins if twin.accepted]
     pairs = {(min(t.first, t.second), max(t.first, t.second)) for t in twins}
     members: dict[int, list[int]] = {i: [i] for pair in pairs for i in pair}

@@ -31,7 +31,7 @@ from hypdefect.methods import get_method, methods_of
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.progress import progress
 from hypdefect.results import ledger
-from hypdefect.results.page import CEILING
+from hypdefect.results.sections import CEILING
 
 logger = logging.getLogger(__name__)
 Spaces = Callable[[str], ModuleType]

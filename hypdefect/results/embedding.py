@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from scipy.optimize import minimize
 from scipy.stats import spearmanr
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from hypdefect import geometry
@@ -75,32 +76,35 @@ def embed_in_disk(distances: Float[Tensor, "N N"], c: float | None = None, max_s
     total = wanted.square().sum()
 
     def place(flat: Tensor) -> tuple[Tensor, Tensor]:
-        own = flat[0].exp() if c is None else flat.new_tensor(c * unit**2)
-        return geometry.expmap0(torch.cat([flat.new_zeros(1, 2), flat[1:].view(-1, 2)]), own), own
+        curvature = flat[0].exp() if c is None else flat.new_tensor(c * unit**2)
+        return geometry.expmap0(torch.cat([flat.new_zeros(1, 2), flat[1:].view(-1, 2)]), curvature), curvature
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         x = torch.from_numpy(flat).requires_grad_()
-        points, own = place(x)
-        found = geometry.pairwise_dist(points, points, own)[rows, columns]
-        stress = (found - wanted).square().sum() / total
+        points, curvature = place(x)
+        shown = geometry.pairwise_dist(points, points, curvature)[rows, columns]
+        stress = (shown - wanted).square().sum() / total
         (slope,) = torch.autograd.grad(stress, x)
         return float(stress.detach()), slope.numpy()
 
     bounds = [(2 * math.log(1e-3), 2 * math.log(_END)), *[(None, None)] * (2 * n - 2)]
     options = {"maxiter": max_steps, "maxfun": 2 * max_steps, "ftol": 1e-10, "gtol": 1e-9, "maxcor": 40}
     fits = []
-    for reach in _STARTS:
-        start = np.concatenate([[2 * math.log(reach)], _spectral(d / unit, reach**2)[1:].flatten().numpy()])
-        fits.append(minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
+    with threadpool_limits(
+        1, "blas"
+    ):  # tiny matrices: on a busy machine BLAS threads wait for each other, 8 times longer
+        for reach in _STARTS:
+            start = np.concatenate([[2 * math.log(reach)], _spectral(d / unit, reach**2)[1:].flatten().numpy()])
+            fits.append(minimize(objective, start, jac=True, method="L-BFGS-B", bounds=bounds, options=options))
     best = min(fits, key=lambda fit: fit.fun)
-    points, own = place(torch.from_numpy(best.x))
-    found = geometry.pairwise_dist(points, points, own)[rows, columns]
-    same = bool((wanted == wanted[0]).all() or (found == found[0]).all())  # ranks of equal values say nothing
+    points, curvature = place(torch.from_numpy(best.x))
+    shown = geometry.pairwise_dist(points, points, curvature)[rows, columns]
+    same = bool((wanted == wanted[0]).all() or (shown == shown[0]).all())  # ranks of equal values say nothing
     return DiskEmbedding(
         points=points * unit,
-        c=float(own) / unit**2,
+        c=float(curvature) / unit**2,
         stress=float(best.fun) ** 0.5,
-        rank_correlation=math.nan if same else float(spearmanr(wanted, found).statistic),
+        rank_correlation=math.nan if same else float(spearmanr(wanted, shown).statistic),
     )
 
 

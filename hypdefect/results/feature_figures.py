@@ -1,16 +1,14 @@
-"""Pictures of a fitted HypDFS on a task's features: t-SNE round the adapter, the Poincare disk, the label tree.
+"""Pictures of a fitted HypDFS on a task's features: t-SNE round the adapter, the Poincare disk, the label tree."""
 
-Shapes: R supports, S synthetic points, Q queries, W ways, N images (R + Q), D features of one view, E = 2 D.
-"""
-
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Circle
@@ -21,14 +19,26 @@ from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from hypdefect import geometry
-from hypdefect.errors import ConfigError
+from hypdefect.config import from_mapping
+from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
-from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
-from hypdefect.methods.centred import CentredClassifier, centred, row_means
-from hypdefect.methods.hypdfs import HypDFS, in_frame
+from hypdefect.families.few_shot import Fitting, MetaStart, Setting, TaskConfig, TaskPlan
+from hypdefect.families.plan import prepare
+from hypdefect.features.imported import is_imported
+from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home
+from hypdefect.results.comparison import OURS, display_name
 from hypdefect.results.embedding import DiskEmbedding, embed_in_disk, midpoint_radii
-from hypdefect.results.figures import DARK, GREY, GRID, LIGHT, drawn, short
+from hypdefect.results.figures import DARK, GREY, GRID, LIGHT, Album, new_figure, short
+from hypdefect.results.fitted_points import FittedPoints, fitted_points
+from hypdefect.results.sections import Section, config_of
+from hypdefect.types import SplitKind
+
+logger = logging.getLogger(__name__)
+
+StartFinder = Callable[[TaskPlan, Fitting, TransformConfig], MetaStart | None]
+"""What a finished meta-training run gave to a task behind a transform; None: there is no such run."""
 
 # Okabe and Ito's colours without the yellow; a further class repeats a colour with the next marker
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#444444")
@@ -37,93 +47,102 @@ NODE = "D"  # a prototype, a midpoint
 FLAT = 1e-6
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FittedPoints:
-    """What a fit on one draw made of supports (unaugmented, R), synthetic points (S) and queries (Q).
+def draw_features(album: Album, section: Section, data: TaskConfig, seed: int, find_start: StartFinder) -> None:
+    """What HypDFS makes of the features of draw 0, or a note why it cannot be drawn.
 
-    `plain` and `adapted` are tangents `[R + Q, E]` before and after the adapter; `ball` the points of the adapted ones,
-    `synthetic` `[S, E]` and `prototypes` `[W, E]` points of the same ball of curvature -c.
-    """
-
-    plain: Tensor
-    adapted: Tensor
-    ball: Tensor
-    labels: Tensor
-    num_supports: int
-    synthetic: Tensor
-    synthetic_labels: Tensor
-    prototypes: Tensor
-    c: float
-    class_names: tuple[str, ...]
-    accuracy: float
-
-
-@torch.no_grad()
-def fitted_points(
-    fitting: Fitting,
-    reported: Reported,
-    config: RunConfig,
-    setting: Setting,
-    number: int,
-    start: MetaStart | None = None,
-) -> FittedPoints:
-    """Fit HypDFS on draw `number`, as the evaluation does, and keep its points.
+    On meta-trained features where the evaluation used some and their run is still here, else on plain ones.
 
     Args:
-        start: what a meta-training run gave to the evaluation.
+        data: where the section's features are and which partition to draw; which task it is, the section says.
+        seed: of the draws, as in the evaluation.
+    """
+    k, partition = max(section.shots), data.partition
+    names = [display_name(OURS, features) for features in ("meta", "plain")]
+    chosen = [config_of(section.main, name, k, partition) for name in names]
+    configs = [from_mapping(RunConfig, json.loads(text)) for text in chosen if text is not None]
+    if not configs:
+        album.notes.append(f"Pictures of the features: HypDFS was not run at K = {k} on partition {partition}.")
+        return
+    task = task_of(section, data)
+    try:
+        plan = prepare(few_shot, task)
+        fitting, reported = few_shot.load(plan, home())
+        config, start = _drawable(plan, fitting, configs, find_start)
+        setting = Setting(k_shot=k, seed=seed, split=task.split)
+        points = fitted_points(fitting, reported, config, setting, 0, start)
+    except (ConfigError, DataError, ArtifactError) as error:
+        logger.info("%s: features not drawn: %s", section.title, error)
+        reason = f"not drawn, as the task's features were not found. Made by {how_to_extract(task)}"
+        album.notes.append(f"Pictures of the features: {reason}")
+        return
+    where = f"{config.features.replace('meta', 'meta-trained')} features, partition {partition}, draw 0, K = {k}"
+    _draw_points(album, points, families_of(plan), f"{where[0].upper()}{where[1:]}.")
+
+
+def task_of(section: Section, data: TaskConfig) -> TaskConfig:
+    """The task of a section: what `data` says of places, with the set, split and K of the ledger.
+
+    The ledger names the split that was made. A set's official one is what a set that has one gives for `random`.
+    """
+    split = cast(SplitKind, section.split if section.split == "grouped" else "random")
+    dataset = section.value("dataset")
+    backbone = data.backbone if is_imported(dataset) else section.backbone
+    k_shot, product = max(section.shots), section.value("product")
+    return replace(data, dataset=dataset, product=product, split=split, backbone=backbone, k_shot=k_shot)
+
+
+def how_to_extract(task: TaskConfig) -> str:
+    """The command that fills the store for a task; imported features are read from their files again."""
+    if is_imported(task.dataset):
+        return f"python jobs/extract.py --import FILE... --name {task.dataset.partition(':')[2]}"
+    product = f" --product {task.product}" if task.product else ""
+    return f"python jobs/extract.py --dataset {task.dataset}{product} --split {task.split}"
+
+
+def _drawable(
+    plan: TaskPlan, fitting: Fitting, configs: Sequence[RunConfig], find_start: StartFinder
+) -> tuple[RunConfig, MetaStart | None]:
+    """The first configuration whose features can be made here, and what its meta-training gave.
 
     Raises:
-        ConfigError: another method, or a configuration on meta-trained features without their projection.
+        ConfigError: there is none.
     """
-    if config.name != "hypdfs":
-        raise ConfigError(f"the points are those of HypDFS, not of {config.name!r}")
-    if config.features == "meta" and (start is None or not start.projection):
-        raise ConfigError("the configuration is for meta-trained features, and no projection is given")
-    transform = few_shot.transform_of(config, fitting, start)
-    fitting, queries = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform).queries
-    pool = fitting.pool
-    support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.support_copies)
-    asked = queries.batch(np.arange(len(queries)))
-    with torch.enable_grad():
-        model: Any = few_shot.fit(config, fitting, setting, number, start)
-    if isinstance(model, CentredClassifier):
-        means = row_means(support)
-        model, support, asked = model.inner, centred(support, means), centred(asked, means)
-    assert isinstance(model, HypDFS)
-    core = model.fitted
-    assert core is not None
-    tangents, clean = model.tangents(support, core), support.aug_index == 0
-    c = float(model.c(core))
-    evolved = model.evolve(core, model.moments(core, tangents, support.labels, pool.n_way))
-    made, _ = model.synthesize(core, evolved, torch.Generator().manual_seed(config.method.seed))
-    made = geometry.logmap0(made, c).flatten(0, 1).unflatten(1, (2, -1))
-    adapted, _ = model.points(core, tangents[clean], model.tangents(asked, core), made)
-    centres = geometry.logmap0(model.centers_WE, model.scoring_c(core)).unflatten(1, (2, -1))
-    plain = torch.cat([model.tangents(support)[clean], model.tangents(asked)])
-    if core.frame is not None:
-        outside = plain - _spanned(in_frame(plain, core.frame), core.frame)
-        adapted, centres = _spanned(adapted, core.frame), _spanned(centres, core.frame)
-        adapted[: len(plain)] += outside
-    ball, synthetic = model.to_ball(core, adapted).split([len(plain), len(made)])
-    per_class = len(made) // pool.n_way
-    return FittedPoints(
-        plain=plain.flatten(1),
-        adapted=adapted[: len(plain)].flatten(1),
-        ball=ball.double(),
-        labels=torch.cat([support.labels[clean], asked.labels]),
-        num_supports=int(clean.sum()),
-        synthetic=synthetic.double(),
-        synthetic_labels=torch.arange(pool.n_way).repeat_interleave(per_class),
-        prototypes=model.to_ball(core, centres).double(),
-        c=float(model.scoring_c(core)),
-        class_names=pool.class_names,
-        accuracy=float((model.logits(asked).argmax(1) == asked.labels).double().mean()),
+    for config in configs:
+        if config.features == "plain":
+            return config, None
+        if start := find_start(plan, fitting, config.transform):
+            return config, start
+    raise ConfigError("the meta-training run of the evaluation is not here")
+
+
+def families_of(plan: TaskPlan) -> list[str]:
+    """The family of each class: the manifest's, else good and defective where there are both, else one for all."""
+    rows = plan.manifest.select(["defect", "family", "is_defect"]).to_pylist()
+    about = {row["defect"]: row for row in rows if row["defect"] in plan.classes}
+    families = [about[name]["family"] or name for name in plan.classes]
+    if len(set(families)) < len(plan.classes):
+        return families
+    return ["defective" if about[name]["is_defect"] else "good" for name in plan.classes]
+
+
+def _draw_points(album: Album, points: FittedPoints, families: Sequence[str], where: str) -> None:
+    caption = (
+        "Each dot is an unseen image; stars are the supports. Distances between far groups mean nothing in a t-SNE. "
     )
-
-
-def _spanned(x: Float[Tensor, "N V r1"], frame: Float[Tensor, "V D r"]) -> Float[Tensor, "N V D"]:
-    """Rows from their coordinates in a frame, but for what lies outside of it, which the adapter hardly changes."""
-    return torch.einsum("nvr,vdr->nvd", x[..., :-1], frame)
+    plot_tsne(album.add("tsne", "Features before and after the adapter", caption + where), points)
+    caption = (
+        "Prototypes, supports, synthetic points and unseen images, placed so that hyperbolic distances in the disk are "
+        "as close as possible to those in the ball. The stress is the share of them that two dimensions cannot "
+        "show. Left: a disk of the ball's own curvature; right: of the curvature that fits best. "
+    )
+    plot_disk(album.add("disk", "The Poincaré disk", caption + where), points)
+    caption = (
+        "Distance of midpoints from the origin, at each level of the label tree. A midpoint of scattered points lies "
+        "nearer to the origin whatever they are: grey bars are 95 % of groups of the same size with shuffled members, "
+        "and only a midpoint beyond its bar says that the group holds together. Images share a radius where the "
+        "features have unit norm. "
+    )
+    plot_radius(album.add("radius", "Radius against depth in the label tree", caption + where), points, families)
 
 
 def colour(label: int) -> str:
@@ -136,8 +155,8 @@ def marker(label: int) -> str:
 
 def _scatter(axes: Axes, xy: np.ndarray, labels: np.ndarray, **style: Any) -> None:
     for label in np.unique(labels):
-        own = xy[labels == label]
-        axes.scatter(own[:, 0], own[:, 1], **({"marker": marker(int(label)), "c": colour(int(label))} | style))
+        members = xy[labels == label]
+        axes.scatter(members[:, 0], members[:, 1], **({"marker": marker(int(label)), "c": colour(int(label))} | style))
 
 
 def _handles(classes: Sequence[str]) -> list[Line2D]:
@@ -154,7 +173,7 @@ def plot_tsne(path: Path, points: FittedPoints, seed: int = 0) -> None:
     """
     labels, supports = points.labels.numpy(), points.num_supports
     first: np.ndarray | None = None
-    with drawn(path, 9.6, 5.0) as figure:
+    with new_figure(path, 9.6, 5.0) as figure:
         for axes, (name, x) in zip(
             figure.subplots(1, 2), {"before": points.plain, "after": points.adapted}.items(), strict=True
         ):
@@ -195,7 +214,7 @@ def plot_disk(path: Path, points: FittedPoints, most_queries: int = 80) -> list[
         {"s": 20, "marker": "x", "linewidths": 1.0, "zorder": 3},
         {"s": 15, "alpha": 0.65, "linewidths": 0, "zorder": 2},
     ]
-    with drawn(path, 11.0, 7.1) as figure:
+    with new_figure(path, 11.0, 7.1) as figure:
         for axes, fit, name in zip(
             figure.subplots(1, 2),
             fits,
@@ -204,8 +223,8 @@ def plot_disk(path: Path, points: FittedPoints, most_queries: int = 80) -> list[
         ):
             _disk(axes, fit)
             parts = _in_unit_disk(fit)[1:].split([len(group) for group in groups])
-            for part, own, style in zip(parts, labels, styles, strict=True):
-                _scatter(axes, part.numpy(), own.numpy(), **style)
+            for part, classes, style in zip(parts, labels, styles, strict=True):
+                _scatter(axes, part.numpy(), classes.numpy(), **style)
             axes.set_title(
                 f"{name}, c = {fit.c:.2g}\nstress {fit.stress:.2f}, rank correlation {fit.rank_correlation:.2f}"
             )
@@ -272,7 +291,7 @@ def plot_radius(path: Path, points: FittedPoints, families: Sequence[str], seed:
     images = geometry.dist0(points.ball, c).numpy()
     generator, jitter = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
     parents: dict[int, tuple[float, float]] = {}
-    with drawn(path, 9.6, 4.8) as figure:
+    with new_figure(path, 9.6, 4.8) as figure:
         axes = figure.subplots()
         for depth, (_, groups, nodes) in enumerate(levels):
             heights = midpoint_radii(points.ball, groups, c).tolist()
@@ -301,13 +320,13 @@ def plot_radius(path: Path, points: FittedPoints, families: Sequence[str], seed:
             parents = placed
         last, n_way = len(levels), len(points.class_names)
         for label in range(n_way):
-            own = images[labels.numpy() == label]
+            radii = images[labels.numpy() == label]
             middle = last + parents[label][0] - (last - 1)
-            x = middle + jitter.uniform(-0.22, 0.22, len(own)) / n_way
+            x = middle + jitter.uniform(-0.22, 0.22, len(radii)) / n_way
             axes.plot(
-                [parents[label][0], middle], [parents[label][1], own.mean()], color=colour(label), lw=0.8, zorder=1
+                [parents[label][0], middle], [parents[label][1], radii.mean()], color=colour(label), lw=0.8, zorder=1
             )
-            axes.scatter(x, own, s=9, c=colour(label), marker=marker(label), alpha=0.6, linewidths=0, zorder=3)
+            axes.scatter(x, radii, s=9, c=colour(label), marker=marker(label), alpha=0.6, linewidths=0, zorder=3)
         ticks = [f"{name}\n(midpoint{'s' if depth else ''})" for depth, (name, *_) in enumerate(levels)]
         axes.set_xticks(range(last + 1), [*ticks, "images"])
         axes.set_xlim(-0.4, last + 0.45)

@@ -1,20 +1,23 @@
-"""Pictures of results: what `jobs/report.py` draws from the ledger. Few colours, told apart by colour-blind readers."""
+"""Pictures of results, whatever they were read from. Few colours, told apart by colour-blind readers."""
 
 import math
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+import pyarrow as pa
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from hypdefect.results.comparison import Difference
+from hypdefect.results.reading import Lead
 from hypdefect.results.sweep_figure import BLUE, GREY, ORANGE
 from hypdefect.statistics import Interval
 
@@ -26,16 +29,41 @@ ROLES: dict[Role, tuple[str, float, int]] = {  # colour, line width, order
     "peer": (ORANGE, 1.8, 2),
     "other": (LIGHT, 1.0, 1),
 }
+VERDICTS = {"ahead": BLUE, "level": GREY, "behind": ORANGE}
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    path: Path
+    title: str
+    caption: str
+    studies: Mapping[str, pa.Table] = field(default_factory=dict)
+    """Ledger rows whose numbers stand below the picture, by study."""
+
+
+@dataclass(frozen=True, slots=True)
+class Album:
+    """The pictures of one section as PNG files in a folder, and a note for each that could not be drawn."""
+
+    folder: Path
+    slug: str
+    pictures: list[Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def add(self, name: str, title: str, caption: str, studies: Mapping[str, pa.Table] | None = None) -> Path:
+        """Where to draw a further picture."""
+        self.pictures.append(Picture(self.folder / f"{self.slug}-{name}.png", title, caption, studies or {}))
+        return self.pictures[-1].path
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """A method's accuracy at each K, and the paired difference of ours to it (none for ours itself)."""
+    """A method's accuracy at each K, and what ours leads it by (nothing for ours itself)."""
 
     label: str
     role: Role
     accuracy: Mapping[int, Interval]
-    ahead: Mapping[int, Interval]
+    leads: Mapping[int, Lead]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +72,11 @@ class Bar:
 
     label: str
     accuracy: Interval
-    difference: Interval | None
+    difference: Difference | None
 
 
 @contextmanager
-def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
+def new_figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     """A figure that is written to `path` at the end."""
     style: Any = {"font.size": 9, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY}
     style |= {"axes.titlesize": 10, "axes.titlelocation": "left", "xtick.color": DARK, "ytick.color": DARK}
@@ -58,9 +86,9 @@ def drawn(path: Path, width: float, height: float) -> Iterator[Figure]:
         figure.savefig(path, dpi=150, facecolor="white", bbox_inches="tight", pad_inches=0.1)
 
 
-def percent(found: Interval) -> tuple[float, float]:
+def percent(value: Interval) -> tuple[float, float]:
     """Mean and half width in points; a half width that is unknown (one draw) is drawn as none."""
-    return 100 * found.mean, 100 * found.half_width if math.isfinite(found.half_width) else 0.0
+    return 100 * value.mean, 100 * value.half_width if math.isfinite(value.half_width) else 0.0
 
 
 def short(text: str, width: int = 34) -> str:
@@ -100,14 +128,14 @@ def plot_shots(path: Path, curves: Sequence[Curve]) -> None:
     if len(shots) == 1:
         _rows(path, curves, shots[0])
         return
-    with drawn(path, 7.6, 4.6) as figure:
+    with new_figure(path, 7.6, 4.6) as figure:
         axes = figure.subplots()
         named = [curve for curve in curves if curve.role != "other"]
         for curve in curves:
             colour, line, order = ROLES[curve.role]
-            own = [k for k in shots if k in curve.accuracy]
-            x = np.array([shots.index(k) for k in own]) + (0.018 * (named.index(curve) - 1) if curve in named else 0)
-            y, half = np.array([percent(curve.accuracy[k]) for k in own]).T
+            run = [k for k in shots if k in curve.accuracy]
+            x = np.array([shots.index(k) for k in run]) + (0.018 * (named.index(curve) - 1) if curve in named else 0)
+            y, half = np.array([percent(curve.accuracy[k]) for k in run]).T
             axes.plot(x, y, color=colour, lw=line, zorder=order, ls="--" if curve.role == "twin" else "-")
             if curve.role != "other":
                 axes.errorbar(x, y, half, fmt="o", ms=4.5, color=colour, elinewidth=line * 0.7, zorder=order)
@@ -141,7 +169,7 @@ def _shares(axes: Axes) -> tuple[float, float]:
 
 def _rows(path: Path, curves: Sequence[Curve], k: int) -> None:
     ordered = sorted(curves, key=lambda curve: curve.accuracy[k].mean)
-    with drawn(path, 7.6, 1.3 + 0.27 * len(ordered)) as figure:
+    with new_figure(path, 7.6, 1.3 + 0.27 * len(ordered)) as figure:
         axes = figure.subplots()
         for row, curve in enumerate(ordered):
             mean, half = percent(curve.accuracy[k])
@@ -167,25 +195,24 @@ def _named_rows(axes: Axes, labels: Mapping[int, str], bold: Collection[str] = (
 
 def plot_ahead(path: Path, ours: str, curves: Sequence[Curve]) -> None:
     """By how much `ours` is ahead of each method over the same draws, a panel for each K."""
-    others = [curve for curve in curves if curve.ahead]
-    shots = sorted({k for curve in others for k in curve.ahead})
-    ordered = sorted(others, key=lambda curve: -curve.ahead[max(curve.ahead)].mean)
-    with drawn(path, max(6.4, 3.0 + 2.4 * len(shots)), 1.5 + 0.25 * len(ordered)) as figure:
+    others = [curve for curve in curves if curve.leads]
+    shots = sorted({k for curve in others for k in curve.leads})
+    ordered = sorted(others, key=lambda curve: -curve.leads[max(curve.leads)].interval.mean)
+    with new_figure(path, max(6.4, 3.0 + 2.4 * len(shots)), 1.5 + 0.25 * len(ordered)) as figure:
         panels = figure.subplots(1, len(shots), sharex=True, sharey=True, squeeze=False)[0]
         panels[0].xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
         for axes, k in zip(panels, shots, strict=True):
             axes.axvline(0, color=DARK, lw=0.9)
             for row, curve in enumerate(ordered):
-                if k in curve.ahead:
-                    mean, half = percent(curve.ahead[k])
-                    known = math.isfinite(curve.ahead[k].half_width)
-                    colour = GREY if not known or abs(mean) <= half else BLUE if mean > 0 else ORANGE
+                if k in curve.leads:
+                    mean, half = percent(curve.leads[k].interval)
+                    colour = VERDICTS[curve.leads[k].verdict]
                     axes.errorbar(mean, row, xerr=half, fmt="o", ms=4.5, color=colour, elinewidth=1.7)
             _named_rows(axes, {row: short(curve.label, 44) for row, curve in enumerate(ordered)})
             axes.set_ylim(-0.7, len(ordered) - 0.3)
             axes.set(title=f"K = {k}", xlabel="points of accuracy")
         figure.suptitle(
-            f"{ours} minus each method, same draws, 95 % interval: blue ahead, grey level, orange behind",
+            f"{ours} minus each method, same draws, 95 % interval. Blue: ahead, orange: behind (p < 0.05); grey: level",
             fontsize=10,
             x=0.01,
             ha="left",
@@ -194,23 +221,24 @@ def plot_ahead(path: Path, ours: str, curves: Sequence[Curve]) -> None:
 
 def plot_curvature(path: Path, bars: Mapping[int, Sequence[Bar]]) -> None:
     """Accuracy against curvature, and the paired difference to c = 0; a line for each K."""
-    labels = list(dict.fromkeys(bar.label for own in bars.values() for bar in own))
-    with drawn(path, 9.6, 3.7) as figure:
+    labels = list(dict.fromkeys(bar.label for variants in bars.values() for bar in variants))
+    with new_figure(path, 9.6, 3.7) as figure:
         left, right = figure.subplots(1, 2)
         right.axhline(0, color=DARK, lw=0.9)
         shades = dict(zip(sorted(bars), mpl.colormaps["Blues"](np.linspace(0.95, 0.45, len(bars))[::-1]), strict=True))
-        for number, (k, own) in enumerate(sorted(bars.items())):
+        for number, (k, variants) in enumerate(sorted(bars.items())):
             for axes in (left, right):
-                chosen = own if axes is left else [bar for bar in own if bar.difference is not None]
-                if not chosen:
+                pairs = [(bar, bar.difference.interval) for bar in variants if bar.difference is not None]
+                pairs = [(bar, bar.accuracy) for bar in variants] if axes is left else pairs
+                if not pairs:
                     continue
-                found = [bar.accuracy if axes is left else bar.difference for bar in chosen]
+                chosen, values = zip(*pairs, strict=True)
                 x = np.array([labels.index(bar.label) for bar in chosen]) + 0.09 * (number - (len(bars) - 1) / 2)
-                y, half = np.array([percent(one) for one in found if one is not None]).T
+                y, half = np.array([percent(value) for value in values]).T
                 axes.errorbar(x, y, half, fmt="o", ms=4, color=shades[k], elinewidth=1.3)
                 number_like = np.array([bar.label.startswith("c = ") for bar in chosen])
                 axes.plot(x[number_like], y[number_like], color=shades[k], lw=1.5)  # what is no number stands apart
-            end = percent(own[-1].accuracy)[0]
+            end = percent(variants[-1].accuracy)[0]
             left.text(len(labels) - 0.8, end, f"K = {k}", color=shades[k], va="center", fontweight="bold")
         for axes in (left, right):
             axes.set_xticks(range(len(labels)), [label.removeprefix("c ").removeprefix("= ") for label in labels])
@@ -225,25 +253,23 @@ def plot_curvature(path: Path, bars: Mapping[int, Sequence[Bar]]) -> None:
 
 def plot_ablations(path: Path, groups: Mapping[str, Sequence[Bar]], k: int) -> None:
     """Accuracy of each variant, and what it gains or loses against the reference of its study."""
-    rows = sum(len(own) for own in groups.values()) + len(groups)
-    with drawn(path, 9.2, 1.2 + 0.27 * rows) as figure:
+    rows = sum(len(bars) for bars in groups.values()) + len(groups)
+    with new_figure(path, 9.2, 1.2 + 0.27 * rows) as figure:
         left, right = figure.subplots(1, 2, sharey=True)
         right.axvline(0, color=DARK, lw=0.9)
         ticks: list[tuple[int, str, bool]] = []
         row = 0
-        for name, own in groups.items():
+        for name, bars in groups.items():
             left.text(0, row, name, transform=left.get_yaxis_transform(), va="center", fontweight="bold", color=DARK)
             row += 1
-            for bar in own:
+            for bar in bars:
                 reference = bar.difference is None
                 ticks.append((row, short(bar.label, 48), reference))
                 mean, half = percent(bar.accuracy)
                 left.errorbar(mean, row, xerr=half, fmt="o", ms=5, color=BLUE if reference else GREY, elinewidth=1.7)
                 if bar.difference is not None:
-                    mean, half = percent(bar.difference)
-                    known = math.isfinite(bar.difference.half_width)
-                    told = known and abs(mean) > half
-                    colour = (BLUE if mean > 0 else ORANGE) if told else LIGHT
+                    mean, half = percent(bar.difference.interval)
+                    colour = LIGHT if bar.difference.verdict == "level" else VERDICTS[bar.difference.verdict]
                     error = {"ecolor": DARK, "elinewidth": 1.2}
                     right.barh(row, mean, height=0.62, color=colour, xerr=half, error_kw=error)
                 else:
@@ -261,7 +287,7 @@ def plot_confusions(path: Path, matrices: Mapping[str, np.ndarray], classes: Seq
     names = [short(name.replace("_", " "), 18) for name in classes]
     size = min(max(2.6 + 0.4 * len(classes), 3.4), 8.0)
     numbers = len(classes) <= 15
-    with drawn(path, 2 * size + 0.6, size + 0.4) as figure:
+    with new_figure(path, 2 * size + 0.6, size + 0.4) as figure:
         panels = figure.subplots(1, len(matrices), sharey=True, squeeze=False)[0]
         for number, (axes, (title, counts)) in enumerate(zip(panels, matrices.items(), strict=True)):
             share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
