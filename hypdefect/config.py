@@ -88,6 +88,9 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if len(inner) != len(value):
             raise ConfigError(f"{where}: expected {len(inner)} values, got {len(value)}: {value!r}")
         return tuple(_convert(t, v, f"{where}[{i}]") for i, (t, v) in enumerate(zip(inner, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        key_hint, value_hint = typing.get_args(hint)
+        return {_convert(key_hint, k, where): _convert(value_hint, v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else from_mapping(typing.cast(type, hint), value, where)  # type: ignore[arg-type]
     if hint is Path and isinstance(value, str | Path):

@@ -15,12 +15,15 @@ from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.features.store import FeatureStore
 from hypdefect.results import ledger
+from hypdefect.results.published import published
+from hypdefect.results.studies import ReproduceConfig, experiments_of, read_paper
 from hypdefect.types import VIEWS
-from jobs.reproduce import CURVATURES, ReproduceJob, main, settings
+from jobs.reproduce import main
 from tests.tiny_clip import write_alpha
 from tests.tiny_dataset import make_mtd_tree
 from tests.trees import photo, rectangle, save_csv
 
+CURVATURES = (0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
 TINY = ("--backbone", "tiny_random", "--copies", "1", "--method.steps", "2")
 
 
@@ -63,7 +66,7 @@ def fill_store(home: Path, task: TaskConfig, *products: str) -> None:
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_rows_and_their_published_figures(nested: bool) -> None:
-    rows = settings(ReproduceJob(nested=nested))
+    rows = experiments_of(ReproduceConfig(nested=nested))
     by_study: dict[str, list[Any]] = {}
     for row in rows:
         by_study.setdefault(row.study, []).append(row)
@@ -76,18 +79,41 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
     }
-    full = ReproduceJob().method
+    full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
     assert [r.config.method.curvature for r in by_study["curvature"]] == [*CURVATURES, full.curvature]
     assert [r.config.method.learn_curvature for r in by_study["curvature"]] == [False] * len(CURVATURES) + [True]
     for study, field in (("adapter", "adapter"), ("loss", "loss"), ("ode", "ode")):
         for row in by_study[study]:
-            assert getattr(row.config.method, field) == row.variant
+            assert getattr(row.config.method, field) == row.row
     (_, real, synthetic), (euclidean, hyperbolic, _) = by_study["adapter"], by_study["loss"]
     assert synthetic.config.method == full
     # where the paper prints one figure for two rows, nested settings are one setting
     assert (real.config == euclidean.config) == nested
     assert (hyperbolic.config == by_study["curvature"][2].config) == nested
+
+
+def test_what_a_paper_has_not_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"no tables of 'amc' can be computed; there are hypdfs"):
+        read_paper("amc")
+    with pytest.raises(ConfigError, match=r"hypdfs has no studies curvatures; it has main, adapter, loss, backbone"):
+        ReproduceConfig(studies=("main", "curvatures"))
+    with pytest.raises(ConfigError, match=r"hypdfs has no datasets elpv; it has mvtec_fs, mtd"):
+        ReproduceConfig(datasets=("elpv",))
+    with pytest.raises(ConfigError, match=r"draws >= 2"):
+        ReproduceConfig(draws=1)
+
+
+def test_every_row_names_one_figure_and_fields_that_exist() -> None:
+    """Of the table it stands in, or none where the paper prints none; `nested` rows are configurations, too."""
+    paper = read_paper("hypdfs")
+    tables = {cell.table for cell in published("hypdfs").cells}
+    assert {study.table for study in paper.studies} - tables == {"ablation, ode"}
+    for nested in (False, True):
+        experiments = experiments_of(ReproduceConfig(nested=nested))
+        assert len({(e.study, e.dataset, e.k_shot, e.row) for e in experiments}) == len(experiments)
+        assert len({(e.ledger, e.dataset, e.k_shot, e.config.name) for e in experiments}) == len(experiments)
+        assert {e.ledger[0].startswith("paper") for e in experiments} == ({True} if nested else {True, False})
 
 
 def test_absent_data_is_skipped_with_what_to_download(
@@ -162,7 +188,7 @@ def test_cells_are_those_of_the_draws_in_the_ledger(
             r for r in rows if (r["dataset"], r["study"], r["method"], r["variant"], r["k_shot"], r["backbone"]) == key
         ]
         assert len(of) == 2 * (2 if cell["dataset"] == "mvtec_fs" else 1)
-        means = [np.mean([r["acc"] for r in of if r["draw"] == draw]) for draw in (0, 1)]
+        means = [np.mean([dict(r["metrics"])["acc"] for r in of if r["draw"] == draw]) for draw in (0, 1)]
         assert cell["ours"]["mean"] == pytest.approx(np.mean(means))
         assert cell["ours"]["n"] == 2
         assert cell["ours"]["std"] == pytest.approx(np.std(means, ddof=1))
