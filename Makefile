@@ -16,7 +16,7 @@ SWEEP := $(if $(DATASET),--dataset '$(DATASET)') $(if $(ROOT),--root '$(ROOT)') 
          $(if $(TRIALS),--trials '$(TRIALS)') $(if $(filter-out 0,$(RESUME)),--resume) $(ARGS)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup sweep dashboard serve stop test lint bench clean
+.PHONY: help setup sweep dashboard serve stop test proofs mutants lint bench clean
 .NOTPARALLEL:
 
 help: ## list the targets
@@ -45,13 +45,19 @@ serve: .venv/.installed ## deploy a registered model (MODEL=name@alias) and wait
 stop: .venv/.installed ## stop the head and the dashboards this checkout started, and nothing else
 	@$(LOCAL) stop
 
-test: .venv/.installed ## all tests, the slow ones last (ARGS go to pytest, then in one process)
+test: .venv/.installed ## the tests, minutes; the end-to-end ones last (ARGS go to pytest, then in one process)
 ifeq ($(strip $(ARGS)),)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not e2e"
-	$(BIN)/python -m pytest -m "ray or e2e"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not ray and not e2e and not slow"
+	$(BIN)/python -m pytest -m "(ray or e2e) and not slow"
 else
 	$(BIN)/python -m pytest $(ARGS)
 endif
+
+proofs: .venv/.installed ## the slow tests that CI runs besides
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+mutants: .venv/.installed ## break lines one at a time: the tests must notice (ARGS name some)
+	$(BIN)/python -m tests.mutants.run $(ARGS)
 
 lint: .venv/.installed ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import logging
+import os
 import shlex
 import sys
 import typing
@@ -15,9 +16,17 @@ import yaml
 from rich.console import Console
 
 from hypdefect.config import from_mapping, load_yaml, to_mapping
-from hypdefect.errors import HypdefectError
+from hypdefect.errors import ConfigError, HypdefectError
 
 T = TypeVar("T")
+
+
+TYPED_IN = "HYPDEFECT_CWD"
+"""Names the folder in which the user typed the command; `cluster.local submit` sets it for its jobs."""
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Ray sets it in the environment of a submitted job."""
+WRITTEN = {"written": True}
+"""Metadata of a config field that holds the path of a file or folder which the job writes."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,12 +37,60 @@ class JobOptions:
     """YAML file whose values replace the defaults; flags on the command line replace both."""
     dry_run: bool = False
     """Print the resolved configuration and stop."""
-    json: Path | None = None
+    json: Path | None = dataclasses.field(default=None, metadata=WRITTEN)
     """Write the result as JSON to this file, for machines."""
+
+
+def typed_path(path: Path, *, written: bool = False) -> Path:
+    """The absolute path that a user means by one on the command line or in a `--config` file.
+
+    A relative path starts at the folder in which the user typed the command: `$HYPDEFECT_CWD` where that exists, else
+    the current folder. A job from a plain `ray job submit` knows only a copy of that folder, which vanishes with it.
+
+    Args:
+        written: The job writes to this path.
+
+    Raises:
+        ConfigError: such a job would read a relative path that the copy does not have, or write to one.
+    """
+    path = Path(os.path.expanduser(path))  # unlike Path.expanduser, it leaves an unknown ~user alone
+    folder = _typed_in()
+    if folder is None and not path.is_absolute() and (written or not path.exists()):
+        raise ConfigError(
+            f"{path}: this Ray job runs in a copy of the folder in which the path was typed, and "
+            f"{'the copy vanishes with what is written to it' if written else 'the copy does not have it'}. Give an "
+            "absolute path that every node has, or submit from that folder: `python -m cluster.local submit -- ...` "
+            f'or `ray job submit ... -- env {TYPED_IN}="$PWD" ...`'
+        )
+    return Path(os.path.abspath((folder or Path.cwd()) / path))
+
+
+def _typed_in() -> Path | None:
+    """The folder in which the user typed the command; None where only a copy of it is at hand."""
+    named = os.environ.get(TYPED_IN)
+    if named and Path(named).is_dir():
+        return Path(named)
+    return None if RAY_JOB in os.environ else Path.cwd()
+
+
+def _absolute_paths(value: Any, written: bool = False) -> Any:
+    """A config with every path in it made absolute by `typed_path`, also those in tuples and nested configs."""
+    if isinstance(value, Path):
+        return typed_path(value, written=written)
+    if isinstance(value, tuple):
+        return tuple(_absolute_paths(item, written) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            f.name: _absolute_paths(getattr(value, f.name), "written" in f.metadata) for f in dataclasses.fields(value)
+        }
+        return dataclasses.replace(value, **fields)
+    return value
 
 
 def parse_job(cls: type[T], argv: list[str] | None = None, description: str | None = None) -> tuple[T, JobOptions]:
     """Resolve a job's config: defaults, then `--config FILE`, then flags. `--dry-run` prints it and exits 0.
+
+    All paths in it are absolute, as `typed_path` reads them.
 
     Raises:
         ConfigError: as `from_mapping`. Unknown flags end the process with tyro's message and exit status 2.
@@ -47,18 +104,19 @@ def parse_job(cls: type[T], argv: list[str] | None = None, description: str | No
         ("options", typing.Annotated[JobOptions, flat], dataclasses.field(default=JobOptions())),
     ]
     command: Any = tyro.cli(dataclasses.make_dataclass("Command", fields), args=args, description=description)
-    if command.options.dry_run:
-        print(yaml.safe_dump(to_mapping(command.job), sort_keys=False), end="")
+    job, options = _absolute_paths(command.job), _absolute_paths(command.options)
+    if options.dry_run:
+        print(yaml.safe_dump(to_mapping(job), sort_keys=False), end="")
         raise SystemExit(0)
-    return command.job, command.options
+    return job, options
 
 
 def _default(cls: type[T], args: list[str]) -> T:
     for i, arg in enumerate(args):
-        if arg == "--config" and i + 1 < len(args):
-            return from_mapping(cls, load_yaml(Path(args[i + 1])), args[i + 1])
-        if arg.startswith("--config="):
-            return from_mapping(cls, load_yaml(Path(arg.partition("=")[2])), arg.partition("=")[2])
+        flag, equals, name = arg.partition("=")
+        if flag == "--config" and (equals or i + 1 < len(args)):
+            name = name if equals else args[i + 1]
+            return from_mapping(cls, load_yaml(typed_path(Path(name))), name)
     return cls()
 
 
@@ -72,15 +130,30 @@ def command_line() -> str:
 
 
 def run_job(main: Callable[[], None]) -> None:
-    """Run a job's main: errors a user can act on end in one line on stderr and exit status 1, not in a traceback."""
+    """Run a job's main: errors a user can act on end in one line on stderr and exit status 1, not in a traceback.
+
+    A reader that closes our output early (`| head`) ends the job without a word.
+    """
     try:
         main()
+    except BrokenPipeError:
+        raise SystemExit(1) from None
     except Exception as error:
         reason = _reason(error)
         if reason is None:
             raise
         print(reason, file=sys.stderr)
         raise SystemExit(1) from None
+    finally:
+        _end_output()
+
+
+def _end_output() -> None:
+    """Send what is still to be printed; if the reader has gone, send nothing more, not even when Python ends."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _reason(error: BaseException | None) -> str | None:

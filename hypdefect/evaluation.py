@@ -1,7 +1,8 @@
 """What is tried and what comes of it, for any family: configurations, candidates of a search, scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal
 
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from hypdefect.config import from_mapping, override
 from hypdefect.errors import ConfigError
-from hypdefect.features.transform import TransformConfig
+from hypdefect.features.transform import CENTRINGS, TransformConfig, part_choices
 from hypdefect.methods import build, get_method
+from hypdefect.methods.centred import CentredClassifier
 
 TWIN = "c = 0 twin"
 """`variant` of a method's Euclidean twin at matched distance scale (`Family.twin`)."""
@@ -50,7 +52,7 @@ class RunConfig:
             if not hasattr(model, "start_from"):
                 raise ConfigError(f"method {self.name!r} has no weights to start from; drop --init")
             model.start_from(weights)
-        return model
+        return CentredClassifier(model) if self.transform.centring == "supports" else model
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -127,6 +129,34 @@ def metric_name(metric: str) -> str:
 def best(values: Sequence[float]) -> int:
     """Position of the largest value, the earlier one of equals."""
     return int(np.argmax(values))
+
+
+def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
+    """A space that also varies which parts of a feature count and whether rows are centred on the supports.
+
+    Its FIRST points are centred rows of all parts and of each alone, then the space's own: imported features often
+    come without normals, where whitening does nothing. Features of a single part leave a space as it is.
+
+    Args:
+        num_parts: parts to choose from (`Plan.searched_parts`).
+    """
+    if num_parts < 2:
+        return space
+    choices = part_choices(num_parts)
+    centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+    extended = ModuleType(space.__name__)
+    vars(extended).update(
+        METHOD=space.METHOD,
+        FIRST=[*centred, *getattr(space, "FIRST", ())],
+        space=partial(_vary_parts, space.space, choices),  # no closure: Ray Tune pickles it by name
+    )
+    return extended
+
+
+def _vary_parts(vary: Callable[[optuna.Trial], None], choices: list[str | None], trial: optuna.Trial) -> None:
+    vary(trial)
+    trial.suggest_categorical("transform.parts", choices)
+    trial.suggest_categorical("transform.centring", CENTRINGS)
 
 
 def candidates(base: RunConfig, space: ModuleType, trials: int, seed: int) -> tuple[RunConfig, ...]:

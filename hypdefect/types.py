@@ -8,7 +8,7 @@ rows and columns of a patch grid, H W pixels.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import torch
@@ -31,7 +31,7 @@ class Batch:
     or "pixels" `[N 3 H W]`. `labels [N]` are positions in the episode's `class_names`, `aug_index [N]` is 0 for the
     unaugmented image and 1.. for augmented copies. `text [W T]` are embeddings of the class names, where the
     backbone has a text tower; else None. `targets [N H W]` are class indices of pixels, 0 background, where there are
-    masks.
+    masks. The last `shape_dims` numbers of a view of vectors describe the region's shape.
     """
 
     image_ids: tuple[str, ...]
@@ -40,6 +40,7 @@ class Batch:
     aug_index: Tensor
     text: Tensor | None = None
     targets: Tensor | None = None
+    shape_dims: int = 0
 
     def __post_init__(self) -> None:
         n = len(self.image_ids)
@@ -54,13 +55,12 @@ class Batch:
 
     def select(self, rows: Tensor) -> "Batch":
         """The rows at the given integer positions, in that order."""
-        index = rows.tolist()
-        return Batch(
-            image_ids=tuple(self.image_ids[i] for i in index),
+        return replace(
+            self,
+            image_ids=tuple(self.image_ids[i] for i in rows.tolist()),
             views={k: v[rows] for k, v in self.views.items()},
             labels=self.labels[rows],
             aug_index=self.aug_index[rows],
-            text=self.text,
             targets=None if self.targets is None else self.targets[rows],
         )
 
@@ -69,8 +69,8 @@ class Batch:
         return self.select(torch.nonzero(self.aug_index == 0).flatten())
 
     def to(self, device: torch.device | str) -> "Batch":
-        return Batch(
-            image_ids=self.image_ids,
+        return replace(
+            self,
             views={k: v.to(device) for k, v in self.views.items()},
             labels=self.labels.to(device),
             aug_index=self.aug_index.to(device),

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import geoopt
 import numpy as np
 import optuna
+import ray
 import torch
 from PIL import Image
 from ray import tune
@@ -37,8 +38,8 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.families.few_shot import Fitting, Setting
 from hypdefect.families.plan import extraction_key
-from hypdefect.features.backbones import get_backbone
-from hypdefect.features.extract import RecipeConfig, extractor_for
+from hypdefect.features.backbones import Backbone, BackboneSpec, SlicedSame, compute_on_one_thread, get_backbone
+from hypdefect.features.extract import RecipeConfig, RegionExtractor, extractor_for
 from hypdefect.features.spec import FeatureKey, FeatureTable, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.files import write_json
@@ -220,13 +221,14 @@ def trials(job: BenchmarkJob) -> list[Row]:
 
 
 def storage(job: BenchmarkJob) -> list[Row]:
-    """Reading the feature store, extracting what is there already, and what Ray Data costs an extraction."""
+    """Reading the store, extracting what is there already, what Ray Data costs, and the network's form on a CPU."""
     with tempfile.TemporaryDirectory() as folder:
         rows = loads(job, Path(folder) / "load")
         requests = generated_images(Path(folder) / "images", job.images)
         with connected():
             rows += extractions(requests, Path(folder) / "twice")
             rows += throughput(requests, Path(folder) / "throughput")
+            rows += forms(job, requests[:8])
     return rows
 
 
@@ -331,6 +333,50 @@ def throughput(requests: list[ImageRequest], home: Path) -> list[Row]:
     note = f"an image; {start - begun:.1f} s to the first {first}, start of the actors included; limit 0.9"
     what = f"extraction by Ray Data, {cores} actors"
     return [Row(what, f"bare loop, {threads} threads", baseline, (end - start) / (last - first), note)]
+
+
+class CopyingBackbone(Backbone):
+    """The network as timm runs it: padded copies, all inputs in one pass."""
+
+    def __init__(self, spec: BackboneSpec) -> None:
+        super().__init__(spec)
+        for parent in list(self.net.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, SlicedSame):
+                    setattr(parent, name, child.conv)
+
+    @torch.inference_mode()
+    def forward(self, pixels: torch.Tensor, region: torch.Tensor | None = None) -> list[torch.Tensor]:
+        return self.maps_of(pixels)
+
+
+class Features:
+    """Ray actor with a heap of its own, as an extraction has: the features of images, in the new form or the old."""
+
+    def __init__(self, *, new: bool) -> None:
+        torch.set_num_threads(1)
+        if new:
+            compute_on_one_thread()
+        spec = get_backbone("efficientnet_lite0")
+        self.extractor = RegionExtractor(Backbone(spec) if new else CopyingBackbone(spec), RecipeConfig())
+
+    def of(self, paths: list[str]) -> tuple[float, np.ndarray]:
+        """CPU seconds an image, and the features."""
+        begun = time.process_time()
+        rows = [torch.cat(list(self.extractor(read_image(Path(path)), None).values())) for path in paths]
+        return (time.process_time() - begun) / len(paths), torch.stack(rows).numpy()
+
+
+def forms(job: BenchmarkJob, requests: list[ImageRequest]) -> list[Row]:
+    """Features on one thread of a CPU, against the same network with padded copies, whole batches and freed pages."""
+    paths = [request.uri for request in requests]
+    actors: list[Any] = [ray.remote(num_cpus=0)(Features).remote(new=new) for new in (False, True)]
+    rounds = [[ray.get(actor.of.remote(paths)) for actor in actors] for _ in range(job.rounds + 1)]
+    slow, fast = (statistics.median(seconds for seconds, _ in runs[1:]) for runs in zip(*rounds, strict=True))
+    (_, before), (_, after) = rounds[0]
+    gap = float(np.abs(after - before).max())
+    note = f"CPU seconds an image; {1 / slow:.1f} -> {1 / fast:.1f} images a CPU second; max difference {gap:.0e}"
+    return [Row("features, one thread", "padded copies, whole batches, freed pages", slow, fast, note)]
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ python jobs/ingest.py --describe: the image sets there are; --describe mtd: one 
 import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,12 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+from hypdefect.command_line import WRITTEN, configure_logging, parse_job, run_job, table_console
 from hypdefect.datasets import DATASETS, get_dataset
 from hypdefect.datasets.card import DatasetCard
 from hypdefect.datasets.ingest import ClassCount, IngestResult, ingest
 from hypdefect.datasets.manifest import manifest_digest, write_manifest
-from hypdefect.datasets.twins import SYMMETRIES, Twin, turn
+from hypdefect.datasets.twins import DOUBTFUL, SYMMETRIES, Twin, turn
 from hypdefect.files import home, write_json, write_table
 from hypdefect.images import Intensity, read_image
 from hypdefect.progress import progress
@@ -46,7 +46,7 @@ class IngestJob:
     """Folder or archive of the image set; default: the place its card names (see --describe)."""
     channels: tuple[int, ...] = ()
     """The one or three channels to use, from 0, of images that are not plain 8-bit; default: grey or RGB as stored."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=WRITTEN)
     """Manifest file to write; default: $HYPDEFECT_HOME/manifests/<dataset>-<digest>.parquet."""
     audit: bool = False
     """Look for near-duplicates (copies, turned ones, several shots of one part), make them groups, and draw some. Later
@@ -80,8 +80,8 @@ def main() -> None:
     else:
         quarantine.unlink(missing_ok=True)
     report(card, result, quarantine, errors)
-    if result.twins is not None:
-        report_twins(result.manifest, result.twins, out.with_name(f"{out.stem}.twins.png"))
+    if result.pairs is not None:
+        report_twins(result.manifest, result.pairs, out.with_name(f"{out.stem}.twins.png"))
     if job.audit:
         from hypdefect.datasets.ingest import note_manifest  # brings torch, which nothing else here waits for
 
@@ -95,7 +95,7 @@ def main() -> None:
             "quarantined": result.quarantine.num_rows,
             "quarantine": str(quarantine) if result.quarantine.num_rows else None,
             "classes": {name: asdict(count) for name, count in result.counts.items()},
-            "twins": None if result.twins is None else twin_summary(result.manifest, result.twins),
+            "twins": None if result.pairs is None else twin_summary(result.manifest, result.pairs),
         }
         write_json(options.json, summary)
     print(out)
@@ -173,7 +173,8 @@ def twin_summary(manifest: pa.Table, twins: Iterable[Twin]) -> dict[str, object]
         "largest group": max((len(files[group]) for group in several), default=0),
         "groups of several classes": sum(len({row["defect"] for row in members[group]}) > 1 for group in several),
         **({"groups in train and test": len(torn), "test images with a twin in train": len(leaked)} if tests else {}),
-        "pairs": dict(sorted(Counter(twin.kind for twin in twins).items())),
+        "pairs": dict(sorted(Counter(twin.kind for twin in twins if twin.accepted).items())),
+        "doubtful pairs": sum(not twin.accepted for twin in twins),
         "images in groups by class": {name: len(ids) for name, ids in sorted(grouped.items())},
     }
 
@@ -185,19 +186,26 @@ def report_twins(manifest: pa.Table, twins: tuple[Twin, ...], picture: Path) -> 
     if twins:
         draw_twins(manifest, twins, picture)
         table.add_row("pairs drawn in", str(picture))
+    table.caption = (
+        f"Doubtful pairs correlate by {DOUBTFUL:.2f} at least, too little to be twins: look at the last row of the "
+        "picture. If it shows one part twice, put the two into one group (a table with a column `group`). Shots from "
+        "another side or scale, or that overlap by less than half, are not found at all."
+    )
     table_console().print(table)
 
 
 def draw_twins(manifest: pa.Table, twins: tuple[Twin, ...], path: Path) -> None:
-    """The strongest (above) and the weakest pairs, the second picture of each turned upon the first."""
-    ordered = sorted(twins, key=lambda twin: -twin.correlation)
+    """The strongest and weakest twins and the strongest doubtful pairs, the second picture turned upon the first."""
+    ordered = sorted((twin for twin in twins if twin.accepted), key=lambda twin: -twin.correlation)
+    doubtful = sorted((twin for twin in twins if not twin.accepted), key=lambda twin: -twin.correlation)
     weakest = ordered[max(SHOWN_PAIRS, len(ordered) - SHOWN_PAIRS) :]
-    figure = Figure(figsize=(4.4 * SHOWN_PAIRS, 5.6), layout="constrained")
-    axes = figure.subplots(2, 2 * SHOWN_PAIRS)
+    figure = Figure(figsize=(4.4 * SHOWN_PAIRS, 8.4), layout="constrained")
+    axes = figure.subplots(3, 2 * SHOWN_PAIRS)
     for panel in axes.flat:
         panel.axis("off")
-    for line, pairs in zip(axes, (ordered[:SHOWN_PAIRS], weakest), strict=True):
+    for line, pairs in zip(axes, (ordered[:SHOWN_PAIRS], weakest, doubtful[:SHOWN_PAIRS]), strict=True):
         for i, twin in enumerate(pairs):
+            kind = twin.kind if twin.accepted else "doubtful"
             for panel, row, symmetry in (
                 (line[2 * i], twin.first, 0),
                 (line[2 * i + 1], twin.second, twin.symmetry),
@@ -205,7 +213,7 @@ def draw_twins(manifest: pa.Table, twins: tuple[Twin, ...], path: Path) -> None:
                 panel.imshow(turn(_pixels(manifest, row).transpose(2, 0, 1), symmetry).transpose(1, 2, 0))
                 panel.set_title(f"{manifest['defect'][row].as_py()}\n{Path(manifest['uri'][row].as_py()).stem}", size=8)
             line[2 * i].text(
-                0, -0.05, f"{twin.kind} {SYMMETRIES[twin.symmetry]}, {twin.correlation:.2f}", size=9, va="top",
+                0, -0.05, f"{kind} {SYMMETRIES[twin.symmetry]}, {twin.correlation:.2f}", size=9, va="top",
                 transform=line[2 * i].transAxes,
             )  # fmt: skip
     figure.savefig(path, dpi=80)

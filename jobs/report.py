@@ -7,14 +7,14 @@ python jobs/report.py --label mtd --out report: one task
 python jobs/report.py --readme README.md: write the results tables between the markers of a Markdown file instead
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
-from hypdefect.command_line import command_line, configure_logging, parse_job, run_job
+from hypdefect.command_line import WRITTEN, command_line, configure_logging, parse_job, run_job
 from hypdefect.distributed.pseudo import stored_start
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.files import home, write_json
@@ -34,9 +34,9 @@ class ReportJob(TaskConfig):
 
     label: str = ""
     """Only this task (data set, or data set and product as `mvtec-bottle`); default: every task of the ledger."""
-    out: Path | None = None
+    out: Path | None = field(default=None, metadata=WRITTEN)
     """Folder of the page; default: $HYPDEFECT_HOME/report."""
-    readme: Path | None = None
+    readme: Path | None = field(default=None, metadata=WRITTEN)
     """Write the tables between the results markers of this Markdown file, and nothing else."""
     peers: int = 0
     """Peers shown of each kind of features in that file, the best at the largest K; 0: all."""

@@ -47,6 +47,7 @@ def main() -> None:
     job, options = parse_job(TrainJob, description=__doc__)
     config = MetaConfig(synthesis=job.synthesis, train=job.train, transform=job.transform, workers=job.workers)
     plan = prepare(few_shot, job)
+    job.transform.part_numbers(plan.num_parts)  # one that is not there: say so before any work
     with connected():
         fill(plan)
         fitting, _ = few_shot.load(plan, home())

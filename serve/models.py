@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from ray import serve
 
 from hypdefect import config, files, registry
 from hypdefect.errors import DataError
+from hypdefect.features.backbones import compute_on_one_thread
 from hypdefect.predictor import Predictor
 from serve.schemas import ModelInfo, ServedModel
 
@@ -29,7 +29,7 @@ class Model:
         self.model = ServedModel(name=entry.name, version=entry.version, alias=alias)
         digests = json.loads((entry.path / registry.CHECKSUMS).read_text())
         self.info = _info(self.predictor, self.model, digests)
-        self.worker = ThreadPoolExecutor(1, "predict", initializer=torch.set_num_threads, initargs=(1,))
+        self.worker = ThreadPoolExecutor(1, "predict", initializer=compute_on_one_thread)
         self.worker.submit(self.predictor.probe).result()
 
     async def describe(self) -> ModelInfo:

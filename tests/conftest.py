@@ -1,6 +1,7 @@
 """What every test shares: an isolated home, checked tensor shapes and one Ray instance per run."""
 
 import os
+import random
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -33,8 +34,18 @@ for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # tests never join a clu
 jaxtyping.install_import_hook("hypdefect", "beartype.beartype")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--order-seed N`: no test may depend on what ran before it."""
+    parser.addoption("--order-seed", type=int, help="run the files, and the tests of each, in the order of this seed")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Quick tests first, then those on the shared Ray instance, then slow and end-to-end ones."""
+    seed = config.getoption("--order-seed")
+    if seed is not None:
+        rng = random.Random(seed)
+        places = {path: rng.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (places[item.path], rng.random()))
     items.sort(key=lambda item: [item.get_closest_marker(mark) is not None for mark in ("e2e", "slow", "ray")])
 
 

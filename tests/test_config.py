@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from hypdefect.command_line import parse_job, run_job
+from hypdefect.command_line import RAY_JOB, TYPED_IN, WRITTEN, parse_job, run_job
 from hypdefect.config import digest, from_mapping, load_yaml, override, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
@@ -331,3 +333,83 @@ def test_a_fault_of_the_program_keeps_its_traceback() -> None:
 
 def test_a_job_that_ends_well_ends_without_an_exit_code() -> None:
     run_job(lambda: None)
+
+
+@pytest.mark.parametrize("job", ["sweep", "ingest"])
+def test_a_reader_that_leaves_early_sees_no_traceback(job: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    script = Path(__file__).parents[1] / "jobs" / f"{job}.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--help"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+    )
+    os.close(writer)
+    assert done.stderr == ""
+    assert done.returncode in (0, 1)
+
+
+# ---- paths -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Places:
+    """A job with a path of every kind."""
+
+    source: Path | None = None
+    several: tuple[Path, ...] = ()
+    result: Path | None = field(default=None, metadata=WRITTEN)
+    backbone: str = "clip:ViT-B-32@laion"
+    deep: Outer = field(default_factory=Outer)
+
+
+TYPED = ["--source", "a", "--several", "b/c", "../d", "--result", "/e/f", "--deep.place", "~/g", "--json", "h.json"]
+
+
+@pytest.mark.parametrize("named", [False, True], ids=["as the current folder", "by the variable"])
+def test_relative_paths_start_where_the_user_typed_them(
+    named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, elsewhere = tmp_path / "typed" / "here", tmp_path / "copy"
+    for folder in (here, elsewhere):
+        folder.mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(elsewhere if named else here)
+    if named:
+        monkeypatch.setenv(TYPED_IN, str(here))
+        monkeypatch.setenv(RAY_JOB, "{}")
+    job, options = parse_job(Places, TYPED)
+    assert job == Places(
+        source=here / "a",
+        several=(here / "b" / "c", tmp_path / "typed" / "d"),
+        result=Path("/e/f"),
+        deep=Outer(place=tmp_path / "g"),
+    )
+    assert options.json == here / "h.json"
+
+
+def test_paths_of_a_config_file_start_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(TYPED_IN, str(tmp_path))
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "c.yaml").write_text("source: images\nseveral: [a.pt, /b.pt]\n")
+    for argv in (["--config", "configs/c.yaml"], ["--config=configs/c.yaml"]):
+        job, options = parse_job(Places, argv)
+        assert job == Places(source=tmp_path / "images", several=(tmp_path / "a.pt", Path("/b.pt")))
+        assert options.config == tmp_path / "configs" / "c.yaml"
+
+
+@pytest.mark.parametrize("typed_in", [None, "/a/folder/of/another/machine"])
+def test_a_job_in_a_copy_reads_what_the_copy_has_and_refuses_the_rest(
+    typed_in: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(RAY_JOB, "{}")
+    if typed_in:
+        monkeypatch.setenv(TYPED_IN, typed_in)
+    (tmp_path / "here").touch()
+    assert parse_job(Places, ["--source", "here"])[0].source == tmp_path / "here"
+    with pytest.raises(ConfigError, match=r"away: this Ray job runs in a copy .* the copy does not have it"):
+        parse_job(Places, ["--source", "away"])
+    for flag in ("--result", "--json"):
+        with pytest.raises(ConfigError, match=r"here: this Ray job runs in a copy .* vanishes"):
+            parse_job(Places, [flag, "here"])
+        parse_job(Places, [flag, "/absolute"])

@@ -42,7 +42,9 @@ def picture(kind: int, tile: int) -> tuple[np.ndarray, np.ndarray]:
 class Fitted:
     """A classifier with all that made it, before it is saved."""
 
-    def __init__(self, method: str, uses_mask: bool = True, narrow: int = 0) -> None:
+    def __init__(
+        self, method: str, uses_mask: bool = True, narrow: int = 0, transform: TransformConfig | None = None
+    ) -> None:
         self.uses_mask = uses_mask
         self.extractor = RegionExtractor(Backbone(get_backbone("tiny_random")), RECIPE)
         normals = {view: [] for view in VIEWS}  # type: ignore[var-annotated]
@@ -51,14 +53,15 @@ class Fitted:
                 normals[view].append(rows.numpy())
         stacked = {view: np.concatenate(rows) for view, rows in normals.items()}
         block_dims, shape_dims = dims_of(get_backbone("tiny_random"), RECIPE)
-        self.transform = FeatureTransform.fit(stacked, block_dims, TransformConfig(), shape_dims)
+        config = transform or TransformConfig()
+        self.transform = FeatureTransform.fit(stacked, block_dims, config, shape_dims)
         if narrow:
             generator = torch.Generator().manual_seed(0)
             size = sum(block_dims) - shape_dims
             projection = {view: torch.randn(size, narrow, generator=generator) for view in VIEWS}
             mean = {view: torch.randn(size, generator=generator) / size for view in VIEWS}
             self.transform = self.transform.projected(projection, mean)
-        self.run = RunConfig(name=method, method=CONFIGS.get(method, {}))
+        self.run = RunConfig(name=method, method=CONFIGS.get(method, {}), transform=config)
         self.classifier = self.run.model(self.transform.dim)
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
@@ -67,6 +70,7 @@ class Fitted:
             views={view: torch.cat([row[view] for row in rows]) for view in VIEWS},
             labels=torch.tensor([kind for kind, _ in shots]),
             aug_index=torch.zeros(9, dtype=torch.long),
+            shape_dims=self.transform.shape_dims,
         )
         self.classifier.adapt(support, 3)
 
@@ -112,6 +116,47 @@ def test_loaded_is_equal_to_saved(fitted: Fitted, tmp_path: Path) -> None:
         assert list(found.probabilities.values()) == expected.softmax(1)[0].tolist()
         assert found.label == CLASSES[int(expected.argmax())]
         assert found.region == "mask"
+
+
+@pytest.mark.parametrize("method", ["hypdfs", "prototype", "logistic_regression"])
+def test_parts_and_centre_are_published_with_the_model(method: str, tmp_path: Path) -> None:
+    chosen = Fitted(method, transform=TransformConfig(parts="1", centring="supports"))
+    chosen.save(tmp_path)
+    loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
+    assert loaded.transform.parts == (1,)
+    assert loaded.card.run == chosen.run
+    image, mask = picture(1, 50)
+    batch = row_batch(chosen.transform(chosen.extractor(image, mask)))
+    assert torch.equal(loaded.logits(image, mask)[None], chosen.classifier.logits(batch))
+    for other in (TransformConfig(parts="1"), TransformConfig(centring="supports")):
+        Fitted(method, transform=other).save(tmp_path / "other")
+        different = Predictor.load(tmp_path / "other")
+        assert isinstance(different, ClassPredictor)
+        assert not torch.allclose(different.logits(image, mask), loaded.logits(image, mask))
+
+
+def test_a_model_from_before_parts_and_centring_answers_the_same(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    fitted_prototype.save(tmp_path)
+    card = json.loads((tmp_path / "model.json").read_text())
+    del card["run"]["transform"]["parts"], card["run"]["transform"]["centring"]
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    write_checksums(tmp_path)
+    image, mask = picture(1, 50)
+    batch = row_batch(fitted_prototype.transform(fitted_prototype.extractor(image, mask)))
+    loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
+    assert torch.equal(loaded.logits(image, mask)[None], fitted_prototype.classifier.logits(batch))
+
+
+def test_a_centred_model_without_its_centre_is_refused(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    fitted_prototype.save(tmp_path)
+    card = json.loads((tmp_path / "model.json").read_text())
+    card["run"]["transform"]["centring"] = "supports"
+    (tmp_path / "model.json").write_text(json.dumps(card))
+    write_checksums(tmp_path)
+    with pytest.raises(ArtifactError, match="no centre/VIEW"):
+        Predictor.load(tmp_path)
 
 
 def test_features_are_those_of_the_store(fitted: Fitted, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from hypdefect.datasets.manifest import (
     validate_manifest,
     write_manifest,
 )
-from hypdefect.datasets.twins import Twin, find_manifest_twins, unite
+from hypdefect.datasets.twins import Twin, find_manifest_pairs, unite
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.files import home, replaced_file, sha256, write_json, write_table
 from hypdefect.images import (
@@ -71,8 +71,13 @@ class IngestResult:
     manifest: pa.Table
     quarantine: pa.Table
     counts: dict[str, ClassCount]
-    twins: tuple[Twin, ...] | None = None
-    """Near-duplicates, by rows of the manifest; None where nothing looked for them."""
+    pairs: tuple[Twin, ...] | None = None
+    """Near-duplicates and doubtful pairs, by rows of the manifest; None where nothing looked for them."""
+
+    @property
+    def twins(self) -> tuple[Twin, ...] | None:
+        """The near-duplicates."""
+        return None if self.pairs is None else tuple(pair for pair in self.pairs if pair.accepted)
 
 
 def ingest(
@@ -142,15 +147,15 @@ def ingest(
     manifest = pa.Table.from_pylist(records, schema=MANIFEST_SCHEMA)
     if card.group is not None:
         manifest = _with_groups(manifest, card.group(manifest))
-    twins = find_manifest_twins(manifest, progress) if audit or card.always_audit else None
-    if twins is not None:
-        manifest = _with_groups(manifest, unite(manifest, twins))
+    pairs = find_manifest_pairs(manifest, progress) if audit or card.always_audit else None
+    if pairs is not None:
+        manifest = _with_groups(manifest, unite(manifest, pairs))
     validate_manifest(manifest)
     quarantine = pa.Table.from_pylist(
         [{"uri": str(row.path), "reason": reason} for row, reason in rejected], schema=QUARANTINE_SCHEMA
     )
     logger.info("dataset %s: %d images, %d quarantined, root %s", name, manifest.num_rows, quarantine.num_rows, root)
-    return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)), twins)
+    return IngestResult(manifest, quarantine, _counts(manifest, Counter(row.defect for row, _ in rejected)), pairs)
 
 
 def _with_groups(manifest: pa.Table, groups: list[str]) -> pa.Table:

@@ -125,7 +125,7 @@ def select(
     entrants: Sequence[Entrant],
     settings: Mapping[int, Any],
     *,
-    episodes: int,
+    episodes: Mapping[int, int],
     twins: bool = True,
     progress: Progress | None = None,
 ) -> list[Selected]:
@@ -136,14 +136,16 @@ def select(
 
     Args:
         settings: of each K.
-        episodes: validation problems of each configuration; 0 takes the first of every entrant as it is.
+        episodes: validation problems of each configuration at each K; 0 takes the first of every entrant as it is.
         twins: also give the c = 0 twin of each choice whose method has one and whose entrant is no variant itself.
     """
     jobs = [(k_shot, entrant) for k_shot in settings for entrant in entrants]
     trials: dict[ray.ObjectRef, tuple[int, Entrant, RunConfig]] = {}
-    for k_shot, entrant in jobs if episodes else ():
-        for run in entrant.candidates:
-            reference = _VALIDATE.remote(features.of(run)[0], run, settings[k_shot], range(episodes), features.start)
+    for k_shot, entrant in jobs:
+        for run in entrant.candidates if episodes[k_shot] else ():
+            reference = _VALIDATE.remote(
+                features.of(run)[0], run, settings[k_shot], range(episodes[k_shot]), features.start
+            )
             trials[reference] = (k_shot, entrant, run)
     validated = _gathered(list(trials), progress)
     selected: list[Selected] = []
@@ -218,25 +220,29 @@ def compare(
     settings: Mapping[int, Any],
     draws: int,
     *,
-    episodes: int,
+    episodes: int | Mapping[int, int],
     start: Any = None,
     twins: bool = True,
     progress: Progress | None = None,
 ) -> list[Scored]:
     """`select`, then `score_selected`, on the same features.
 
+    Args:
+        episodes: as for `select`; a number is that of every K.
+
     Raises:
         DataError: too little for a validation problem. NumericsError: a chosen configuration failed on a draw.
     """
     features = SharedFeatures(fitting, start)
-    trials = len(settings) * sum(len(entrant.candidates) for entrant in entrants) if episodes else 0
+    of_each = dict.fromkeys(settings, episodes) if isinstance(episodes, int) else episodes
+    trials = sum(n > 0 for n in of_each.values()) * sum(len(entrant.candidates) for entrant in entrants)
     rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
     total = trials + len(settings) * rows * math.ceil(draws / CHUNK)
     selected = select(
         features,
         entrants,
         settings,
-        episodes=episodes,
+        episodes=of_each,
         twins=twins,
         progress=progress and (lambda done, _: progress(done, total)),
     )

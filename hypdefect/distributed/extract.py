@@ -19,7 +19,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from hypdefect.distributed.cluster import num_workers
 from hypdefect.errors import DataError
 from hypdefect.families.plan import Plan, image_requests
-from hypdefect.features.backbones import BackboneSpec
+from hypdefect.features.backbones import BackboneSpec, compute_on_one_thread
 from hypdefect.features.extract import FULL_REGION, Prepared, extractor_for
 from hypdefect.features.prompts import embed_prompts
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
@@ -44,7 +44,7 @@ class Extractor:
     """Ray Data actor: features of a batch of images, committed to the store as one part."""
 
     def __init__(self, home: str, key: FeatureKey, spec: BackboneSpec) -> None:
-        torch.set_num_threads(1)
+        compute_on_one_thread()
         device = "cuda" if torch.cuda.is_available() else "cpu"
         assert key.recipe is not None  # imported features are never extracted
         self.extractor = extractor_for(spec, key.recipe, device)

@@ -118,7 +118,7 @@ def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: s
         "feature_key": plan.key.digest,
         "images": digest([pool.image_ids.tolist(), pool.labels.tolist()]),
         "normals": digest(list(plan.normal_ids)),
-        "transform": to_mapping(config.transform),
+        "transform": config.transform.identity(),
         "train": to_mapping(config.train),
     }
 

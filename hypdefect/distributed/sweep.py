@@ -20,7 +20,7 @@ from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, score
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.tune import SearchConfig, finished, search
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, best, metric_name
+from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, best, metric_name, with_parts
 from hypdefect.families import Family, get_family
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.files import home, write_json, write_table
@@ -123,9 +123,7 @@ def named(job: Job) -> Job:
         name = job.name or f"{task.title}-{time.strftime('%Y%m%d-%H%M%S')}"
         if (sweeps / name / "sweep.json").exists():
             raise ConfigError(f"sweep {name!r} exists; continue it with --resume or choose another --name")
-        # a resumed sweep may be started in another folder
-        changes: dict[str, Any] = {"name": name, "root": _absolute(task.root), "init": _absolute(job.init)}
-        return replace(job, trials=job.trials or TRIALS, **changes)
+        return replace(job, name=name, trials=job.trials or TRIALS)
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], task)}
     name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
@@ -142,10 +140,6 @@ def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
     return stored["dataset"] == task.dataset and stored.get("product", "") == task.product
 
 
-def _absolute(path: Path | None) -> Path | None:
-    return path and path.expanduser().absolute()
-
-
 def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sweep:
     """Run, or continue, a sweep that `named` gave a name.
 
@@ -158,15 +152,17 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     begun = time.monotonic()
     family = get_family(base.name)
     plan = prepare(family, job)
+    family.check(plan, family.setting(job))
+    if start is None:  # what was learned belongs to the parts it was trained on
+        space = with_parts(space, plan.searched_parts)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
     fitting, reported = family.load(plan, home())
-    family.check(fitting, family.setting(job))
     write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
     ready = time.monotonic()
     trials = run_search(job, family, fitting, space, base, start, workers)
     searched = time.monotonic()
-    choice = select(job, family, fitting, base, trials, start)
+    choice = select(job, family, plan, fitting, base, trials, start)
     outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
     entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
     seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
@@ -212,11 +208,13 @@ def run_search(
     )
 
 
-def select(job: Any, family: Family, fitting: Any, base: RunConfig, trials: list[TrialResult], start: Any) -> Choice:
+def select(
+    job: Any, family: Family, plan: Any, fitting: Any, base: RunConfig, trials: list[TrialResult], start: Any
+) -> Choice:
     """The winning trial and the best reference, each by fresh validation episodes."""
     finalists = trials[: max(1, job.finalists)]
     candidates = [override(base, t.params) for t in finalists]
-    references = list(family.references(job))
+    references = list(family.references(plan, job))
     counts = (len(candidates), len(references), job.episodes)
     logger.info("selection: %d finalists and %d references on %d fresh episodes", *counts)
     numbers = range(job.episodes, 2 * job.episodes)

@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates
+from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, with_parts
 from hypdefect.families import few_shot
 from hypdefect.families.episodic import MetaConfig, load_start
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
@@ -102,6 +102,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     rows: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     plans = planned(job)
+    episodes = validation_episodes(job, plans, fixed=fixed is not None)
     run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=study) for study in ("main", CEILING))
     fill(*plans)
     ready = time.monotonic()
@@ -113,10 +114,10 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
             scored = compare(
                 fitting,
                 reported,
-                fixed or entrants(job, spaces, start),
+                fixed or entrants(job, spaces, start, plan.searched_parts),
                 settings(job),
                 1 if job.protocol == "first" else job.draws,
-                episodes=0 if fixed or not job.trials else job.episodes,
+                episodes=episodes,
                 start=start,
                 progress=advance,
             )
@@ -138,8 +139,26 @@ def planned(job: EvaluateConfig) -> list[TaskPlan]:
     """The task at each partition, every K possible on all of them."""
     most = replace(job, k_shot=max(job.shots))
     first = prepare(few_shot, most)
+    for transform in (job.transform, job.meta.transform):
+        transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
     numbers = range(job.partition + 1, job.partition + job.partitions)
     return [first, *(few_shot.plan(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
+
+
+def validation_episodes(job: EvaluateConfig, plans: Sequence[TaskPlan], fixed: bool) -> dict[int, int]:
+    """Validation episodes at each K: none where nothing is to be chosen, or where some pool has no image left for one.
+
+    An official split may have exactly K images of a class in its pool: every method then runs with its defaults.
+    """
+    counts = dict.fromkeys(job.shots, 0 if fixed or not job.trials else job.episodes)
+    for k, setting in settings(job).items() if any(counts.values()) else ():
+        try:
+            for plan in plans:
+                few_shot.check(plan, setting)
+        except DataError as error:
+            logger.warning("K = %d: %s. Nothing can be validated: every method runs with its defaults", k, error)
+            counts[k] = 0
+    return counts
 
 
 def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart | None:
@@ -153,7 +172,7 @@ def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart
         return None
 
 
-def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None) -> list[Entrant]:
+def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searched_parts: int = 1) -> list[Entrant]:
     """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
 
     Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
@@ -164,7 +183,8 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None) -> li
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        rows.append(Entrant(candidates=candidates(base, spaces(name), job.trials, job.seed)))
+        space = with_parts(spaces(name), searched_parts)
+        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
         method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None

@@ -43,11 +43,11 @@ class Family(Protocol):
         """The setting of a job's configuration."""
         ...
 
-    def check(self, fitting: Any, setting: Any) -> None:
-        """Raise DataError where no validation problem can be made."""
+    def check(self, plan: Any, setting: Any) -> None:
+        """Raise DataError where no validation problem can be made; before any feature exists."""
         ...
 
-    def references(self, config: Any) -> tuple[RunConfig, ...]:
+    def references(self, plan: Any, config: Any) -> tuple[RunConfig, ...]:
         """Configurations of the plain method that a winner is compared with."""
         ...
 

@@ -27,10 +27,11 @@ from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_su
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
 from hypdefect.features.imported import Imported, card_of
 from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
-from hypdefect.features.spec import ImageRequest
+from hypdefect.features.spec import FeatureTable, ImageRequest
 from hypdefect.features.store import FeatureStore
-from hypdefect.features.transform import FeatureTransform, TransformConfig
+from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformConfig, part_choices
 from hypdefect.methods import get_method
+from hypdefect.methods.centred import centred, row_means
 from hypdefect.metrics import calibration_error
 from hypdefect.predictor import ClassPredictor as Predictor
 from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
@@ -186,9 +187,19 @@ def setting(config: Any) -> Setting:
     return Setting(k_shot=config.k_shot, seed=config.seed, split=config.split)
 
 
-def check(fitting: Fitting, setting: Setting) -> None:
-    """Raises DataError where a class has too few images for a validation episode."""
-    sample_episode(fitting.pool, setting.episodes, 0)
+def check(plan: TaskPlan, setting: Setting) -> None:
+    """Raises DataError where a class of the pool has too few images (or groups) for a validation episode."""
+    columns = (plan.manifest[c].to_pylist() for c in ("image_id", "defect", "group_id"))
+    about = {i: (defect, group or i) for i, defect, group in zip(*columns, strict=True)}
+    ids = np.array(plan.pool_ids)
+    outline = LabelledFeatures(
+        class_names=plan.classes,
+        image_ids=ids,
+        labels=np.array([plan.classes.index(about[i][0]) for i in plan.pool_ids]),
+        groups=np.array([about[i][1] for i in plan.pool_ids]),
+        table=FeatureTable(image_ids=ids, aug_index=np.zeros(len(ids), np.int64), views={}),
+    )
+    sample_episode(outline, setting.episodes, 0)
 
 
 def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> TaskPlan:
@@ -301,17 +312,23 @@ def _behind(features: LabelledFeatures, transform: FeatureTransform) -> Labelled
     return replace(features, table=transform.table(features.table), text=text)
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
-    """Nearest prototypes: both metrics, three ways to whiten, without and with copies."""
+def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
+    """Nearest prototypes: both metrics, three whitenings, without and with copies, each part of imported features."""
     return tuple(
         RunConfig(
             name="prototype",
             method={"metric": metric},
-            transform=TransformConfig(whitening=whitening),
+            transform=TransformConfig(whitening=whitening, parts=parts, centring=centring),
             support_copies=copies,
             pretrained=False,  # it has no weights
         )
-        for metric, whitening, copies in product(("cosine", "euclidean"), (None, 3.0, 0.1), (0, config.copies))
+        for metric, whitening, copies, parts, centring in product(
+            ("cosine", "euclidean"),
+            (None, 3.0, 0.1),
+            (0, config.copies),
+            part_choices(plan.searched_parts),
+            CENTRINGS if plan.searched_parts > 1 else CENTRINGS[:1],
+        )
     )
 
 
@@ -321,6 +338,8 @@ def twin(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> Ru
     if flat_twin is None:
         return None
     batch = fitting.pool.batch(np.arange(len(fitting.pool)))
+    if run.transform.centring == "supports":  # the pool lies round its mean as a task's rows round theirs
+        batch = centred(batch, row_means(batch))
     weights = start.weights(run) if start else None
     return replace(run, method=flat_twin(run.method, fitting.dim, batch, weights))
 

@@ -98,6 +98,16 @@ class Plan:
         raise NotImplementedError  # a family says which
 
     @property
+    def num_parts(self) -> int:
+        """Parts of a feature, which `transform.parts` numbers: its blocks but that of the region's shape."""
+        return len(self.key.block_dims) - (self.key.shape_dims > 0)
+
+    @property
+    def searched_parts(self) -> int:
+        """Parts that a search chooses from: those of imported features; 1 where the blocks are one recipe's."""
+        return self.num_parts if self.imported else 1
+
+    @property
     def prompts(self) -> list[str]:
         """Texts whose features the task needs beside those of images."""
         return []

@@ -12,6 +12,7 @@ A name says where features come from: an entry of `BACKBONES`, or `FAMILY:ARCHIT
 initialises by seed 0, for tests. A file already in the hub's cache is used without asking the network.
 """
 
+import ctypes
 import functools
 import importlib.util
 import itertools
@@ -23,6 +24,7 @@ from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -35,11 +37,15 @@ from hypdefect.features import torchvision_ops as torchvision_ops  # declares mi
 from hypdefect.files import file_sha256
 
 import timm  # isort: skip
-from timm.layers import BatchNormAct2d  # isort: skip
+from timm.layers import BatchNormAct2d, Conv2dSame, get_same_padding  # isort: skip
 
 Family = Literal["timm", "patchcore", "openclip", "alphaclip"]
 FAMILIES: tuple[Family, ...] = ("timm", "patchcore", "openclip", "alphaclip")
 PROBE_SIDE = 224
+CPU_BATCH = 2
+"""Inputs of one pass of a mobile network on a CPU: their maps stay in the cache, and below the allocator's limits."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEPT_BYTES = 2**30
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -229,6 +235,19 @@ def normalised(pixels: Float[Tensor, "N 3 H W"], spec: BackboneSpec) -> Float[Te
     return (pixels - mean) / std
 
 
+def compute_on_one_thread() -> None:
+    """Set this process up for forward passes on one core: one thread, and freed maps are kept for the next layer.
+
+    By default glibc gives blocks of some megabytes back to the system when they are freed. The next layer faults the
+    same pages in again, up to a third of a pass. Other C libraries have no `mallopt` and are left as they are.
+    """
+    torch.set_num_threads(1)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+
+
 class Backbone(nn.Module):
     """A frozen timm network that returns the maps of its `layers` and its head map, batch-norms folded."""
 
@@ -245,6 +264,7 @@ class Backbone(nn.Module):
             else:
                 load_by_name(self.net, state, spec)
         fold_batch_norms(self.net.eval())
+        pad_by_slicing(self.net)
         self.requires_grad_(False).eval()
         self.net = self.net.to(memory_format=torch.channels_last)
 
@@ -253,6 +273,13 @@ class Backbone(nn.Module):
         self, pixels: Float[Tensor, "N 3 H W"], region: Float[Tensor, "N H2 W2"] | None = None
     ) -> list[Float[Tensor, "N _ _ _"]]:
         """Feature maps of RGB pixels in [0, 1]; `region` is for backbones that see it (AlphaCLIP), not for these."""
+        mobile = hasattr(self.net, "conv_head")  # much memory moved for little arithmetic
+        size = CPU_BATCH if mobile and pixels.device.type == "cpu" else len(pixels)
+        parts = [self.maps_of(part) for part in pixels.split(size)]
+        return [torch.cat(maps) for maps in zip(*parts, strict=True)]
+
+    def maps_of(self, pixels: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
+        """Feature maps of one pass through the network."""
         x = normalised(pixels, self.spec).contiguous(memory_format=torch.channels_last)
         layers = list(self.spec.layers)
         if self.spec.family == "patchcore":
@@ -415,3 +442,35 @@ def fold_batch_norms(net: nn.Module) -> None:
             plain.load_state_dict(norm.state_dict())
             setattr(parent, conv_name, fuse_conv_bn_eval(conv, plain.eval()))
             setattr(parent, norm_name, nn.Sequential(norm.drop, norm.act))
+
+
+class SlicedSame(nn.Module):
+    """A convolution with TensorFlow's SAME padding that makes no padded copy of its input on a CPU; equal bit for bit.
+
+    PyTorch pads both ends alike, SAME the far end by one more where the total is odd. The convolution then pads one
+    stride more at both ends, and its first output is dropped. The copy would be the largest tensor of the network.
+    """
+
+    def __init__(self, conv: Conv2dSame) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Float[Tensor, "N C H W"]) -> Float[Tensor, "N _ _ _"]:
+        conv = self.conv
+        if x.device.type != "cpu":
+            padded: Tensor = conv(x)
+            return padded
+        sizes = zip(x.shape[2:], conv.kernel_size, conv.stride, conv.dilation, strict=True)
+        totals = [get_same_padding(*size) for size in sizes]
+        odd = [total % 2 for total in totals]
+        padding = [total // 2 + extra * stride for total, extra, stride in zip(totals, odd, conv.stride, strict=True)]
+        y = F.conv2d(x, conv.weight, conv.bias, conv.stride, padding, conv.dilation, conv.groups)
+        return y[:, :, odd[0] :, odd[1] :].contiguous(memory_format=torch.channels_last)
+
+
+def pad_by_slicing(net: nn.Module) -> None:
+    """Replace each convolution that copies its input in order to pad it."""
+    for parent in list(net.modules()):
+        for name, conv in list(parent.named_children()):
+            if isinstance(conv, Conv2dSame):
+                setattr(parent, name, SlicedSame(conv))

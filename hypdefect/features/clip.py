@@ -29,7 +29,7 @@ ALPHA_MEAN, ALPHA_STD = 0.5, 0.26
 
 
 def describe(name: str, family: str, architecture: str, weights: str) -> BackboneSpec:
-    """The spec of an OpenCLIP or AlphaCLIP name (see `hypdefect.backbones`), its weight file not yet hashed.
+    """The spec of an OpenCLIP or AlphaCLIP name (see `features.backbones`), its weight file not yet hashed.
 
     `architecture` is a name that OpenCLIP knows or a JSON file in its configuration format. AlphaCLIP was trained from
     OpenAI's weights, whose activation OpenCLIP calls quickgelu: `alphaclip:ViT-L-14` means `ViT-L-14-quickgelu`.

@@ -87,7 +87,8 @@ def import_features(paths: Sequence[Path], home: Path, name: str = "") -> Import
     """Read feature files and store them; the same files again change nothing.
 
     Args:
-        paths: one file, or the parts of one set (`train.pt valid.pt`: a split is then read from the file names).
+        paths: one file, or the parts of one set, whose split is then read from the file names (`a_train.pt a_test.pt`,
+            `support.pt query.pt`).
         name: name of the set; default the first file's.
 
     Raises:
@@ -191,7 +192,8 @@ def _store(store: FeatureStore, ids: list[str], features: np.ndarray, copies: in
 
 
 def _split_of(path: Path) -> str:
-    for split, words in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test", "query"))):
+    names = {"train": ("train", "support"), "val": ("val", "valid"), "test": ("test", "query")}
+    for split, words in names.items():
         if any(word in re.split(r"[^a-z]+", path.stem.lower()) for word in words):
             return split
     return ""

@@ -83,11 +83,15 @@ class ImageRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTable:
-    """Features in memory, one row per RowKey: `views[name]` is `[N, D]` float32 in the order of `image_ids`."""
+    """Features in memory, one row per RowKey: `views[name]` is `[N, D]` float32 in the order of `image_ids`.
+
+    The last `shape_dims` numbers of a transformed view describe the region's shape.
+    """
 
     image_ids: np.ndarray
     aug_index: np.ndarray
     views: dict[str, np.ndarray]
+    shape_dims: int = 0
 
     def __len__(self) -> int:
         return len(self.image_ids)
@@ -102,6 +106,7 @@ class FeatureTable:
             image_ids=self.image_ids[rows],
             aug_index=self.aug_index[rows],
             views={k: v[rows] for k, v in self.views.items()},
+            shape_dims=self.shape_dims,
         )
 
     def batch(self, rows: np.ndarray, label_of: Mapping[str, int]) -> Batch:
@@ -112,4 +117,5 @@ class FeatureTable:
             views={k: torch.from_numpy(v[rows]) for k, v in self.views.items()},
             labels=torch.tensor([label_of[i] for i in ids], dtype=torch.long),
             aug_index=torch.from_numpy(self.aug_index[rows].astype(np.int64)),
+            shape_dims=self.shape_dims,
         )

@@ -4,8 +4,10 @@ Shapes: N rows, D features of one view, M normal images.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,9 +15,18 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from hypdefect.config import to_mapping
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.features.spec import FeatureTable
 from hypdefect.types import VIEWS
+
+Centring = Literal["none", "supports"]
+CENTRINGS: tuple[Centring, ...] = ("none", "supports")
+
+
+def part_choices(num_parts: int) -> list[str | None]:
+    """What a search tries of features of several parts: all of them side by side, and each alone."""
+    return [None, *map(str, range(num_parts))] if num_parts > 1 else [None]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +39,10 @@ class TransformConfig:
     """Normal images used to fit it."""
     shape_weight: float = 0.1
     """Factor of the region's shape descriptors in a row of both views together, whose views have unit norm."""
+    parts: str | None = None
+    """Numbers, from 0, of the parts (blocks) of a feature that count, in rising order: "0", "0+2"; None: all."""
+    centring: Centring = "none"
+    """supports: each task also subtracts the mean of its support rows from every view and scales it to unit norm."""
 
     def __post_init__(self) -> None:
         if self.whitening is not None and not self.whitening > 0:
@@ -36,18 +51,46 @@ class TransformConfig:
             raise ConfigError(f"transform.max_normals must not be negative, got {self.max_normals}")
         if not 0 <= self.shape_weight < math.inf:
             raise ConfigError(f"transform.shape_weight must be finite and not negative, got {self.shape_weight}")
+        if self.parts is not None:
+            if not re.fullmatch(r"[0-9]+(\+[0-9]+)*", self.parts):
+                raise ConfigError(f'transform.parts is written "0" or "0+2", got {self.parts!r}')
+            numbers = [int(number) for number in self.parts.split("+")]
+            if sorted(set(numbers)) != numbers:
+                raise ConfigError(f"transform.parts must rise and name no part twice, got {self.parts!r}")
+
+    def part_numbers(self, num_parts: int) -> tuple[int, ...]:
+        """The parts that count, of features that have so many.
+
+        Raises:
+            ConfigError: one is named that the features do not have.
+        """
+        if self.parts is None:
+            return tuple(range(num_parts))
+        numbers = tuple(int(number) for number in self.parts.split("+"))
+        if numbers[-1] >= num_parts:
+            raise ConfigError(
+                f"transform.parts={self.parts!r}: these features have {num_parts} part{'s'[: num_parts > 1]}, "
+                "numbered from 0"
+            )
+        return numbers
+
+    def identity(self) -> dict[str, Any]:
+        """Plain values for a digest: that of a configuration from before `parts` and `centring` stays what it was."""
+        neutral = {"parts": None, "centring": "none"}
+        return {k: v for k, v in to_mapping(self).items() if k not in neutral or v != neutral[k]}
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureTransform:
     """Centre and whiten each block by the normal images, L2-normalise it, scale each view to unit norm.
 
-    The region's shape descriptors, where features end with some (D = E + S), take no part in that: they are weighted
-    and follow. Without normals the transform only normalises.
+    The region's shape descriptors, where features end with some, take no part in that: they are weighted and follow.
+    Blocks that do not count are left out. Without normals the transform only normalises.
 
     `tensors` holds "VIEW/mean" `[E]`, "VIEW/i", the symmetric whitening matrix of block i, and "shape" `[S]`, the
-    weight of each descriptor; where a representation was meta-trained on these very features also "VIEW/projection"
-    `[E, d]` and "VIEW/projection_mean" `[E]`.
+    weight of each descriptor; where only some blocks count also "parts", their numbers; where a representation was
+    meta-trained on these very features also "VIEW/projection" `[E, d]` and "VIEW/projection_mean" `[E]`. E is the
+    length of the blocks that count.
     """
 
     block_dims: tuple[int, ...]
@@ -58,10 +101,21 @@ class FeatureTransform:
         return len(self.tensors["shape"]) if "shape" in self.tensors else 0
 
     @property
+    def parts(self) -> tuple[int, ...]:
+        """Numbers of the blocks that count."""
+        if "parts" in self.tensors:
+            return tuple(self.tensors["parts"].tolist())
+        return tuple(range(len(self.block_dims) - (self.shape_dims > 0)))
+
+    @property
     def dim(self) -> int:
         """Length of a transformed row of one view."""
         projections = [x for name, x in self.tensors.items() if name.endswith("/projection")]
-        return projections[0].shape[1] + self.shape_dims if projections else sum(self.block_dims)
+        return (projections[0].shape[1] if projections else self._embedded) + self.shape_dims
+
+    @property
+    def _embedded(self) -> int:
+        return sum(self.block_dims[i] for i in self.parts)
 
     @classmethod
     def fit(
@@ -78,19 +132,26 @@ class FeatureTransform:
             shape_dims: length of the last block where it describes the region's shape, else 0.
 
         Raises:
+            ConfigError: a part is to count that the features do not have.
             DataError: whitening by normals that are all alike.
         """
         tensors: dict[str, Tensor] = {}
         embedded = list(block_dims[:-1] if shape_dims else block_dims)
+        parts = config.part_numbers(len(embedded))
+        if len(parts) < len(embedded):
+            tensors["parts"] = torch.tensor(parts)
         if shape_dims:
             tensors["shape"] = torch.full((shape_dims,), config.shape_weight / len(VIEWS) ** 0.5)
         if normals is not None and min(len(next(iter(normals.values()))), config.max_normals) >= 10:
             for view, values in normals.items():
                 x = torch.from_numpy(values[: config.max_normals, : sum(embedded)]).double()
-                tensors[f"{view}/mean"] = x.mean(0).float()
+                mean = x.mean(0)
+                means, blocks = mean.split(embedded), (x - mean).split(embedded, dim=1)
+                tensors[f"{view}/mean"] = torch.cat([means[i] for i in parts]).float()
                 if config.whitening is None:
                     continue
-                for i, block in enumerate((x - x.mean(0)).split(embedded, dim=1)):
+                for i in parts:
+                    block = blocks[i]
                     covariance = block.T @ block / (len(block) - 1)
                     ridge = config.whitening * covariance.diagonal().mean()
                     if not ridge > 0:
@@ -109,8 +170,17 @@ class FeatureTransform:
         """The same transform, the unit rows of each view then centred, mapped and scaled to unit norm again.
 
         The shape descriptors follow as they did. Without a view in `projection` nothing changes.
+
+        Raises:
+            ConfigError: the projection was trained on features of another length, as on other parts.
         """
         assert projection.keys() == mean.keys()
+        for view, matrix in projection.items():
+            if len(matrix) != self._embedded:
+                raise ConfigError(
+                    f"the meta-trained projection reads {len(matrix)} numbers of view {view!r}, parts "
+                    f"{'+'.join(map(str, self.parts))} have {self._embedded}: use the transform it was trained behind"
+                )
         added = {f"{view}/projection": matrix for view, matrix in projection.items()}
         added |= {f"{view}/projection_mean": row for view, row in mean.items()}
         return FeatureTransform(self.block_dims, self.tensors | added)
@@ -122,11 +192,12 @@ class FeatureTransform:
     def _view(self, view: str, x: Float[Tensor, "N D"]) -> Float[Tensor, "N d"]:
         blocks = list(x.split(list(self.block_dims), dim=1))
         shape = [blocks.pop() * self.tensors["shape"]] if self.shape_dims else []
+        blocks = [blocks[i] for i in self.parts]
         if f"{view}/mean" in self.tensors:
             lengths = [block.shape[1] for block in blocks]
             blocks = list((torch.cat(blocks, 1) - self.tensors[f"{view}/mean"]).split(lengths, dim=1))
-        for i, block in enumerate(blocks):
-            matrix = self.tensors.get(f"{view}/{i}")
+        for i, (part, block) in enumerate(zip(self.parts, blocks, strict=True)):
+            matrix = self.tensors.get(f"{view}/{part}")
             blocks[i] = normalize(block if matrix is None else block @ matrix, dim=1)
         out = torch.cat(blocks, 1) / len(blocks) ** 0.5
         if f"{view}/projection" in self.tensors:
@@ -149,10 +220,11 @@ class FeatureTransform:
             raise DataError(f"text embeddings have {text.shape[1]} numbers, features {sum(embedded)}: another space")
         views = []
         for view in VIEWS:
-            x = text - text.mean(0) if f"{view}/mean" in self.tensors else text
-            blocks = list(x.split(embedded, dim=1))
-            for i, block in enumerate(blocks):
-                matrix = self.tensors.get(f"{view}/{i}")
+            blocks = [list(text.split(embedded, dim=1))[part] for part in self.parts]
+            if f"{view}/mean" in self.tensors:
+                blocks = [block - block.mean(0) for block in blocks]
+            for i, (part, block) in enumerate(zip(self.parts, blocks, strict=True)):
+                matrix = self.tensors.get(f"{view}/{part}")
                 blocks[i] = normalize(block if matrix is None else block @ matrix, dim=1)
             out = torch.cat(blocks, 1) / len(blocks) ** 0.5
             if f"{view}/projection" in self.tensors:
@@ -164,5 +236,8 @@ class FeatureTransform:
         """The transformed copy of a table."""
         views = self({k: torch.from_numpy(v) for k, v in table.views.items()})
         return FeatureTable(
-            image_ids=table.image_ids, aug_index=table.aug_index, views={k: v.numpy() for k, v in views.items()}
+            image_ids=table.image_ids,
+            aug_index=table.aug_index,
+            views={k: v.numpy() for k, v in views.items()},
+            shape_dims=self.shape_dims,
         )

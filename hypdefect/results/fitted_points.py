@@ -4,6 +4,7 @@ Shapes: R supports, S synthetic points, Q queries, W ways, N images (R + Q), D f
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.methods.centred import CentredClassifier, centred, row_means
 from hypdefect.methods.hypdfs import HypDFS, in_frame
 
 
@@ -64,12 +66,15 @@ def fitted_points(
     fitting, queries = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform).queries
     pool = fitting.pool
     support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.support_copies)
+    asked = queries.batch(np.arange(len(queries)))
     with torch.enable_grad():
-        model = few_shot.fit(config, fitting, setting, number, start)
+        model: Any = few_shot.fit(config, fitting, setting, number, start)
+    if isinstance(model, CentredClassifier):
+        means = row_means(support)
+        model, support, asked = model.inner, centred(support, means), centred(asked, means)
     assert isinstance(model, HypDFS)
     core = model.fitted
     assert core is not None
-    asked = queries.batch(np.arange(len(queries)))
     tangents, clean = model.tangents(support, core), support.aug_index == 0
     c = float(model.c(core))
     evolved = model.evolve(core, model.moments(core, tangents, support.labels, pool.n_way))

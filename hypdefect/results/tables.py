@@ -30,6 +30,7 @@ def trial_table(trials: Sequence[TrialResult], winner: TrialResult, rows: int = 
 
 def _short(name: str) -> str:
     words = {"method.feature_scale": "scale", "support_copies": "copies", "transform.whitening": "whiten"}
+    words |= {"transform.parts": "parts", "transform.centring": "centring"}
     return words.get(name, name.removeprefix("method.").replace("_", "\n"))
 
 

@@ -2,28 +2,35 @@
 
 import copy
 import hashlib
+import platform
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
+import elpv_dataset
 import pytest
 import torch
 from torch import nn
 
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.features import backbones
 from hypdefect.features.backbones import (
     BACKBONES,
     Backbone,
     BackboneSpec,
+    SlicedSame,
     fold_batch_norms,
     get_backbone,
     load_in_order,
     read_weights,
     weights_path,
 )
+from hypdefect.features.extract import RecipeConfig, RegionExtractor
+from hypdefect.images import read_image
 
 import timm  # isort: skip
+from timm.layers import Conv2dSame  # isort: skip
 
 LITE0 = get_backbone("efficientnet_lite0")
 
@@ -61,6 +68,65 @@ def test_folding_batch_norms_changes_nothing(name: str) -> None:
             assert scale > 1e-3
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4 * scale)
         torch.testing.assert_close(folded(x), net(x), rtol=0, atol=1e-4 * float(net(x).abs().max()))
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("sides", [(32, 32), (33, 31), (32, 33), (7, 2)])
+def test_padding_by_slicing_is_same_padding(kernel: int, stride: int, sides: tuple[int, int]) -> None:
+    conv = Conv2dSame(4, 4, kernel, stride=stride, groups=4).requires_grad_(False)
+    x = torch.rand(2, 4, *sides, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(SlicedSame(conv)(x), conv(x), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["tiny_random", "efficientnet_lite0"])
+def test_features_are_those_of_the_plain_network_in_one_pass(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To float16's last digit, as they are stored; the image is a solar cell, seen in four mirrorings and quadrants."""
+    spec = get_backbone(name)
+    path = min(Path(elpv_dataset.__file__).parent.glob("data/images/*.png"))
+    new = RegionExtractor(Backbone(spec), RecipeConfig())
+    monkeypatch.setattr(backbones, "pad_by_slicing", lambda net: None)
+    monkeypatch.setattr(backbones, "CPU_BATCH", 4)
+    plain = RegionExtractor(Backbone(spec), RecipeConfig())
+    assert not any(isinstance(m, SlicedSame) for m in plain.backbone.modules())
+    image = read_image(path)
+    expected = plain(image, None)
+    monkeypatch.setattr(backbones, "CPU_BATCH", 2)
+    for view, features in new(image, None).items():
+        found, wanted = (x.half().view(torch.int16).int() for x in (features, expected[view]))
+        assert (found - wanted).abs().max() <= 1
+
+
+def test_mobile_networks_see_two_inputs_at_a_time_on_a_cpu() -> None:
+    backbone, passes = Backbone(get_backbone("tiny_random")), list[int]()
+    backbone.net.conv_stem.register_forward_pre_hook(lambda _, inputs: passes.append(len(inputs[0])))
+    maps = backbone(torch.rand(5, 3, 64, 64, generator=torch.Generator().manual_seed(0)))
+    assert passes == [2, 2, 1]
+    assert [len(x) for x in maps] == [5, 5]
+
+
+PAGES = """
+import resource, sys, torch
+from hypdefect.features.backbones import compute_on_one_thread
+if sys.argv[1] == "set up":
+    compute_on_one_thread()
+def layers():
+    maps = [torch.zeros(6_000_000) for _ in range(4)]
+layers()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    layers()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
+def test_memory_of_a_layer_serves_the_next_one() -> None:
+    by_default, kept = (
+        int(subprocess.run([sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("default", "set up")
+    )
+    assert kept < by_default / 10
 
 
 def test_package_weights_give_two_maps_at_stride_16_and_32() -> None:

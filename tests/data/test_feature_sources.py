@@ -20,7 +20,7 @@ from hypdefect.features.patches import patch_features
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
-from hypdefect.predictor import Predictor, save_model
+from hypdefect.predictor import ClassPredictor, Predictor, save_model
 from hypdefect.types import VIEWS, Batch
 from tests.reference.alpha_clip import image_features
 from tests.tiny_clip import CONFIG, HEAD_WIDTH, SIDE, alpha_state, clip_model, write_alpha, write_config
@@ -173,9 +173,8 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
     classifier.adapt(support, 2)
     save_model(
         tmp_path / "model",
-        method="prototype",
         run_config=run,
-        classifier=classifier,
+        model=classifier,
         class_names=("a", "b"),
         transform=transform,
         backbone=spec.name,
@@ -184,6 +183,7 @@ def test_an_alpha_clip_model_is_saved_and_served(tmp_path: Path) -> None:
         provenance={},
     )
     predictor = Predictor.load(tmp_path / "model")
+    assert isinstance(predictor, ClassPredictor)
     image, mask = picture(0)
     expected = classifier.logits(support.select(torch.tensor([0])))[0].double()
     torch.testing.assert_close(predictor.logits(image, mask), expected)

@@ -1,11 +1,13 @@
 """Rows in memory, and the transform, which knows the normals only."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.features.spec import FeatureTable, ImageRequest, RowKey
 from hypdefect.features.transform import FeatureTransform, TransformConfig
@@ -132,6 +134,10 @@ def test_a_transformed_table_keeps_its_rows() -> None:
     assert out.aug_index is table.aug_index
     expected = transform({"crop": torch.from_numpy(table.views["crop"])})["crop"]
     np.testing.assert_array_equal(out.views["crop"], expected.numpy())
+    assert out.shape_dims == 0
+    shape = FeatureTransform.fit(shaped(normals()), (*DIMS, SHAPE), TransformConfig(), SHAPE)
+    shaped_table = shape.table(replace(table, views=shaped(table.views)))
+    assert shaped_table.select(np.array([0])).batch(np.array([0]), {"a": 0}).shape_dims == SHAPE
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,69 @@ def test_a_transformed_table_keeps_its_rows() -> None:
 def test_transforms_that_cannot_work_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"transform.{next(iter(values))}"):
         TransformConfig(**values)
+
+
+# ---- parts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("given", [None, normals()], ids=["no normals", "normals"])
+@pytest.mark.parametrize("shape_dims", [0, 2])
+def test_a_part_alone_is_what_features_of_that_part_alone_are(
+    given: dict[str, np.ndarray] | None, shape_dims: int
+) -> None:
+    """Also after its tensors were published."""
+    x = tensors({view: v[:9] for view, v in normals(seed=1).items()})
+    shape = {view: torch.ones(9, shape_dims) for view in VIEWS}
+    whole = {view: torch.cat([x[view], shape[view]], 1) for view in VIEWS}
+    stored = given and {
+        view: np.concatenate([v, np.ones((len(v), shape_dims), np.float32)], 1) for view, v in given.items()
+    }
+    dims = (*DIMS, *([shape_dims] if shape_dims else []))
+    for parts, columns in (("0", slice(0, 4)), ("1", slice(4, 7)), ("0+1", slice(0, 7))):
+        transform = FeatureTransform.fit(stored, dims, TransformConfig(parts=parts), shape_dims)
+        kept = DIMS if parts == "0+1" else (DIMS[int(parts)],)
+        cut = given and {view: np.ascontiguousarray(v[:, columns]) for view, v in given.items()}
+        alone = FeatureTransform.fit(cut, kept, TransformConfig())
+        out, expected = transform(whole), alone({view: v[:, columns] for view, v in x.items()})
+        assert transform.dim == alone.dim + shape_dims == out["crop"].shape[1]
+        for view in VIEWS:
+            torch.testing.assert_close(out[view][:, : alone.dim], expected[view])
+            assert out[view].shape[1] == alone.dim + shape_dims
+        restored = FeatureTransform(dims, {k: v.clone() for k, v in transform.tensors.items()})
+        assert all(torch.equal(restored(whole)[view], out[view]) for view in VIEWS)
+
+
+def test_all_parts_named_are_the_default() -> None:
+    named, default = (FeatureTransform.fit(normals(), DIMS, TransformConfig(parts=parts)) for parts in ("0+1", None))
+    assert named.tensors.keys() == default.tensors.keys()
+    assert all(torch.equal(named.tensors[name], value) for name, value in default.tensors.items())
+
+
+@pytest.mark.parametrize("parts", ["", "a", "0,1", "1+0", "1+1", "-1", "0+"])
+def test_parts_that_name_no_parts_are_refused(parts: str) -> None:
+    with pytest.raises(ConfigError, match=r"transform\.parts"):
+        TransformConfig(parts=parts)
+
+
+def test_parts_that_the_features_do_not_have_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"transform\.parts='0\+2': these features have 2 parts"):
+        FeatureTransform.fit(shaped(normals()), (*DIMS, SHAPE), TransformConfig(parts="0+2"), SHAPE)
+
+
+def test_a_projection_of_other_parts_is_refused() -> None:
+    transform = FeatureTransform.fit(normals(), DIMS, TransformConfig(parts="1"))
+    mean = {view: torch.zeros(7) for view in VIEWS}
+    with pytest.raises(ConfigError, match=r"reads 7 numbers of view 'whole', parts 1 have 3: use the transform"):
+        transform.projected({view: torch.eye(7) for view in VIEWS}, mean)
+
+
+def test_settings_from_before_these_fields_are_read_and_named_as_they_were() -> None:
+    before = {"whitening": 3.0, "max_normals": 1000, "shape_weight": 0.1}
+    assert from_mapping(TransformConfig, before) == TransformConfig()
+    assert TransformConfig().identity() == before
+    changed = TransformConfig(parts="1", centring="supports")
+    assert changed.identity() == before | {"parts": "1", "centring": "supports"}
+    assert from_mapping(TransformConfig, to_mapping(changed)) == changed
 
 
 # ---- shape descriptors and projections -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Features made elsewhere: every format in, every bad file named, and a task that runs on them."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from hypdefect.distributed.tournament import EvaluateConfig, planned, validation_episodes
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig, candidates, with_parts
 from hypdefect.families import few_shot
-from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.episodic import MetaConfig
+from hypdefect.families.few_shot import Setting, TaskConfig
 from hypdefect.features.imported import import_features, read_file, read_import
 from hypdefect.features.spec import RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.transform import TransformConfig
+from tune_spaces import get_space
 
 CLASSES = ("crack", "good", "pit", "stain")
 
@@ -26,6 +32,17 @@ def values(views: int = 3, parts: int = 2, per_class: int = 6, dim: int = 5) -> 
     features = centres + 0.1 * rng.normal(size=(len(CLASSES), per_class, views, parts, dim))
     labels = [name for name in CLASSES for _ in range(per_class)]
     return features.reshape(-1, views, parts, dim).astype(np.float32), labels
+
+
+def three_parts(per_class: int = 20, dim: int = 24) -> tuple[np.ndarray, list[str]]:
+    """`[N, 2, 3, D]` features far from the origin, of which only part 1 tells the classes apart, some of them wide."""
+    rng = np.random.default_rng(0)
+    names = ("crack", "dent", "pit", "scratch", "stain")
+    common, centres, width = 3 * rng.normal(size=dim), rng.normal(size=(5, 1, dim)), np.linspace(0.6, 1.8, 5)
+    images = common + 1.5 * rng.normal(size=(5, per_class, 3, dim))
+    images[:, :, 1] = common + centres + width[:, None, None] * rng.normal(size=(5, per_class, dim))
+    views = images.reshape(-1, 1, 3, dim) + 0.3 * rng.normal(size=(5 * per_class, 2, 3, dim))
+    return views.astype(np.float32), [name for name in names for _ in range(per_class)]
 
 
 def write_mvrec(path: Path, features: np.ndarray, labels: list[str]) -> Path:
@@ -79,6 +96,80 @@ def test_a_few_shot_task_runs_on_imported_features(tmp_path: Path) -> None:
     assert len(fitting.pool.table) == 3 * len(fitting.pool.image_ids)
     assert fitting.normals is not None
     assert fitting.normals["whole"].shape == (6, 10)
+
+
+@pytest.mark.parametrize("name", ["prototype", "hypdfs"])
+def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_path: Path) -> None:
+    imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
+    plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)
+    assert (plan.num_parts, plan.searched_parts) == (3, 3)
+    fitting, _ = few_shot.load(plan, tmp_path)
+
+    def value(config: RunConfig) -> float:
+        seen = few_shot.transformed(fitting, few_shot.transform_of(config, fitting))
+        return float(np.mean(list(few_shot.validation_scores(config, seen, Setting(k_shot=1), range(12)))))
+
+    base = RunConfig(name=name, method={"steps": 2} if name == "hypdfs" else None)
+    tried = candidates(base, with_parts(get_space(name), plan.searched_parts), 8, seed=0)
+    values = [value(config) for config in tried]
+    best = tried[int(np.argmax(values))].transform
+    assert (best.parts, best.centring) == ("1", "supports")
+    alone = value(replace(base, transform=TransformConfig(parts="1")))
+    assert values[0] + 0.05 < alone < max(values) - 0.03  # all side by side, the part alone, centred as well
+
+
+def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_path: Path) -> None:
+    space = get_space("hypdfs")
+    assert with_parts(space, 1) is space
+    features, labels = values(parts=1)
+    imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
+    assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).searched_parts == 1
+    extended = with_parts(space, 2)
+    assert extended.METHOD == space.METHOD
+    points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
+    assert points[:3] == [(None, "supports"), ("0", "supports"), ("1", "supports")]
+    assert extended.FIRST[3:] == space.FIRST
+
+
+@pytest.mark.parametrize("which", ["transform", "meta"])
+def test_a_part_that_is_not_there_is_refused_before_any_work(
+    which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    import_features([write_mvrec(tmp_path / "f.pt", *values())], tmp_path)
+    odd = TransformConfig(parts="2")
+    job = EvaluateConfig(
+        dataset="imported:f", shots=(1,), **{which: odd if which == "transform" else MetaConfig(transform=odd)}
+    )
+    with pytest.raises(ConfigError, match=r"transform\.parts='2': these features have 2 parts"):
+        planned(job)
+
+
+@pytest.mark.parametrize("names", [("support", "query"), ("bottle_support", "bottle_query"), ("train", "test")])
+def test_support_and_query_files_are_a_split(names: tuple[str, str], tmp_path: Path) -> None:
+    features, labels = values()
+    paths = [write_mvrec(tmp_path / f"{name}.pt", features + i, labels) for i, name in enumerate(names)]
+    imported = import_features(paths, tmp_path, "set")
+    assert imported.manifest["split"].to_pylist() == ["train"] * 24 + ["test"] * 24
+    plan = few_shot.plan(TaskConfig(dataset="imported:set", k_shot=5), imported.manifest, imported)
+    assert plan.partition.kind == "official"
+
+
+def test_where_a_pool_has_exactly_k_images_nothing_is_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As MVTec-FS at K = 5: said before any work, and the other K are tuned as ever."""
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    features, labels = values(per_class=5)
+    paths = [write_mvrec(tmp_path / f"{name}.pt", features + i, labels) for i, name in enumerate(("support", "query"))]
+    import_features(paths, tmp_path, "set")
+    job = EvaluateConfig(dataset="imported:set", shots=(1, 5), episodes=7)
+    plans = planned(job)
+    assert plans[0].partition.kind == "official"
+    assert validation_episodes(job, plans, fixed=False) == {1: 7, 5: 0}
+    assert validation_episodes(job, plans, fixed=True) == {1: 0, 5: 0}
+    with pytest.raises(DataError, match=r"class crack has 5 pool and 5 query images.*K = 6 needs 6"):
+        planned(EvaluateConfig(dataset="imported:set", shots=(1, 6)))
 
 
 def test_files_named_train_and_test_keep_their_split(tmp_path: Path) -> None:

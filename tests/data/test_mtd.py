@@ -12,7 +12,7 @@ from sklearn.metrics import adjusted_rand_score
 from hypdefect.datasets.ingest import EMPTY_MASK_NOTE, ingest
 from hypdefect.datasets.readers import mtd
 from hypdefect.datasets.split import make_partition, task_classes
-from hypdefect.datasets.twins import DisjointSets, find_manifest_twins, twin_groups, unite
+from hypdefect.datasets.twins import DisjointSets, find_manifest_pairs, twin_groups, unite
 from tests.tiny_dataset import draw, make_mtd_tree
 
 
@@ -151,10 +151,13 @@ def test_twins_alone_find_the_real_tiles(real: pa.Table) -> None:
     defects = real.filter(real["is_defect"])
     tiles: list[str] = defects["group_id"].to_pylist()
     assert len(set(tiles)) == 67
-    twins = find_manifest_twins(defects)
+    pairs = find_manifest_pairs(defects)
     found = DisjointSets(len(tiles))
-    for group in twin_groups(twins):
+    for group in twin_groups(pairs):
         found.union(group)
         assert len({tiles[i] for i in group}) == 1  # never two tiles in one group
-    assert adjusted_rand_score(tiles, [found.find(i) for i in range(len(tiles))]) > 0.9
-    assert unite(defects, twins) == tiles
+    group_of = [found.find(i) for i in range(len(tiles))]
+    assert adjusted_rand_score(tiles, group_of) > 0.97
+    cracks = [i for i, name in enumerate(defects["defect"].to_pylist()) if name == "crack"]
+    assert adjusted_rand_score([tiles[i] for i in cracks], [group_of[i] for i in cracks]) > 0.94
+    assert unite(defects, pairs) == tiles

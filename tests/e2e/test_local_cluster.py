@@ -2,177 +2,146 @@
 
 import json
 import os
-import socket
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from cluster import local
+from cluster import head, processes
+from cluster.processes import PROJECT, Record, free_port
+from tests.tiny_dataset import make_folder_tree
 
-pytestmark = pytest.mark.e2e
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 BIN = Path(sys.executable).parent
+LONG = "import sys, time\nprint('ready', flush=True)\ntime.sleep(60)\n"
 
 
-@pytest.fixture
-def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A state directory of this test's own, as if in a checkout of its own; what it names is stopped at the end."""
-    monkeypatch.setenv("HYPDEFECT_CLUSTER_STATE", str(tmp_path / "state"))
-    yield tmp_path / "state"
-    local.stop()
+def command(*words: str, cwd: Path = PROJECT) -> subprocess.Popen[str]:
+    argv = [sys.executable, "-m", "cluster.local", *words]
+    return subprocess.Popen(argv, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def command(*words: str, **variables: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "cluster.local", *words],
-        cwd=local.PROJECT,
-        env=os.environ | variables,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def submit(code: Path, name: str) -> subprocess.Popen[str]:
+    return command("submit", "--working-dir", str(code), "--", "python", name)
 
 
-def record(pid: int, started: str, mark: str = "a mark nobody carries") -> local.Record:
-    return local.Record(name="helper", pid=pid, pgid=pid, started=started, mark=mark, argv=[], url="", log="")
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    with subprocess.Popen(["sleep", "60"]) as process:
-        yield process
-        process.kill()
-
-
-def test_stop_leaves_a_process_that_reuses_a_recorded_pid(state: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    state.mkdir()
-    local.record_path("helper").write_text(json.dumps(asdict(record(sleeper.pid, "another boot:1"))))
-    assert local.stop() == 0
-    assert sleeper.poll() is None
-    assert not local.record_path("helper").exists()
-
-
-def test_stop_ends_what_it_recorded(state: Path, sleeper: subprocess.Popen[bytes]) -> None:
-    started = local.start_time(sleeper.pid)
-    assert started is not None
-    assert local.stop_record(record(sleeper.pid, started)) == 1
-    assert sleeper.wait(5) != 0
-
-
-def test_stop_without_anything_running_is_fine(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert local.stop() == 0
-    assert "nothing" in capsys.readouterr().out
-
-
-def test_a_damaged_record_is_named(state: Path) -> None:
-    state.mkdir()
-    local.record_path("helper").write_text("{")
-    with pytest.raises(local.ClusterError, match=r"helper\.json is damaged"):
-        local.stop()
-    local.record_path("helper").unlink()
-
-
-def test_helpers_run_until_stop(state: Path, tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "http.server", "{port}", "--bind", "127.0.0.1", "--directory", str(tmp_path)]
-    first = local.run_background("pages", argv, 8123)
-    assert local.get(first.url) is not None
-    assert local.run_background("pages", argv, 8123) == first
-    local.stop()
-    assert local.get(first.url) is None
-
-
-def test_a_helper_that_fails_shows_its_log(state: Path) -> None:
-    with pytest.raises(local.ClusterError, match="no such luck"):
-        local.run_background("broken", [sys.executable, "-c", "raise SystemExit('no such luck')"], 8123)
-    assert not local.record_path("broken").exists()
-
-
-def test_paths_after_root_and_json_survive_the_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "images").mkdir()
-    monkeypatch.chdir(tmp_path)
-    words = ["python", "jobs/x.py", "--root", "images", "--root=images", "--root", "absent", "--json", "out.json"]
-    images, out = str(tmp_path / "images"), str(tmp_path / "out.json")
-    here = ["python", "jobs/x.py", "--root", images, f"--root={images}", "--root", "absent", "--json", out]
-    assert local._absolute(words, local=True) == here
-    assert local._absolute(words, local=False) == [*here[:-1], "out.json"]
-
-
-def test_the_pages_need_a_sweep_first(state: Path) -> None:
-    with pytest.raises(local.ClusterError, match="make sweep"):
-        local.dashboard(study="sqlite:////nowhere/study.db")
-
-
-def test_a_named_cluster_that_is_away_is_an_error(state: Path) -> None:
-    process = command("submit", "--", "python", "x.py", RAY_ADDRESS=f"http://127.0.0.1:{local.free_port(0)}")
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "no Ray dashboard answers" in output
-    assert not local.record_path(local.HEAD).exists()
-
-
-@pytest.fixture
-def foreign_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[local.Record]:
+@pytest.fixture(scope="module")
+def foreign_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Record]:
     """Somebody else's Ray, on the ports everybody wants, started by hand as the manual says."""
-    temp_dir, mark = local._temp_dir(), "foreign"
-    argv = [str(BIN / "ray"), "start", "--head", "--block", f"--temp-dir={temp_dir}", "--include-dashboard=false"]
-    argv += [f"--port={local.free_port(6379)}", f"--ray-client-server-port={local.free_port(10001)}"]
-    argv += [f"--dashboard-agent-listen-port={local.free_port(52365)}", f"--object-store-memory={100 * 2**20}"]
-    log = tmp_path_factory.mktemp("foreign") / "log"
-    with log.open("wb") as file:
-        process = subprocess.Popen(argv, stdout=file, stderr=file, start_new_session=True)
-    port = int(next(word for word in argv if word.startswith("--port=")).removeprefix("--port="))
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and process.poll() is None:  # theirs runs before ours starts
-        with socket.socket() as probe:
-            if probe.connect_ex(("", port)) == 0:
-                break
-        time.sleep(0.2)
-    theirs = local.Record(
-        name=local.HEAD, pid=process.pid, pgid=process.pid, started=local.start_time(process.pid) or "", mark=mark,
-        argv=argv, url="", log=str(log), temp_dir=temp_dir,
-    )  # fmt: skip
-    yield theirs
-    local.stop_record(theirs)
-    process.wait(10)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_CLUSTER_STATE", str(tmp_path_factory.mktemp("foreign")))
+        gcs, temp_dir = free_port(6379), head.make_temp_dir()
+        argv = [str(BIN / "ray"), "start", "--head", "--block", f"--temp-dir={temp_dir}", "--include-dashboard=false"]
+        argv += [f"--port={gcs}", f"--ray-client-server-port={free_port(10001)}"]
+        argv += [f"--dashboard-agent-listen-port={free_port(52365)}", f"--object-store-memory={100 * 2**20}"]
+        theirs = processes.start(
+            "foreign", argv, dict(os.environ), url=f"127.0.0.1:{gcs}", ready=lambda: free_port(gcs) != gcs,
+            timeout_s=60, temp_dir=temp_dir,
+        )  # fmt: skip
+        yield theirs
+        processes.stop(theirs)
 
 
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(400)
-def test_jobs_run_on_our_head_and_stop_spares_others(state: Path, tmp_path: Path, foreign_head: local.Record) -> None:
-    code = tmp_path / "code"
-    code.mkdir()
-    (code / "good.py").write_text("import os, ray, sys\nray.init()\nprint('seen from', os.environ['HYPDEFECT_HOME'])\n")
-    (code / "bad.py").write_text("import sys\nsys.exit('on purpose')\n")
+@pytest.fixture(scope="module")
+def _state(foreign_head: Record, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A state directory as in a checkout of our own, beside the foreign head."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_CLUSTER_STATE", str(tmp_path_factory.mktemp("ours")))
+        yield
+        for record in processes.records():
+            processes.stop(record)
 
+
+@pytest.fixture
+def ours(_state: None) -> Record:
+    """Our head; the first test that asks for it starts it."""
     start = command("start")
     output, _ = start.communicate(timeout=240)
     assert start.returncode == 0, output
-    ours = local.read_record(local.HEAD)
-    assert ours is not None
-    assert ours.url in output
+    record = processes.read_record(head.HEAD)
+    assert record is not None
+    assert record.url in output
+    return record
 
-    jobs = [command("submit", "--working-dir", str(code), "--", "python", name) for name in ("good.py", "bad.py")]
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    (folder / "good.py").write_text("import os, ray\nray.init()\nprint('seen from', os.environ['HYPDEFECT_HOME'])\n")
+    (folder / "bad.py").write_text("import sys\nsys.exit('on purpose')\n")
+    (folder / "long.py").write_text(LONG)
+    return folder
+
+
+def test_jobs_run_on_our_head_and_their_status_is_ours(ours: Record, code: Path) -> None:
+    jobs = [submit(code, name) for name in ("good.py", "bad.py")]
     (good, _), (bad, _) = (job.communicate(timeout=120) for job in jobs)
     assert jobs[0].returncode == 0, good
     assert jobs[1].returncode == 1, bad
-    assert f"{ours.url}/#/jobs/good-" in good
-    assert f"seen from {os.environ['HYPDEFECT_HOME']}" in good
+    assert f"job page: {ours.url}/#/jobs/good-" in good
+    assert good.count(f"seen from {os.environ['HYPDEFECT_HOME']}") == 1
     assert "on purpose" in bad
-    assert local.read_record(local.HEAD) == ours, "a second start must find the first head"
+    assert processes.read_record(head.HEAD) == ours, "a second start must find the first head"
 
-    before, theirs = local.members(ours), local.members(foreign_head)
-    assert len(before) > 5
+
+def test_an_interrupt_stops_the_job_and_a_second_one_leaves_it(ours: Record, code: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    jobs = [submit(code, "long.py") for _ in range(3)]
+    names = []
+    for job in jobs:
+        assert job.stdout is not None
+        names.append(job.stdout.readline().strip().rpartition("/")[2])
+        while job.stdout.readline().strip() != "ready":
+            assert job.poll() is None
+    jobs[0].send_signal(signal.SIGINT)
+    jobs[1].send_signal(signal.SIGTERM)
+    jobs[2].send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    jobs[2].send_signal(signal.SIGINT)
+    outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    assert [job.returncode for job in jobs] == [130, 130, 130], outputs
+    assert "left running" in outputs[2]
+    client = JobSubmissionClient(ours.url)
+    statuses = [client.get_job_status(name).value for name in names]
+    client.stop_job(names[2])
+    assert statuses == ["STOPPED", "STOPPED", "RUNNING"]
+
+
+def test_relative_paths_mean_the_folder_of_the_user(ours: Record, tmp_path: Path) -> None:
+    make_folder_tree(tmp_path / "images")
+    (tmp_path / "c.yaml").write_text("root: images\n")
+    words = ["python", "jobs/ingest.py", "--dataset", "folder", "--config", "c.yaml"]
+    job = command("submit", "--", *words, "--out", "out/m.parquet", "--json=result.json", cwd=tmp_path)
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert (tmp_path / "out" / "m.parquet").is_file()
+    assert json.loads((tmp_path / "result.json").read_text())
+
+    env = os.environ | {"RAY_ADDRESS": ours.url}
+    ray = [str(BIN / "ray"), "job", "submit", "--working-dir", str(PROJECT)]
+    ray += ["--runtime-env", str(PROJECT / "cluster" / "runtime_env.yaml"), "--"]
+    plain = subprocess.run(
+        [*ray, *words[:-2], "--root", str(tmp_path / "images"), "--json", "lost.json"],
+        cwd=PROJECT, env=env, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert plain.returncode == 1
+    assert "lost.json: this Ray job runs in a copy" in plain.stdout
+
+
+def test_stop_ends_ours_and_spares_others(ours: Record, foreign_head: Record) -> None:
+    mine, theirs = processes.members(ours), processes.members(foreign_head)
+    assert len(mine) > 5
     assert len(theirs) > 3
-    assert not set(before) & set(theirs)
+    assert not mine & theirs
     stop = command("stop")
     output, _ = stop.communicate(timeout=60)
     assert stop.returncode == 0, output
-    assert not local.members(ours)
-    assert [pid for pid, started in before.items() if local.start_time(pid) == started] == []
+    assert not processes.members(ours)
+    assert not any(map(processes.lives, mine))
     assert not Path(ours.temp_dir).exists()
-    assert [pid for pid, started in theirs.items() if local.start_time(pid) != started] == []
+    assert all(map(processes.lives, theirs))

@@ -101,12 +101,12 @@ def setting(config: Any) -> Setting:
     return Setting(seed=config.seed)
 
 
-def check(fitting: Fitting, setting: Setting) -> None:
-    if len(fitting.normals) < 2:
+def check(plan: DetectionPlan, setting: Setting) -> None:
+    if len(plan.learned_ids) < 2:
         raise DataError("a detector needs two normal images at least")
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
+def references(plan: Any, config: Any) -> tuple[RunConfig, ...]:
     return (RunConfig(name="small_detector", method={"rank": 1}, pretrained=False),)
 
 

@@ -106,12 +106,12 @@ def setting(config: Any) -> Setting:
     return Setting(seed=config.seed)
 
 
-def check(fitting: Fitting, setting: Setting) -> None:
-    if len(fitting.images) < 2:
+def check(plan: SegmentationPlan, setting: Setting) -> None:
+    if len(plan.learned_ids) < 2:
         raise DataError("a segmenter needs two marked images at least")
 
 
-def references(config: Any) -> tuple[RunConfig, ...]:
+def references(plan: Any, config: Any) -> tuple[RunConfig, ...]:
     return (RunConfig(name="small_segmenter", pretrained=False),)
 
 

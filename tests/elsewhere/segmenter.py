@@ -45,7 +45,7 @@ class Segmenter(nn.Module):
         grey = batch.views["pixels"].mean(1, keepdim=True)
         near = avg_pool2d(grey, self.window, 1, self.window // 2, count_include_pad=False)
         spread = avg_pool2d((grey - near).square(), self.window, 1, self.window // 2, count_include_pad=False).sqrt()
-        return self.head(torch.cat([grey, near, spread, 10 * spread.square()], 1))
+        return self.head(torch.cat([grey, near, 10 * spread, 100 * spread.square()], 1))
 
     @torch.no_grad()
     def logits(self, batch: Batch) -> Tensor:

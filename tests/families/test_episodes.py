@@ -1,5 +1,6 @@
 """Draws are pure functions of pool, spec and number, and what stands in the support never stands in the query."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np

@@ -25,6 +25,7 @@ from hypdefect.methods.hypdfs import (
     span_frame,
     whole_crop_contrast,
 )
+from hypdefect.training import MeanLoss
 from hypdefect.types import VIEWS, Batch, Episode
 from tests.toy_features import DIM, permuted, toy_batch
 
@@ -734,7 +735,7 @@ def test_episode_loss_judges_the_queries() -> None:
     assert wrong > right
     turned = model.loss(replace(episode, query=permuted(query)), rng()).parts["ce"]
     assert turned == pytest.approx(right, rel=1e-5)
-    both = model([episode, episode], [0, 1])
+    both = MeanLoss(model)([episode, episode], [0, 1])
     mean = (model.loss(episode, rng(0)).total + model.loss(episode, rng(1)).total) / 2
     torch.testing.assert_close(both, mean)
 

@@ -14,10 +14,10 @@ from sklearn.svm import LinearSVC
 from torch import Tensor
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.methods import METHODS, Classifier, build, get_method
+from hypdefect.methods import METHODS, build, get_method
 from hypdefect.methods.relation_head import RelationHead, means_of_others
 from hypdefect.methods.support import SupportRows, joined, span_basis
-from hypdefect.types import Batch
+from hypdefect.types import Batch, FewShotClassifier
 from tests.toy_features import toy_pool
 
 DIM = 20  # E = 40: more features than support rows
@@ -35,7 +35,7 @@ def task(n_way: int = 3, k_shot: int = 3, copies: int = 2, text: int = 0, spread
 
 
 def fitted(name: str, support: Batch, **values: Any) -> Any:
-    classifier: Classifier = build(name, get_method(name).config(**values), DIM)
+    classifier: FewShotClassifier = build(name, get_method(name).config(**values), DIM)
     classifier.adapt(support, int(support.labels.max()) + 1)
     return classifier
 

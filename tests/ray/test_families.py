@@ -98,7 +98,7 @@ def ran(request: pytest.FixtureRequest, ray_local: Any, tree: Path, tmp_path_fac
         fitting, _ = family.load(plan, home)
         training = family.Training(
             fitting=fitting,
-            config=TrainConfig(steps=60, items_per_step=2, lr=0.05, report_every=30),
+            config=TrainConfig(steps=120, items_per_step=2, lr=0.05, report_every=60),
             run=RunConfig(name=method),
         )
         model, losses = train(training, workers=2, name=method, folder=home / "train")
@@ -108,7 +108,7 @@ def ran(request: pytest.FixtureRequest, ray_local: Any, tree: Path, tmp_path_fac
 
 
 def test_training_learns(ran: Ran) -> None:
-    assert len(ran.losses) == 60
+    assert len(ran.losses) == 120
     assert np.mean(ran.losses[-10:]) < np.mean(ran.losses[:10])
 
 

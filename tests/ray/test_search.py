@@ -26,7 +26,7 @@ from hypdefect.config import override
 from hypdefect.distributed.sweep import select
 from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.evaluation import RunConfig, TrialResult
+from hypdefect.evaluation import RunConfig, TrialResult, with_parts
 from hypdefect.families import few_shot, get_family
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.types import VIEWS
@@ -279,9 +279,31 @@ def test_packed_trials_cost_little(ray_local: Any, data: Fitting, tmp_path: Path
     assert len({log["pid"] for log in logs}) == 1  # one actor ran them all: starting one a trial takes seconds
 
 
+def informative_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("support_copies", [0, 2])
+
+
+def test_a_search_over_parts_finds_the_one_that_counts(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
+    """The first block is made noise; the second still tells the classes apart."""
+    rng = np.random.default_rng(5)
+    noise = {
+        view: np.concatenate([rng.normal(size=(len(x), 4)), x[:, 4:]], 1).astype(np.float32)
+        for view, x in data.pool.table.views.items()
+    }
+    pool = replace(data.pool, table=replace(data.pool.table, views=noise))
+    space = with_parts(as_space(informative_space, "prototype"), 2)
+    searched = replace(data, pool=pool, normals=None)
+    results = run(tmp_path, searched, space, RunConfig(name="prototype"), trials=6, episodes=12)
+    by_point = {(r.params["transform.parts"], r.params["transform.centring"]): r.value for r in results}
+    assert by_point.keys() >= {(None, "none"), (None, "supports"), ("0", "supports"), ("1", "supports")}
+    assert results[0].params["transform.parts"] == "1"
+    assert results[0].value > max(by_point[None, "none"], by_point["0", "supports"])
+
+
+@pytest.mark.parametrize("num_parts", [1, 3])
 @pytest.mark.parametrize("name", SPACES)
-def test_every_point_of_a_space_is_a_configuration(name: str) -> None:
-    space = importlib.import_module(f"tune_spaces.{name}")
+def test_every_point_of_a_space_is_a_configuration(name: str, num_parts: int) -> None:
+    space = with_parts(importlib.import_module(f"tune_spaces.{name}"), num_parts)
     base = RunConfig(name=space.METHOD)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     first = default_point(space, base)

@@ -1,6 +1,7 @@
 """Pictures of a task's features: of the points the classifier scores, on the features the ledger's run had."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,10 @@ import torch
 from hypdefect.config import to_mapping
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig
 from hypdefect.features.imported import import_features
+from hypdefect.features.transform import TransformConfig
 from hypdefect.geometry import pairwise_dist
 from hypdefect.results.feature_figures import draw_features, plot_disk, plot_radius
 from hypdefect.results.figures import Album
@@ -109,3 +112,15 @@ def test_imported_features_that_cannot_be_drawn_are_not_asked_for_as_images(
     assert f"Made by python jobs/extract.py --import FILE... --name {name}" in note
     assert "not drawn" in caplog.text
     assert "--audit" not in note + caplog.text
+
+
+def test_the_points_of_a_centred_configuration_are_those_it_scores() -> None:
+    config = RunConfig(method={"adapter_rank": 2, "n_syn": 3}, transform=TransformConfig(centring="supports"))
+    fitting, reported = toy_task()
+    setting = Setting(k_shot=2)
+    points = fitted_points(fitting, reported, config, setting, 0)
+    transform = few_shot.transform_of(config, fitting)
+    seen = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform)
+    assert points.accuracy == pytest.approx(few_shot.score(config, *seen, setting, 0).metrics["acc"])
+    bare = fitted_points(fitting, reported, replace(config, transform=TransformConfig()), setting, 0)
+    assert not torch.allclose(points.plain, bare.plain)
