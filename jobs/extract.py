@@ -29,9 +29,11 @@ from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.backbones import get_backbone
+from hypdefect.features.care import collect, open_store, stores
 from hypdefect.features.imported import PREFIX, import_features
+from hypdefect.features.sealed import REMEDY, DamageError
 from hypdefect.features.spec import TEXT_VIEWS, FeatureKey, prompt_key
-from hypdefect.features.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
+from hypdefect.features.store import FeatureStore
 from hypdefect.files import home, write_json
 
 

@@ -30,7 +30,8 @@ from hypdefect.datasets.ingest import ClassCount, IngestResult, ingest
 from hypdefect.datasets.manifest import manifest_digest, write_manifest
 from hypdefect.datasets.twins import DOUBTFUL, SYMMETRIES, Twin, turn
 from hypdefect.files import home, write_json, write_table
-from hypdefect.images import Intensity, read_image
+from hypdefect.images import read_image
+from hypdefect.images.intensity import Intensity
 from hypdefect.progress import progress
 
 SHOWN_REASONS = 5

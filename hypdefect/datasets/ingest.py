@@ -34,17 +34,15 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.files import home, replaced_file, sha256, write_json, write_table
 from hypdefect.images import (
     EmptyMaskError,
-    Intensity,
-    PixelKind,
     deep_kind,
     exif_orientation,
-    fit_intensity,
     read_bytes,
     read_mask,
     read_raw,
     region_box,
     to_rgb,
 )
+from hypdefect.images.intensity import Intensity, PixelKind, fit_intensity
 
 logger = logging.getLogger(__name__)
 
