@@ -385,6 +385,27 @@ def ingested(
     return Ingested(result.manifest, path, False, quarantined)
 
 
+def other_counts(card: DatasetCard, manifest: pa.Table) -> list[str]:
+    """Where the images read are not those of the published set; a key of the card is a product, class or both."""
+    files: dict[str, set[str]] = defaultdict(set)
+    unknown: Counter[str] = Counter()
+    for row in manifest.select(["product", "defect", "file_id"]).to_pylist():
+        product, defect = row["product"], row["defect"]
+        keys = {product, defect, f"{product}/{defect}"}
+        for key in keys & card.expected.keys():
+            files[key].add(row["file_id"])
+        if not keys & card.expected.keys():
+            unknown[f"{product}/{defect}"] += 1
+    lines = [
+        f"{key}: {len(files[key])} images, the published set has {expected}"
+        for key, expected in sorted(card.expected.items())
+        if len(files[key]) != expected
+    ]
+    if card.expected:
+        lines += [f"{key}: {count} images, the published set has none" for key, count in sorted(unknown.items())]
+    return lines
+
+
 def note_manifest(
     name: str, root: Path | None, home: Path, manifest: Path, quarantined: int, channels: Sequence[int] = ()
 ) -> None:

@@ -40,6 +40,17 @@ class StoreSummary:
     bytes: int = 0
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verified:
+    """What `verify_all` found in one store; `remain` of its problems are there still."""
+
+    store: str
+    files: int = 0
+    rows: int = 0
+    problems: list[str]
+    remain: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Garbage:
     """A file or folder that nothing needs."""
@@ -64,6 +75,30 @@ def stores(home: Path) -> list[StoreSummary]:
         except ArtifactError as error:
             stale = stale or str(error)
         found.append(StoreSummary(state=stale or "current", **about))
+    return found
+
+
+def verify_all(home: Path, *, repair: bool) -> list[Verified]:
+    """Read every byte of every feature store of a home; drop what is damaged, where asked to."""
+    found = []
+    for one in stores(home):
+        try:
+            store = open_store(home / "features" / one.digest)
+        except DamageError as error:  # and no part that names the key either: there is nothing to lose
+            gone = f"{error.file}: {error.reason}; remove {error.file.parent}"
+            found.append(Verified(store=one.digest, problems=[gone], remain=1))
+            continue
+        except ArtifactError as error:
+            found.append(Verified(store=one.digest, problems=[f"not checked: {error}"]))
+            continue
+        report = store.verify()
+        problems = [f"{problem.file}: {problem.reason}" for problem in report.problems]
+        remain = len(problems)
+        if repair and problems:
+            store.repair(report)
+            remain = len(store.verify().problems)
+            problems = problems if remain else [f"{text} (mended)" for text in problems]
+        found.append(Verified(store=one.digest, files=report.files, rows=report.rows, problems=problems, remain=remain))
     return found
 
 
