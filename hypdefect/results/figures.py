@@ -139,7 +139,7 @@ def plot_shots(path: Path, curves: Sequence[Curve]) -> None:
             axes.plot(x, y, color=colour, lw=line, zorder=order, ls="--" if curve.role == "twin" else "-")
             if curve.role != "other":
                 axes.errorbar(x, y, half, fmt="o", ms=4.5, color=colour, elinewidth=line * 0.7, zorder=order)
-        low, high = _shares(axes)
+        low, high = axes.set_ylim(_within_shares(axes.get_ylim()))
         ends = [percent(curve.accuracy[max(curve.accuracy)])[0] for curve in named]
         last = len(shots) - 1
         for curve, end, y in zip(named, ends, spread(ends, (high - low) * 0.055), strict=True):
@@ -160,11 +160,9 @@ def plot_shots(path: Path, curves: Sequence[Curve]) -> None:
         axes.set_title("accuracy against K (bars: 95 % interval)")
 
 
-def _shares(axes: Axes) -> tuple[float, float]:
-    """The limits of an axis of shares, which end at 0 and 100 whatever an interval of few values says."""
-    low, high = axes.get_ylim()
-    axes.set_ylim(max(low, 0.0), min(high, 102.0))
-    return axes.get_ylim()
+def _within_shares(limits: tuple[float, float]) -> tuple[float, float]:
+    """Shares end at 0 and 100 whatever an interval of few values says."""
+    return max(limits[0], 0.0), min(limits[1], 102.0)
 
 
 def _rows(path: Path, curves: Sequence[Curve], k: int) -> None:
@@ -178,6 +176,7 @@ def _rows(path: Path, curves: Sequence[Curve], k: int) -> None:
         labels = {row: short(curve.label, 44) for row, curve in enumerate(ordered)}
         _named_rows(axes, labels, [labels[row] for row, curve in enumerate(ordered) if curve.role == "ours"])
         axes.set_ylim(-0.7, len(ordered) - 0.3)
+        axes.set_xlim(_within_shares(axes.get_xlim()))
         axes.set(xlabel="accuracy on unseen images, %")
         axes.set_title(f"accuracy at K = {k} (bars: 95 % interval)")
 
@@ -246,7 +245,7 @@ def plot_curvature(path: Path, bars: Mapping[int, Sequence[Bar]]) -> None:
             axes.grid(axis="y", color=GRID)
             axes.set_axisbelow(True)
             axes.set_xlabel("curvature c (0: Euclidean; steps not to scale)")
-        _shares(left)
+        left.set_ylim(_within_shares(left.get_ylim()))
         left.set(title="accuracy (bars: 95 % interval)", ylabel="accuracy, %")
         right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points of accuracy")
 
@@ -278,6 +277,7 @@ def plot_ablations(path: Path, groups: Mapping[str, Sequence[Bar]], k: int) -> N
         for axes in (left, right):
             _named_rows(axes, {at: text for at, text, _ in ticks}, [text for _, text, strong in ticks if strong])
         left.set_ylim(row - 0.3, -0.7)
+        left.set_xlim(_within_shares(left.get_xlim()))
         left.set(title=f"accuracy at K = {k} (95 % interval)", xlabel="%")
         right.set(title="minus the reference, same draws", xlabel="points of accuracy")
 
