@@ -153,7 +153,8 @@ def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
     return extended
 
 
-def _vary_parts(vary: Callable[[optuna.Trial], None], choices: list[str | None], trial: optuna.Trial) -> None:
+def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: Any) -> None:
+    """`trial` is one of optuna, or of those who only read what is suggested."""
     vary(trial)
     trial.suggest_categorical("transform.parts", choices)
     trial.suggest_categorical("transform.centring", CENTRINGS)

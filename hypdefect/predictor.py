@@ -28,7 +28,8 @@ from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
 from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
-from hypdefect.images import Intensity, to_rgb
+from hypdefect.images import to_rgb
+from hypdefect.images.intensity import Intensity
 from hypdefect.methods import get_method
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
 from hypdefect.types import VIEWS, Batch, Published

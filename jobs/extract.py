@@ -29,9 +29,12 @@ from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.backbones import get_backbone
+from hypdefect.features.care import collect, stores, verify_all
 from hypdefect.features.imported import PREFIX, import_features
-from hypdefect.features.spec import TEXT_VIEWS, FeatureKey, prompt_key
-from hypdefect.features.store import REMEDY, DamageError, FeatureStore, collect, open_store, stores
+from hypdefect.features.prompts import embed_prompts, text_store
+from hypdefect.features.sealed import REMEDY
+from hypdefect.features.spec import prompt_key
+from hypdefect.features.store import FeatureStore
 from hypdefect.files import home, write_json
 
 
@@ -124,30 +127,11 @@ def verified(repair: bool) -> tuple[Table, Rows, str]:
     table = Table(title=f"feature stores under {home()}")
     for column in ("store", "files", "rows", "problem"):
         table.add_column(column, justify="right" if column in ("files", "rows") else "left", overflow="fold")
-    rows: Rows = []
-    remain = 0
-    for one in stores(home()):
-        about: dict[str, object] = {"store": one.digest, "files": 0, "rows": 0}
-        try:
-            store = open_store(home() / "features" / one.digest)
-        except DamageError as error:  # and no part that names the key either: there is nothing to lose
-            problems = [f"{error.file}: {error.reason}; remove {error.file.parent}"]
-            remain += 1
-        except ArtifactError as error:
-            problems = [f"not checked: {error}"]
-        else:
-            report = store.verify()
-            about |= {"files": report.files, "rows": report.rows}
-            problems = [f"{problem.file}: {problem.reason}" for problem in report.problems]
-            if repair and report.problems:
-                store.repair(report)
-                left = store.verify().problems
-                problems = [f"{text} (mended)" for text in problems] if not left else problems
-                remain += len(left)
-            else:
-                remain += len(problems)
-        rows.append(about | {"problems": problems})
-        table.add_row(one.digest[:12], str(about["files"]), str(about["rows"]), "\n".join(problems) or "none")
+    found = verify_all(home(), repair=repair)
+    for one in found:
+        table.add_row(one.store[:12], str(one.files), str(one.rows), "\n".join(one.problems) or "none")
+    remain = sum(one.remain for one in found)
+    rows: Rows = [{name: value for name, value in asdict(one).items() if name != "remain"} for one in found]
     return table, rows, f"{remain} problems: {REMEDY}" if remain else ""
 
 
@@ -182,22 +166,13 @@ def bring(job: ExtractJob) -> tuple[Path, dict[str, object]]:
 
 def read_prompts(job: ExtractJob) -> tuple[Path, dict[str, object]]:
     """Store the text features of prompts, those that are not there yet."""
-    from hypdefect.features import clip  # open_clip takes seconds to import
-
     spec = get_backbone(job.backbone)
-    key = FeatureKey(
-        backbone=spec.name, backbone_digest=spec.digest, block_dims=spec.dims, recipe=None, views=TEXT_VIEWS
-    )
-    store = FeatureStore(home(), key)
-    store.create()
-    keys = {prompt_key(prompt): prompt for prompt in job.prompts}
-    missing = store.missing(keys)
-    if missing:
-        features = clip.text_features(spec, [keys[key] for key in missing])
-        store.write(missing, {"text": features.numpy()})
-    say(f"text features: {len(keys) - len(missing)} prompts cached, {len(missing)} embedded, {key.dim} numbers each")
-    prompts: dict[str, object] = {prompt: row.image_id for row, prompt in keys.items()}
-    return store.path, {"key": key.digest, "prompts": prompts}
+    embedded = embed_prompts(spec, job.prompts, home())
+    store = text_store(spec, home())
+    cached = len(set(job.prompts)) - embedded
+    say(f"text features: {cached} prompts cached, {embedded} embedded, {store.key.dim} numbers each")
+    prompts = {prompt: prompt_key(prompt).image_id for prompt in job.prompts}
+    return store.path, {"key": store.key.digest, "prompts": prompts}
 
 
 if __name__ == "__main__":

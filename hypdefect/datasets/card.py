@@ -59,6 +59,28 @@ class DatasetCard:
     keep_empty_masks: bool = False
     """Keep a defect image whose mask is all zero, with the whole image as its region, instead of quarantining it."""
 
+    def place(self) -> str:
+        """Where the set is looked for."""
+        root = self.default_root()
+        return "pass --root" if root is None else f"{root}{'' if root.is_dir() else ' (not there)'}"
+
+    def about(self) -> dict[str, str]:
+        """What is known of the set, a line each."""
+        if self.always_audit:
+            groups = "near-duplicates, found whenever the set is read"
+        else:
+            groups = "found from the images" if self.group is not None else "as the set names them; --audit finds more"
+        return {
+            "title": self.title,
+            "licence": self.licence,
+            "source": self.source,
+            "layout": self.layout,
+            "default root": self.place(),
+            "expected": ", ".join(f"{name} {n}" for name, n in self.expected.items()) or "whatever is there",
+            "normal images": f"{'' if self.good_is_class else 'not '}classes of the few-shot task",
+            "groups": groups,
+        }
+
 
 def inside(root: Path, relative: str) -> Path:
     """A path that an annotation or archive names, resolved under `root`.

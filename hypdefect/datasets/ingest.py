@@ -34,17 +34,15 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.files import home, replaced_file, sha256, write_json, write_table
 from hypdefect.images import (
     EmptyMaskError,
-    Intensity,
-    PixelKind,
     deep_kind,
     exif_orientation,
-    fit_intensity,
     read_bytes,
     read_mask,
     read_raw,
     region_box,
     to_rgb,
 )
+from hypdefect.images.intensity import Intensity, PixelKind, fit_intensity
 
 logger = logging.getLogger(__name__)
 
@@ -385,6 +383,27 @@ def ingested(
         write_table(result.quarantine, path.with_name(f"{path.stem}.quarantine.parquet"))
     write_json(note, {"manifest": str(path), "quarantined": quarantined})
     return Ingested(result.manifest, path, False, quarantined)
+
+
+def other_counts(card: DatasetCard, manifest: pa.Table) -> list[str]:
+    """Where the images read are not those of the published set; a key of the card is a product, class or both."""
+    files: dict[str, set[str]] = defaultdict(set)
+    unknown: Counter[str] = Counter()
+    for row in manifest.select(["product", "defect", "file_id"]).to_pylist():
+        product, defect = row["product"], row["defect"]
+        keys = {product, defect, f"{product}/{defect}"}
+        for key in keys & card.expected.keys():
+            files[key].add(row["file_id"])
+        if not keys & card.expected.keys():
+            unknown[f"{product}/{defect}"] += 1
+    lines = [
+        f"{key}: {len(files[key])} images, the published set has {expected}"
+        for key, expected in sorted(card.expected.items())
+        if len(files[key]) != expected
+    ]
+    if card.expected:
+        lines += [f"{key}: {count} images, the published set has none" for key, count in sorted(unknown.items())]
+    return lines
 
 
 def note_manifest(

@@ -37,7 +37,8 @@ from jaxtyping import Float32, Shaped, UInt8
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from hypdefect.images import Intensity, read_image
+from hypdefect.images import read_image
+from hypdefect.images.intensity import Intensity
 
 SAME = 0.60
 """Correlation from which two pictures are twins, one of them turned or mirrored."""

@@ -25,7 +25,8 @@ from hypdefect.features.prompts import embed_prompts
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.files import home
-from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.images.intensity import Intensity
 from hypdefect.progress import progress
 
 logger = logging.getLogger(__name__)

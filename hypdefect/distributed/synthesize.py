@@ -19,7 +19,8 @@ from hypdefect.datasets.manifest import MANIFEST_SCHEMA, manifest_digest, read_m
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.families.plan import Plan
 from hypdefect.files import home, replaced_file
-from hypdefect.images import Intensity, exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.images.intensity import Intensity
 from hypdefect.images.pseudo_defects import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
 from hypdefect.progress import progress
 

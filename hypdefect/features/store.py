@@ -17,48 +17,30 @@ Every file has a checksum: parts in their commit entry, all JSON in itself, the 
 Entries never change: a damaged commit is dropped by a later entry, and its rows are then missing, to be extracted.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
-import stat
-import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from hypdefect.config import digest, from_mapping, to_mapping
-from hypdefect.errors import ArtifactError, ConfigError, DataError
-from hypdefect.features.extract import EXTRACTOR_VERSION
+from hypdefect.config import digest, to_mapping
+from hypdefect.errors import ArtifactError, DataError
+from hypdefect.features.cache import ROW, View, ids, row_sums
+from hypdefect.features.sealed import DamageError, explained, read, remove, seal, unseal, write_synced
 from hypdefect.features.spec import FeatureKey, FeatureTable, RowKey
 from hypdefect.files import file_sha256, sync
 
 ENTRY = re.compile(r"\d{8}\.json")
-DIGEST = re.compile(r"[0-9a-f]{64}")
-REMEDY = "run `python jobs/extract.py --verify --repair`, then the extraction again: only what was lost is recomputed"
-ROW = ("image_id", "mask_id", "aug_index")
-
-
-class DamageError(ArtifactError):
-    """A file of a store is not what was written."""
-
-    def __init__(self, file: Path, reason: str) -> None:
-        super().__init__(file, reason)
-        self.file, self.reason = file, reason
-
-    def __str__(self) -> str:
-        return f"{self.file} is damaged ({self.reason}): {REMEDY}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,44 +73,6 @@ class VerifyReport:
     files: int
     rows: int
     problems: tuple[Problem, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class View:
-    """The float32 copy of a whole store on this node: `arrays[view]` is `[N, ...]`, memory-mapped, in row order."""
-
-    folder: Path
-    index: pa.Table
-    arrays: dict[str, np.ndarray]
-
-    def positions(self, wanted: pa.Table) -> np.ndarray:
-        """Where the rows of the given ids lie; -1 for those that are not there."""
-        there = self.index.select(ROW)
-        if len(wanted):  # as they were written: the order in which most are asked for
-            start = pc.index(there["image_id"], wanted["image_id"][0]).as_py()
-            if start >= 0 and there.slice(start, len(wanted)).equals(wanted):
-                return np.arange(start, start + len(wanted))
-        return pc.index_in(_joined(wanted), value_set=_joined(there)).fill_null(-1).to_numpy()
-
-    def sorted_positions(self) -> np.ndarray:
-        """Of all rows, in the order of their keys."""
-        return pc.sort_indices(self.index, sort_keys=[(name, "ascending") for name in ROW]).to_numpy()
-
-    def take(self, view: str, positions: np.ndarray) -> np.ndarray:
-        """Copy rows, each checked against its sum.
-
-        Raises:
-            DamageError: a row is not what was written.
-        """
-        source, sums = self.arrays[view], self.index[f"sum {view}"].to_numpy()
-        out = np.empty((len(positions), *source.shape[1:]), np.float32)
-        step = max(1, 2**20 // (4 * max(1, out[:1].size)))  # rows that stay in the processor's cache between the two
-        for start in range(0, len(positions), step):
-            chosen = positions[start : start + step]
-            rows = np.take(source, chosen, axis=0, out=out[start : start + step], mode="clip")
-            if (_row_sums(rows) != sums[chosen]).any():
-                raise DamageError(self.folder / f"{view}.npy", "wrong checksum of a row")
-        return out
 
 
 class FeatureStore:
@@ -164,9 +108,9 @@ class FeatureStore:
         for name in ("commits", "parts"):
             (self.path / name).mkdir(parents=True, exist_ok=True)
         try:
-            _key_mapping(self.path)
+            key_mapping(self.path)
         except DamageError:
-            os.replace(_write_synced(self.path, _seal(to_mapping(self.key))), self.path / "key.json")
+            os.replace(write_synced(self.path, seal(to_mapping(self.key))), self.path / "key.json")
             sync(self.path)
             sync(self.path.parent)
 
@@ -205,7 +149,7 @@ class FeatureStore:
             first.setdefault(row, i)
         part: Path | None = None
         written: list[RowKey] = []
-        with _explained(self.path):
+        with explained(self.path):
             try:
                 while True:
                     self._refresh()
@@ -259,7 +203,7 @@ class FeatureStore:
         )
         data = sink.getvalue().to_pybytes()
         target = self.path / "parts" / f"part-{uuid.uuid4().hex}.parquet"
-        temporary = _write_synced(target.parent, data)
+        temporary = write_synced(target.parent, data)
         try:
             os.replace(temporary, target)
             sync(target.parent)
@@ -283,7 +227,7 @@ class FeatureStore:
 
     def _link(self, number: int, entry: dict[str, Any]) -> bool:
         """Make an entry the one of this number; False where it has one."""
-        temporary = _write_synced(self.path / "commits", _seal(entry))
+        temporary = write_synced(self.path / "commits", seal(entry))
         try:
             os.link(temporary, self._entry_path(number))
         except FileExistsError:
@@ -310,7 +254,7 @@ class FeatureStore:
         """Read what was added to the log."""
         last = self._last()
         if last >= 0:
-            _key_mapping(self.path)
+            key_mapping(self.path)
         commits, dropped, damaged = self._entries(self._next, last)
         for number, error in damaged.items():
             if number not in dropped:
@@ -329,7 +273,7 @@ class FeatureStore:
         damaged: dict[int, DamageError] = {}
         for number in range(start, last + 1):
             try:
-                entry = _unseal(self._entry_path(number))
+                entry = unseal(self._entry_path(number))
             except DamageError as error:
                 damaged[number] = error
                 continue
@@ -342,7 +286,7 @@ class FeatureStore:
     def _read_part(self, commit: Commit) -> pa.Table:
         """A part whose bytes are those that were committed."""
         path = self.path / "parts" / commit.part
-        data = _read(path)
+        data = read(path)
         if len(data) != commit.bytes:
             raise DamageError(path, f"{len(data)} bytes instead of {commit.bytes}")
         if hashlib.sha256(data).hexdigest() != commit.sha256:
@@ -383,7 +327,7 @@ class FeatureStore:
             image_id, _, aug_index = (view.index[name].take(pa.array(positions)).to_pylist() for name in ROW)
         else:
             image_id, mask_id, aug_index = _columns(keys)
-            positions = view.positions(_ids(image_id, mask_id, aug_index))
+            positions = view.positions(ids(image_id, mask_id, aug_index))
             absent = int((positions < 0).sum())
             if absent:
                 raise ArtifactError(
@@ -398,7 +342,7 @@ class FeatureStore:
     def _view(self) -> View | None:
         """The node's copy of the store as it is now, built where there is none; None for a store without commits."""
         while (last := self._last()) >= 0:
-            _key_mapping(self.path)
+            key_mapping(self.path)
             folder = self.cache / self._state(last)
             if not folder.exists():
                 folder = self._build()
@@ -408,6 +352,11 @@ class FeatureStore:
                 if folder.exists():  # else a newer one has just taken its place
                     raise
         return None
+
+    @property
+    def state(self) -> str:
+        """A name for the log as it is now."""
+        return self._state(self._last())
 
     def _state(self, last: int) -> str:
         """A name for the log up to this entry. Entries are not read for it: they never change."""
@@ -421,7 +370,7 @@ class FeatureStore:
         return digest(stats)[:16]
 
     def _build(self) -> Path:
-        with _explained(self.cache):
+        with explained(self.cache):
             self.cache.mkdir(parents=True, exist_ok=True)
             with (self.cache / ".lock").open("w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
@@ -430,16 +379,16 @@ class FeatureStore:
                 if target.exists():
                     return target
                 temporary = target.with_name(f".{target.name}.tmp")
-                _remove(temporary)
+                remove(temporary)
                 try:
                     temporary.mkdir()
                     self._fill(temporary)
                     os.replace(temporary, target)
                 finally:
-                    _remove(temporary)
+                    remove(temporary)
                 for other in self._cached():
                     if other != target:
-                        _remove(other)
+                        remove(other)
         return target
 
     def _cached(self) -> list[Path]:
@@ -448,7 +397,7 @@ class FeatureStore:
     def _fill(self, folder: Path) -> None:
         """Write a view of all live commits: an array a view, the index with a sum a row, and their checksums."""
         commits = list(self._live.values())
-        index = _ids(*([value for commit in commits for value in getattr(commit, name)] for name in ROW))
+        index = ids(*([value for commit in commits for value in getattr(commit, name)] for name in ROW))
         header = {"descr": "<f4", "fortran_order": False, "shape": (len(index), *self.shape)}
         sums: dict[str, list[np.ndarray]] = {view: [np.empty(0, np.uint32)] for view in self.key.views}
         with ExitStack() as stack:
@@ -459,7 +408,7 @@ class FeatureStore:
                 values = self._values(self._read_part(commit)).astype(np.float32, copy=False)
                 for view, own in zip(self.key.views, values, strict=True):
                     files[view].write(own.data)
-                    sums[view].append(_row_sums(own))
+                    sums[view].append(row_sums(own))
             for file in files.values():
                 file.flush()
                 os.fsync(file.fileno())
@@ -468,14 +417,14 @@ class FeatureStore:
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, index.schema) as writer:
             writer.write_table(index)
-        _write_synced(folder, sink.getvalue().to_pybytes()).rename(folder / "index.arrow")
+        write_synced(folder, sink.getvalue().to_pybytes()).rename(folder / "index.arrow")
         checksums = {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
-        _write_synced(folder, _seal({"store": self.key.digest, "files": checksums})).rename(folder / "meta.json")
+        write_synced(folder, seal({"store": self.key.digest, "files": checksums})).rename(folder / "meta.json")
 
     def _open(self, folder: Path) -> View:
-        meta = _unseal(folder / "meta.json")
+        meta = unseal(folder / "meta.json")
         path = folder / "index.arrow"
-        data = _read(path)
+        data = read(path)
         if hashlib.sha256(data).hexdigest() != meta["files"][path.name]:
             raise DamageError(path, "wrong checksum")
         index = pa.ipc.open_file(pa.BufferReader(data)).read_all().combine_chunks()
@@ -496,7 +445,7 @@ class FeatureStore:
         """Read every byte of the store and its copies in the cache. A finding is reported, never raised."""
         problems = []
         try:
-            _key_mapping(self.path)
+            key_mapping(self.path)
         except DamageError as error:
             problems.append(Problem(error.file, error.reason))
         last = self._last()
@@ -518,7 +467,7 @@ class FeatureStore:
         files = 1 + last + 1 + len(live)
         for folder in self._cached():
             try:
-                meta = _unseal(folder / "meta.json")
+                meta = unseal(folder / "meta.json")
                 files += 1 + len(meta["files"])
                 for name, expected in meta["files"].items():
                     if not (folder / name).is_file():
@@ -542,7 +491,7 @@ class FeatureStore:
         """Drop what `verify` found damaged. Lost rows are then missing, and the next extraction computes them."""
         self.create()
         spoilt = sorted({problem.commit for problem in report.problems if problem.commit is not None})
-        with _explained(self.path):
+        with explained(self.path):
             for number in spoilt:
                 if not self._entry_path(number).exists():
                     self._link(number, {"drop": []})
@@ -551,7 +500,7 @@ class FeatureStore:
             sync(self.path / "commits")
             for problem in report.problems:
                 if problem.file.is_relative_to(self.cache):
-                    _remove(problem.file.parent)
+                    remove(problem.file.parent)
 
     def orphans(self) -> list[Path]:
         """Parts that no live commit names, and temporary files: what killed writers and dropped commits leave.
@@ -564,242 +513,13 @@ class FeatureStore:
         return sorted(found + [path for path in (self.path / "parts").glob("part-*") if path not in named])
 
 
-# ---- all stores of a home ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StoreSummary:
-    digest: str
-    state: str
-    """current, or why it is not: another extractor version, an old layout, damage."""
-    backbone: str = ""
-    dim: int = 0
-    views: tuple[str, ...] = ()
-    grid: tuple[int, int] | None = None
-    images: int = 0
-    rows: int = 0
-    parts: int = 0
-    orphans: int = 0
-    bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Garbage:
-    """A file or folder that nothing needs."""
-
-    path: Path
-    bytes: int
-    reason: str
-
-
-def stores(home: Path) -> list[StoreSummary]:
-    """What lies in the feature stores of a home."""
-    found = []
-    for path in _folders(home / "features"):
-        about: dict[str, Any] = {"digest": path.name, "bytes": _size(_stats(path))}
-        stale = _stale(path)
-        try:
-            store = open_store(path)
-            rows = store.rows()
-            about |= {"backbone": store.key.backbone, "dim": store.key.dim, "views": store.key.views}
-            about |= {"grid": store.key.grid, "images": len({row.image_id for row in rows}), "rows": len(rows)}
-            about |= {"parts": len(store.parts()), "orphans": len(store.orphans())}
-        except ArtifactError as error:
-            stale = stale or str(error)
-        found.append(StoreSummary(state=stale or "current", **about))
-    return found
-
-
-def open_store(path: Path) -> FeatureStore:
-    """The store in a folder, its key read from the key file or, where that is damaged, from a part.
-
-    Raises:
-        ArtifactError: there is no key to be found, or one of another version of this package.
-    """
-    try:
-        mapping = _key_mapping(path)
-    except DamageError:
-        mapping = next(_keys_in_parts(path), {})
-        if not mapping:
-            raise
-    try:
-        key = from_mapping(FeatureKey, mapping, str(path / "key.json"))
-    except ConfigError as error:
-        raise ArtifactError(f"{path} was made by another version of hypdefect: {error}") from error
-    if key.digest != path.name:
-        raise ArtifactError(f"{path} was made by another version of hypdefect, whose keys have other fields")
-    return FeatureStore(path.parents[1], key)
-
-
-def collect(home: Path, *, delete: bool, min_age_s: float = 3600.0) -> list[Garbage]:
-    """What nothing needs in `<home>/features` and `<home>/cache`, and nothing else: listed, or removed.
-
-    Args:
-        min_age_s: younger files stay: a writer may be about to commit them.
-    """
-    found = []
-    for path in _folders(home / "features"):
-        stale = _stale(path)
-        if stale is not None:
-            found.append((path, stale))
-            continue
-        try:
-            found += [(orphan, "no commit names it") for orphan in open_store(path).orphans()]
-        except ArtifactError:  # nothing is removed on suspicion: --verify reports it
-            continue
-    leaving = {path for path, _ in found}
-    for path in _folders(home / "cache"):
-        source = home / "features" / path.name
-        if source in leaving or not source.exists():
-            found.append((path, "copy of a store that is not there"))
-            continue
-        try:
-            store = open_store(source)
-            current = store._state(store._last())
-        except ArtifactError:
-            continue
-        keep = {current, ".lock"}
-        found += [(view, "copy of an earlier state") for view in sorted(path.iterdir()) if view.name not in keep]
-    found += [
-        (gone, "half removed") for name in ("features", "cache") for gone in sorted((home / name).glob(".gone-*"))
-    ]
-    garbage = []
-    for path, reason in found:
-        stats = _stats(path)
-        if stats and time.time() - max(one.st_mtime for one in stats) >= min_age_s:
-            garbage.append(Garbage(path, _size(stats), reason))
-            if delete:
-                _remove(path)
-    return garbage
-
-
-def _folders(parent: Path) -> list[Path]:
-    """Folders named by a digest; a link may lead anywhere and is left alone."""
-    found = sorted(parent.iterdir()) if parent.is_dir() else []
-    return [path for path in found if DIGEST.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
-
-
-def _stale(path: Path) -> str | None:
-    """Why a store can never be read again; None: it can, or there is no telling."""
-    if not (path / "commits").is_dir():
-        return "old layout"
-    try:
-        version = _key_mapping(path).get("extractor_version")
-    except DamageError:
-        return None
-    return None if version == EXTRACTOR_VERSION else f"extractor version {version}"
-
-
-def _key_mapping(path: Path) -> dict[str, Any]:
+def key_mapping(path: Path) -> dict[str, Any]:
     """What the key file of a store says; its digest, taken as `FeatureKey.digest` takes it, names the folder."""
-    mapping = _unseal(path / "key.json")
+    mapping = unseal(path / "key.json")
     if digest(mapping | {"backbone": ""}) != path.name:
         raise DamageError(path / "key.json", "the key of another store")
     return mapping
 
 
-@contextmanager
-def _explained(folder: Path) -> Iterator[None]:
-    """Say what to do about a disk that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        cause = "no space left" if error.errno == errno.ENOSPC else str(error)
-        raise ArtifactError(
-            f"cannot write features to {folder}: {cause}. Free some space or point HYPDEFECT_HOME at another "
-            "disk, then run the same command again: it continues from the rows already stored"
-        ) from error
-
-
-def _keys_in_parts(path: Path) -> Iterator[dict[str, Any]]:
-    for part in (path / "parts").glob("part-*.parquet"):
-        try:
-            mapping = json.loads((pq.read_schema(part).metadata or {}).get(b"hypdefect.key", b"{}"))
-        except (pa.ArrowException, OSError, ValueError):
-            continue
-        if digest(mapping | {"backbone": ""}) == path.name:
-            yield mapping
-
-
-# ---- files ---------------------------------------------------------------------------------------------------------
-
-
-def _seal(entry: dict[str, Any]) -> bytes:
-    """JSON that carries the checksum of its own bytes."""
-    return _sealed(json.dumps(entry, separators=(",", ":")).encode())
-
-
-def _sealed(body: bytes) -> bytes:
-    return b'{"sha256":"%s","entry":%s}\n' % (hashlib.sha256(body).hexdigest().encode(), body)
-
-
-def _unseal(path: Path) -> dict[str, Any]:
-    data = _read(path)
-    body = data[len(_sealed(b"")) - 2 : -2]
-    if data != _sealed(body):
-        raise DamageError(path, "wrong checksum")
-    return json.loads(body)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DamageError(path, "missing" if error.errno == errno.ENOENT else str(error.strerror)) from error
-
-
-def _write_synced(folder: Path, data: bytes) -> Path:
-    """A new temporary file whose bytes are on the disk."""
-    path = folder / f".{uuid.uuid4().hex}.tmp"
-    try:
-        with path.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise
-    return path
-
-
-def _remove(path: Path) -> None:
-    """Remove a file, or a folder in one step for whoever looks at it; harmless where there is none."""
-    if not path.is_dir():
-        path.unlink(missing_ok=True)
-        return
-    gone = path.with_name(f".gone-{uuid.uuid4().hex}")
-    with suppress(FileNotFoundError):
-        path.rename(gone)
-        shutil.rmtree(gone)
-
-
-def _row_sums(rows: np.ndarray) -> np.ndarray:
-    """Sum of the bits of each float32 row modulo 2^32, which any one changed byte changes."""
-    return np.add.reduce(rows.reshape(len(rows), -1).view(np.uint32), axis=1, dtype=np.uint32)
-
-
 def _columns(keys: Sequence[RowKey]) -> tuple[list[str], list[str], list[int]]:
     return [k.image_id for k in keys], [k.mask_id for k in keys], [k.aug_index for k in keys]
-
-
-def _ids(image_id: Sequence[str], mask_id: Sequence[str], aug_index: Sequence[int]) -> pa.Table:
-    columns = pa.array(image_id, pa.string()), pa.array(mask_id, pa.string()), pa.array(aug_index, pa.int16())
-    return pa.table(columns, names=ROW)
-
-
-def _joined(ids: pa.Table) -> pa.ChunkedArray:
-    """The ids as one string a row; digests contain no newline."""
-    return pc.binary_join_element_wise(ids["image_id"], ids["mask_id"], ids["aug_index"].cast(pa.string()), "\n")
-
-
-def _stats(path: Path) -> list[os.stat_result]:
-    """Of a file, or of a folder and everything in it; none of what vanishes meanwhile."""
-    found = []
-    for item in [str(path), *(os.path.join(at, name) for at, dirs, files in os.walk(path) for name in dirs + files)]:
-        with suppress(FileNotFoundError):
-            found.append(os.lstat(item))
-    return found
-
-
-def _size(stats: list[os.stat_result]) -> int:
-    return sum(one.st_size for one in stats if stat.S_ISREG(one.st_mode))

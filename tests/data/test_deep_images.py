@@ -26,17 +26,8 @@ from hypdefect.datasets.readers.folder import CARD
 from hypdefect.distributed.extract import Extractor
 from hypdefect.errors import DataError
 from hypdefect.families.plan import image_requests
-from hypdefect.images import (
-    ALPHA_NOTE,
-    Intensity,
-    PixelKind,
-    deep_kind,
-    exif_orientation,
-    fit_intensity,
-    read_image,
-    read_mask,
-    read_raw,
-)
+from hypdefect.images import ALPHA_NOTE, deep_kind, exif_orientation, read_image, read_mask, read_raw
+from hypdefect.images.intensity import Intensity, PixelKind, fit_intensity
 from tests.tiny_dataset import make_folder_tree
 
 # Pillow's remarks on damaged metadata; the image itself is judged.

@@ -20,9 +20,11 @@ from hypothesis.extra import numpy as hnp
 from hypdefect.config import digest, to_mapping
 from hypdefect.errors import ArtifactError, DataError
 from hypdefect.features import store as module
+from hypdefect.features.care import collect, open_store, stores
 from hypdefect.features.extract import EXTRACTOR_VERSION, RecipeConfig
+from hypdefect.features.sealed import DamageError, seal, unseal
 from hypdefect.features.spec import FeatureKey, RowKey
-from hypdefect.features.store import DamageError, FeatureStore, collect, open_store, stores
+from hypdefect.features.store import FeatureStore
 from hypdefect.files import file_sha256
 from hypdefect.types import VIEWS
 
@@ -392,7 +394,7 @@ def test_missing_files_are_named_and_lose_their_own_rows_only(store: FeatureStor
 def test_what_a_writer_did_wrong_is_found(store: FeatureStore, tmp_path: Path) -> None:
     """Whole files with right checksums: rows of another commit, rows twice, values that are not finite."""
     part = write(store, keys_of("a"))
-    entry = module._unseal(store.path / "commits" / "00000000.json")
+    entry = unseal(store.path / "commits" / "00000000.json")
     assert store._link(1, entry | {"image_id": ["z"]})
     assert store._link(2, entry)
     table = pq.read_table(part)
@@ -561,6 +563,6 @@ def test_a_store_of_another_version_of_the_package_is_named(tmp_path: Path) -> N
     for mapping in (to_mapping(KEY) | {"new": 1}, {k: v for k, v in to_mapping(KEY).items() if k != "grid"}):
         path = tmp_path / "features" / digest(mapping | {"backbone": ""})
         path.mkdir(parents=True)
-        (path / "key.json").write_bytes(module._seal(mapping))
+        (path / "key.json").write_bytes(seal(mapping))
         with pytest.raises(ArtifactError, match="another version of hypdefect"):
             open_store(path)

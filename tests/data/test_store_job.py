@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hypdefect.command_line import run_job
+from hypdefect.features.care import open_store
 from hypdefect.features.spec import prompt_key
-from hypdefect.features.store import FeatureStore, open_store
+from hypdefect.features.store import FeatureStore
 from jobs import extract
 from tests.data.test_store import KEY, flip, keys_of, write
 from tests.tiny_clip import clip_model, open_clip, write_config

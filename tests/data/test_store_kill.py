@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from hypdefect.features.care import collect
 from hypdefect.features.spec import FeatureKey, RowKey
-from hypdefect.features.store import FeatureStore, collect
+from hypdefect.features.store import FeatureStore
 
 KEY = FeatureKey(backbone="b", backbone_digest="d", block_dims=(64,), recipe=None)
 ROWS = [RowKey(f"image{i:04d}", "", copy) for i in range(3000) for copy in range(2)]

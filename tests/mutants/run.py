@@ -1,7 +1,7 @@
 """Break one line at a time and see whether the tests notice: `python -m tests.mutants.run [NAME ...]`.
 
-Each mutant is applied to a copy of the tree, never to the tree itself. Exit status 1 where a mutant is missed, where its
-line is not found exactly once, or where its tests fail without it.
+Each mutant is applied to a copy of the tree, never to the tree itself. Exit status 1 where a mutant is missed, where
+its line is not found exactly once, or where its tests fail without it.
 """
 
 import os

@@ -17,7 +17,7 @@ from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import fit
 from tests.ray.search_script import SMALL, make_task
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 CONFIG = EpisodicConfig(
     method=HypDFSConfig(**SMALL), steps=6, items_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
 )
@@ -63,6 +63,7 @@ def test_two_workers_learn_what_one_process_does(
     assert sorted(tmp_path.rglob("weights.safetensors")) == kept
 
 
+@pytest.mark.slow
 def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     """More steps go on from the last checkpoint: the schedule of the learning rate is that of the longer run."""
     train(EpisodicTraining(pool=pool, config=replace(CONFIG, steps=2)), workers=1, name="run", folder=tmp_path)
@@ -97,6 +98,7 @@ def kill_one_worker(folder: Path, killed: list[int]) -> None:
             return
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_nothing(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     config = replace(CONFIG, steps=80, report_every=5, lr=1e-3)  # rounding grows with the steps
     killed: list[int] = []

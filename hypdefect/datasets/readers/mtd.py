@@ -26,7 +26,8 @@ from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.twins import DisjointSets, Plate, correlation, high_pass
 from hypdefect.errors import DataError
 from hypdefect.files import data_root
-from hypdefect.images import Intensity, read_image
+from hypdefect.images import read_image
+from hypdefect.images.intensity import Intensity
 
 CLASSES = {name: f"MT_{name.capitalize()}" for name in ("blowhole", "break", "crack", "fray", "uneven", "free")}
 NORMAL = "free"
