@@ -86,6 +86,19 @@ def test_every_kind_of_value_is_read() -> None:
     assert from_mapping(Outer, to_mapping(read)) == read
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Named:
+    by_name: dict[str, Inner]
+
+
+def test_a_mapping_of_configs_is_read_and_checked_value_by_value() -> None:
+    assert from_mapping(Named, {"by_name": {"a": {"rate": 1}}}) == Named(by_name={"a": Inner(rate=1.0)})
+    with pytest.raises(ConfigError, match=r"config\.by_name\.a: Inner has no field 'rat'; did you mean 'rate'"):
+        from_mapping(Named, {"by_name": {"a": {"rat": 1}}})
+    with pytest.raises(ConfigError, match=r"config\.by_name: expected"):
+        from_mapping(Named, {"by_name": [1]})
+
+
 def test_a_nested_config_object_is_taken_as_it_is() -> None:
     inner = Inner(rate=2.0)
     assert from_mapping(Outer, {"inner": inner}).inner is inner

@@ -76,14 +76,14 @@ def figure(paper: str, table: str, **where: Any) -> Cell | None:
     Raises:
         DataError: several cells fit.
     """
-    found = [
+    cells = [
         cell
         for cell in published(paper).cells
         if cell.table == table and all(getattr(cell, name) == value for name, value in where.items())
     ]
-    if len(found) > 1:
-        raise DataError(f"{len(found)} figures of {paper}, {table} fit {where}: say more")
-    return found[0] if found else None
+    if len(cells) > 1:
+        raise DataError(f"{len(cells)} figures of {paper}, {table} fit {where}: say more")
+    return cells[0] if cells else None
 
 
 def _cells(paper: str, table: dict[str, Any]) -> list[Cell]:
