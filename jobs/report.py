@@ -4,7 +4,7 @@ python jobs/report.py: the newest run of every task in the ledger; pictures of f
 
 python jobs/report.py --label mtd --out report: one task
 
-python jobs/report.py --readme README.md: write the results tables between the markers of a Markdown file instead
+python jobs/report.py --readme docs/results.md: write the results tables between the markers of a Markdown file instead
 """
 
 from dataclasses import dataclass, field
