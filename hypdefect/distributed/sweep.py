@@ -6,6 +6,7 @@ Selection sees only what may be looked at; the reported images are scored once, 
 import json
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -162,7 +163,7 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     ready = time.monotonic()
     trials = run_search(job, family, fitting, space, base, start, workers)
     searched = time.monotonic()
-    choice = select(job, family, plan, fitting, base, trials, start)
+    choice = select(job, family, fitting, base, trials, family.references(plan, job), start)
     outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
     entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
     seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
@@ -209,16 +210,21 @@ def run_search(
 
 
 def select(
-    job: Any, family: Family, plan: Any, fitting: Any, base: RunConfig, trials: list[TrialResult], start: Any
+    job: Any,
+    family: Family,
+    fitting: Any,
+    base: RunConfig,
+    trials: list[TrialResult],
+    references: Sequence[RunConfig],
+    start: Any,
 ) -> Choice:
     """The winning trial and the best reference, each by fresh validation episodes."""
     finalists = trials[: max(1, job.finalists)]
     candidates = [override(base, t.params) for t in finalists]
-    references = list(family.references(plan, job))
     counts = (len(candidates), len(references), job.episodes)
     logger.info("selection: %d finalists and %d references on %d fresh episodes", *counts)
     numbers = range(job.episodes, 2 * job.episodes)
-    scores = validate(fitting, candidates + references, family.setting(job), numbers, start)
+    scores = validate(fitting, [*candidates, *references], family.setting(job), numbers, start)
     means = [float(np.mean(s)) for s in scores]
     # a finalist's search score counts as much as its fresh one
     ours = best([m + t.value for m, t in zip(means, finalists, strict=False)])

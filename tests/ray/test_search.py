@@ -161,7 +161,8 @@ def test_a_space_of_an_unknown_field_is_refused(ray_local: Any, data: Fitting, t
 def selected(data: Fitting, trials: list[TrialResult]) -> tuple[Any, dict[str, torch.Tensor]]:
     """What a sweep chooses and publishes."""
     job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=3, rungs=1)
-    choice = select(job, get_family("hypdfs"), data, BASE, trials, None)
+    references = [RunConfig(name="prototype", method={"metric": metric}) for metric in ("cosine", "euclidean")]
+    choice = select(job, get_family("hypdfs"), data, BASE, trials, references, None)
     seen = few_shot.transformed(data, few_shot.transform_of(choice.run, data))
     model = few_shot.fit(choice.run, seen, few_shot.setting(job), 0)
     return (choice.trial.number, choice.run, choice.reference), model.export()
