@@ -8,6 +8,7 @@ Shapes: H W pixels, W classes.
 """
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -128,7 +129,7 @@ def save_model(
     write_checksums(folder)
 
 
-class Predictor:
+class Predictor(ABC):
     """A loaded model. Every image is a forward of its own: its result does not depend on its neighbours.
 
     A family's predictor says what an answer is (`answer`) and whether the tensors fit one another (`check`).
@@ -182,17 +183,17 @@ class Predictor:
         predictor.check(folder)
         return predictor
 
+    @abstractmethod
     def answer(self, image: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "H2 W2"] | None) -> Any:
         """A dataclass of plain values for one image and its region, which has been checked."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self, folder: Path) -> None:
         """Show tensors of a wrong shape at loading rather than at the first image.
 
         Raises:
             ArtifactError: they do not fit one another; names the folder.
         """
-        raise NotImplementedError
 
     def predict(
         self, images: Sequence[tuple[UInt8[np.ndarray, "H W 3"], Bool[np.ndarray, "H2 W2"] | None]]

@@ -1,6 +1,7 @@
 """What every family's plan holds: which image set, which features of it, and how images are asked for."""
 
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +60,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class Plan(ABC):
     """What to extract for a task, before any feature exists."""
 
     config: DataConfig
@@ -93,9 +94,9 @@ class Plan:
     def key(self) -> FeatureKey:
         return self.imported.key if self.imported else extraction_key(self.spec, self.config.recipe)
 
+    @abstractmethod
     def requests(self) -> list[ImageRequest]:
         """Every image to extract, once."""
-        raise NotImplementedError  # a family says which
 
     @property
     def num_parts(self) -> int:
