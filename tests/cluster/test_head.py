@@ -45,6 +45,7 @@ def test_nothing_to_submit_is_an_error(state: Path) -> None:
 def test_jobs_on_our_head_see_the_submitters_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYPDEFECT_HOME", "results")
+    monkeypatch.delenv("HYPDEFECT_DATA", raising=False)
     ours = head.Target(url="http://127.0.0.1:1", headers={}, head=our_head())
     assert ours.variables() == {
         "HYPDEFECT_HOME": str(tmp_path / "results"),
@@ -58,6 +59,7 @@ def test_jobs_on_our_head_see_the_submitters_places(tmp_path: Path, monkeypatch:
 def test_jobs_elsewhere_are_told_only_what_was_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("HYPDEFECT_HOME")
+    monkeypatch.delenv("HYPDEFECT_DATA", raising=False)
     theirs = head.Target(url="http://host:8265", headers={})
     assert theirs.variables() == {TYPED_IN: str(tmp_path)}
     monkeypatch.setenv("HYPDEFECT_DATA", "/data")
