@@ -364,6 +364,7 @@ BAD: dict[str, tuple[Callable[[Path], tuple[object, ...]], str]] = {
 }
 
 
+@pytest.mark.slow
 def test_bad_input_ends_in_one_line_and_leaves_nothing(user: User) -> None:
     clumsy = User(user.place / "clumsy", user.cluster)
     clumsy.place.mkdir()
