@@ -24,7 +24,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="hypdefect/distributed/sweep.py",
         old='folder=home() / "sweeps",\n        start=start,',
         new='folder=home() / "sweeps",\n        start=None,',
-        tests=("tests/ray/test_search.py::test_a_search_uses_what_was_learned",),
+        tests=("tests/ray/test_families.py::test_the_search_used_what_training_gave[small_segmenter]",),
         breaks="a sweep searches from nothing, whatever --init gave",
     ),
     Mutant(

@@ -16,12 +16,13 @@ import optuna
 import pytest
 from PIL import Image
 
+from hypdefect.config import override
 from hypdefect.distributed.evaluate import compare
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import Entrant, RunConfig, metric_name
+from hypdefect.evaluation import Entrant, RunConfig, TrialResult, metric_name
 from hypdefect.families import family_module, get_family
 from hypdefect.families.plan import prepare
 from hypdefect.features.extract import RecipeConfig
@@ -119,6 +120,23 @@ def test_the_search_and_the_test_are_of_the_familys_metric(ran: Ran) -> None:
     assert len(winner.scored.draws) == 3
     assert winner.intervals[metric].mean >= reference.intervals[metric].mean - 0.05
     assert winner.intervals[metric].mean > {"small_detector": 0.5, "small_segmenter": 0.2}[ran.method]
+
+
+def test_the_search_used_what_training_gave(ran: Ran) -> None:
+    """A trial's value is that of the trained weights; the segmenter's is another one without them."""
+    family: Any = get_family(ran.method)
+    fitting, _ = family.load(ran.result.plan, ran.home)
+
+    def value(trial: TrialResult, start: Any) -> float:
+        run = override(RunConfig(name=ran.method), trial.params)
+        seen = family.transformed(fitting, family.transform_of(run, fitting, start))
+        return float(np.mean(list(family.validation_scores(run, seen, family.Setting(), range(4), start))))
+
+    pretrained = [t for t in ran.result.trials if t.rungs == 2 and t.params.get("pretrained", True)]
+    assert pretrained
+    assert [t.value for t in pretrained] == pytest.approx([value(t, ran.start) for t in pretrained], abs=1e-6)
+    if ran.method == "small_segmenter":
+        assert any(abs(t.value - value(t, None)) > 1e-3 for t in pretrained)
 
 
 def test_the_ledger_holds_every_draw(ran: Ran) -> None:
