@@ -134,7 +134,9 @@ def fits(config: BenchmarkConfig) -> list[Timing]:
         "ode none": {"ode": "none"},
         "ode sa": {"ode": "sa"},
         "curvature 0": {"curvature": 0.0},
-        "adapter none": {"adapter": "none"},
+        "no synthesis": {"synthesis": False},
+        "no adapter": {"adapter": False},
+        "centers": {"head": "centers"},
         "adapter full rank": {"adapter_rank": 0},
     }
     default, *others = interleaved(config.rounds, *(fit(**changes) for changes in ({}, *variants.values())))

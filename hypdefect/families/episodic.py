@@ -48,10 +48,12 @@ class EpisodicConfig(TrainConfig):
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.projection < 0:
             raise ConfigError(f"train.projection must not be negative, got {self.projection}")
-        if self.method.adapter == "none" and self.method.ode == "none" and not self.projection:
-            raise ConfigError("train: no projection, and adapter and ode are 'none': there is nothing to meta-train")
-        if self.method.adapter != "real+synthetic" and self.method.ode != "none":
-            raise ConfigError("train: the ODE learns through synthetic features; set method.adapter real+synthetic")
+        if not self.method.adapter and self.method.ode == "none" and not self.projection:
+            raise ConfigError("train: no projection, no adapter and no ODE: there is nothing to meta-train")
+        if not self.method.synthesis and self.method.ode != "none":
+            raise ConfigError(
+                "train: the ODE learns through synthetic features; set method.synthesis, or method.ode none"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,7 +63,7 @@ class MetaConfig:
     synthesis: SynthesisConfig = SynthesisConfig()
     train: EpisodicConfig = EpisodicConfig(
         # adapter and ODE are left to the task: trained with the projection they lose points (docs/experiments.md)
-        method=HypDFSConfig(adapter="none", ode="none", loss="hyperbolic"),
+        method=HypDFSConfig(adapter=False, synthesis=False, ode="none", loss="hyperbolic"),
         projection=128,
         steps=100,
         items_per_step=1,

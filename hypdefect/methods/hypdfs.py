@@ -8,27 +8,30 @@
 | P(z | c, h, mu, Sigma) (eq. 5), sampling (eq. 4) | `geometry.WrappedNormal`; `synthesize`, in its coordinates |
 | ODE_mu, ODE_Sigma, RK (eq. 7) | `MomentODE`, `torchdiffeq.odeint(method="rk4")` |
 | W, f_out = SiLU(W f_in) + f_in (eq. 8) | `ResidualAdapter` |
-| L_s, m_d (eq. 9) | `HypDFS.spread_loss`, `margin` |
+| L_s, m_d (eq. 9) | `spread_loss`, `margin` |
 | L_hdcl = L_ce + alpha L_s + beta L_cl (eq. 10) | `HypDFS.terms`, `alpha`, `beta` |
 | L_cl, tau (eq. 11) | `whole_crop_contrast`, `contrast_temperature` |
 
-Deviations:
+Deviations, each an option; docs/experiments.md says what each is worth:
 - The conformal factor has a minus sign and the volume term the exponent n-1 (`geometry`): the document's are slips.
-- W is low-rank by default (`adapter_rank=0`: full, as printed) and shared by the two views, which makes whole and
-  crop comparable in L_cl and keeps a fit under a second; the ODE's networks have one hidden layer of `ode_hidden`.
+- The ball's origin is the mean of the task's class means (`origin="features"`: where the transform leaves it).
+- Classes are scored by the signed distance to Poincare hyperplanes (Ganea et al., NeurIPS 2018, eq. 25;
+  `head="centers"`: by the distance to class centres, as printed).
+- A task is one batch, and its fit is run to convergence by L-BFGS on fixed noise, where the paper takes AdamW steps of
+  1e-4. Penalties on hyperplanes, adapter and ODE keep them near where they start.
+- The covariance is that of the rows round their prototypes, shared between the classes in part, and not diagonal
+  (`covariance="diagonal"`): its factor are the rows themselves.
+- The margin counts in units of the class's own spread: a length of 1 means nothing where points lie 3 to 6 apart.
+- W is shared by the two views, which makes whole and crop comparable in L_cl.
 - Real and synthetic features are stacked along the sample axis: along channels a query would lack its synthetic half.
-- A class centre is the midpoint of its adapted real points and of its adapted synthetic mean, so that what the ODE
-  learned about the mean reaches the queries; `learn_centers` adds an offset to it.
 - A task is fitted in coordinates of its support rows' span (`axes="features"`: all features), several times faster.
-  Prototypes, centres and gradients lie in it, distances to them stay what they are; but the diagonal of Sigma is then
-  one of principal directions, and noise stays in the span.
-- The whole support is one batch (at most K x N x views rows) instead of minibatches of 32.
+  Both views have one frame, so that distances between them stay what they are.
 
 Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D features of one view, E = 2 D, Q queries.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
@@ -42,7 +45,7 @@ from hypdefect import geometry
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
-from hypdefect.methods.support import check_every_class, span_basis
+from hypdefect.methods.support import by_image, check_every_class, span_basis
 from hypdefect.types import VIEWS, Batch, Episode, LossTerms, Method, Needs
 
 
@@ -54,28 +57,35 @@ class HypDFSConfig:
     """c >= 0, sectional curvature -c; 0 is the Euclidean twin."""
     learn_curvature: bool = False
     """Train c with the rest, starting from `curvature` (> 0)."""
-    feature_scale: float = 3.0
-    """Multiplies each unit-norm view before the exponential map."""
+    origin: Literal["classes", "features"] = "classes"
+    """What the ball's origin stands for: the mean of the task's class means, or what the features' transform left."""
+    feature_scale: float = 1.0
+    """Multiplies each view before the exponential map."""
     max_norm: float = 10.0
     """Tangent vectors are clipped to this norm (feature clipping)."""
     prototypes: int = 1
     """P, prototypes a class from which features are synthesised; 1 is the class midpoint."""
     center: Literal["einstein", "frechet"] = "einstein"
-    """Class centre: closed-form midpoint, or iterated Karcher mean."""
+    """Midpoint of a class: closed-form, or iterated Karcher mean."""
+    head: Literal["hyperplanes", "centers"] = "hyperplanes"
+    """What a class is scored by: the signed distance to its Poincare hyperplane, or minus that to its centre."""
+    penalty: float = 1e-3
+    """Weight of half the squared length of the hyperplanes' normals (of the centres' offsets)."""
     match_radius: bool = True
-    """Put each centre at the mean radius of its real points: a midpoint of K scattered points sinks towards the
+    """Of centres: put each at the mean radius of its real points. A midpoint of K scattered points sinks towards the
     origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
-    learn_centers: bool = True
-    """Fit an offset to each class centre, per task; with `match_radius` it only turns the centre."""
-    center_lr: float = 0.01
-    """Rate of the offsets, which act on few coordinates, where `lr` is that of adapter and ODE."""
+    synthesis: bool = True
+    """Draw synthetic points from the wrapped normals and train on them."""
     n_syn: int = 8
-    """Synthetic points a class and step."""
+    """Synthetic points a class, drawn once a task."""
+    synthesis_weight: float = 1.0
+    """Weight of the synthetic points' cross-entropy beside that of the real ones."""
     noise_scale: float = 1.0
     """Multiplies the standard deviation of the wrapped normal."""
     shrinkage: float = 0.5
-    """Share of the variance pooled over classes in each class's own (1: all pooled)."""
-    covariance: Literal["diagonal", "low_rank"] = "diagonal"
+    """Share of the covariance pooled over classes in each class's own (1: all pooled)."""
+    covariance: Literal["rows", "diagonal"] = "rows"
+    """rows: noise is a random combination of the rows round their prototypes; diagonal: coordinates are independent."""
     axes: Literal["span", "features"] = "span"
     """What a task is fitted along: principal directions of its support rows, where these are fewer than the features
     and nothing was trained for the features' own axes; or these axes."""
@@ -84,17 +94,23 @@ class HypDFSConfig:
     ode_steps: int = 1
     """Runge-Kutta steps from 0 to 1; 0 is plain moments."""
     ode_hidden: int = 32
-    adapter: Literal["none", "real", "real+synthetic"] = "real+synthetic"
+    ode_penalty: float = 1e-2
+    """Weight of half the squared distance of the ODE's weights from where a task starts."""
+    adapter: bool = True
+    """Adapt features, real and synthetic ones, by the residual adapter."""
     adapter_rank: int = 32
     """Rank of W; 0 is a full matrix."""
+    adapter_penalty: float = 0.1
+    """Weight of half the squared distance of W from where a task starts."""
     loss: Literal["euclidean", "hyperbolic", "hdcl"] = "hdcl"
     """Cross-entropy on Euclidean distances, on hyperbolic ones, or with the synthesis and contrast terms."""
     alpha: float = 0.1
-    """Weight of the synthesis term L_s."""
+    """Weight of the synthesis term L_s. What it moves is the ODE."""
     beta: float = 0.1
-    """Weight of the whole-to-crop contrast L_cl."""
+    """Weight of the whole-to-crop contrast L_cl. What it moves is the adapter."""
     margin: float = 1.0
-    """m_d: synthetic points stay this far from their prototype and from one another (hyperbolic length)."""
+    """m_d in units of the class's spread at the start: synthetic points stay this far from their prototype, and sqrt(2)
+    times as far from one another."""
     max_spread: float = 0.0
     """Synthetic points stay within this multiple of the margin of their prototype; 0 leaves them free."""
     temperature: float = 1.0
@@ -103,18 +119,15 @@ class HypDFSConfig:
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
     """Count other images of the same class as negatives in the contrast."""
-    steps: int = 30
-    """Optimisation steps of a task; 0 uses the starting weights as they are."""
-    lr: float = 1e-4
-    """AdamW, cosine schedule to 0."""
-    weight_decay: float = 1e-2
+    steps: int = 20
+    """Most L-BFGS iterations of a task; 0 uses the starting weights as they are."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
-        require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature", "lr", "center_lr")
-        require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "weight_decay")
-        require_at_least(self, 0, "ode_steps", "steps", "adapter_rank")
+        require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature")
+        require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight")
+        require_at_least(self, 0, "penalty", "adapter_penalty", "ode_penalty", "ode_steps", "steps", "adapter_rank")
         require_at_least(self, 1, "prototypes", "n_syn", "ode_hidden")
         require_share(self, "shrinkage")
         if self.learn_curvature and self.curvature == 0:
@@ -125,13 +138,32 @@ class HypDFSConfig:
 class Moments:
     """Prototypes of each class and the state (mean, log standard deviation) of the wrapped normal at each of them.
 
-    `factor` holds the low-rank part of the covariance, None for a diagonal one.
+    The covariance is sum_r share_r v_r v_r^T with `rows_RE` the coordinates v of the rows round their means, None for
+    a diagonal one.
     """
 
     proto_WPE: Tensor
     mu_WPE: Tensor
     log_scale_WPE: Tensor
-    factor_WPER: Tensor | None
+    rows_RE: Tensor | None
+    share_WPR: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Standard normal numbers of the synthetic points: of their coordinates, and of the rows they combine."""
+
+    coords_WSE: Tensor
+    rows_WSR: Tensor | None
+
+    @classmethod
+    def draw(cls, moments: Moments, n_syn: int, generator: torch.Generator) -> "Noise":
+        """`generator` is one of the CPU: the same numbers on every device."""
+        n_way, like = len(moments.mu_WPE), moments.mu_WPE
+        coords = torch.randn(n_way, n_syn, like.shape[2], generator=generator).to(like)
+        if moments.rows_RE is None:
+            return cls(coords, None)
+        return cls(coords, torch.randn(n_way, n_syn, len(moments.rows_RE), generator=generator).to(like))
 
 
 class ResidualAdapter(nn.Module):
@@ -215,28 +247,30 @@ def principal_projection(f: Float[Tensor, "R V D"], dim: int, rest: int = 0) -> 
 class Core(nn.Module):
     """What is meta-trained: projection (fixed after that), and adapter, ODE and curvature, then fitted per task.
 
-    A core with a `frame` works in a task's own coordinates (`in_frame`).
+    A core with a `frame` works in a task's own coordinates (`in_frame`), one with an `origin` on rows minus it.
     """
 
     frame: Tensor | None
+    origin: Tensor | None
 
     def __init__(
         self,
         config: HypDFSConfig,
         dim: int,
         projection: Projection | None = None,
-        frame: Float[Tensor, "V D R"] | None = None,
+        frame: Float[Tensor, "D r"] | None = None,
     ) -> None:
         super().__init__()
         self.projection = projection
         self.register_buffer("frame", frame)
+        self.register_buffer("origin", None)
         if projection is not None:
             dim = projection.dim
         if frame is not None:
-            dim = frame.shape[2] + 1
+            dim = frame.shape[1] + 1
         generator = torch.Generator().manual_seed(config.seed)
-        wants_ode = config.ode != "none" and config.ode_steps > 0
-        self.adapter = None if config.adapter == "none" else ResidualAdapter(dim, config.adapter_rank, generator)
+        wants_ode = config.synthesis and config.ode != "none" and config.ode_steps > 0
+        self.adapter = ResidualAdapter(dim, config.adapter_rank, generator) if config.adapter else None
         self.ode = MomentODE(2 * dim, config.ode_hidden, config.ode, generator) if wants_ode else None  # type: ignore[arg-type]
         self.log_c = nn.Parameter(torch.tensor(config.curvature).log()) if config.learn_curvature else None
 
@@ -247,23 +281,50 @@ class Core(nn.Module):
         return not any(bool(x.any()) for x in last)
 
 
-def span_frame(tangents: Float[Tensor, "R V D"]) -> Float[Tensor, "V D r"]:
-    """Orthonormal principal directions of each view's rows, r the larger rank of both; the lower one's last are 0."""
-    bases = [span_basis(view.double()) for view in tangents.unbind(1)]
-    rank = max(basis.shape[1] for basis in bases)
-    frame = torch.stack([F.pad(basis, (0, rank - basis.shape[1])) for basis in bases])
-    largest = frame.abs().argmax(1, keepdim=True)
-    return (frame * frame.gather(1, largest).sign()).to(tangents)  # one sign, on every machine
+def joint_frame(tangents: Float[Tensor, "R V D"]) -> Float[Tensor, "D r"]:
+    """Orthonormal principal directions of the rows of all views together, by decreasing variance."""
+    frame = span_basis(tangents.flatten(0, 1).double())
+    largest = frame.abs().argmax(0, keepdim=True)
+    return (frame * frame.gather(0, largest).sign()).to(tangents)  # one sign, on every machine
 
 
-def in_frame(tangents: Float[Tensor, "*R V D"], frame: Float[Tensor, "V D r"]) -> Float[Tensor, "*R V r1"]:
-    """Coordinates in each view's frame, and the length of what lies outside of it.
+def in_frame(tangents: Float[Tensor, "*R D"], frame: Float[Tensor, "D r"]) -> Float[Tensor, "*R r1"]:
+    """Coordinates in a frame, and the length of what lies outside of it.
 
     Norms, and distances to all points of the frame's span, are those of the rows themselves.
     """
-    x = torch.einsum("...vd,vdr->...vr", tangents, frame)
-    outside = tangents - torch.einsum("...vr,vdr->...vd", x, frame)
+    x = tangents @ frame
+    outside = tangents - x @ frame.T
     return torch.cat([x, outside.norm(dim=-1, keepdim=True)], -1)
+
+
+class Hyperplanes(nn.Module):
+    """Poincare hyperplanes, one a class: the one of class k has normal a_k and lies b_k from the origin.
+
+    Logits are |a_k| d(h, H_k), signed: multinomial logistic regression in the ball (Ganea et al., "Hyperbolic Neural
+    Networks", NeurIPS 2018, eq. 25); at c = 0 they are 2 (<a_k, h> - b_k |a_k|).
+    """
+
+    def __init__(self, means_WE: Float[Tensor, "W E"]) -> None:
+        """Starts at small normals from the mean of the class means towards each of them."""
+        super().__init__()
+        self.normal_WE = nn.Parameter(0.1 * (means_WE - means_WE.mean(0)))
+        self.offset_W = nn.Parameter(means_WE.new_zeros(len(means_WE)))
+
+    def forward(self, h: Float[Tensor, "N E"], c: float | Tensor) -> Float[Tensor, "N W"]:
+        return hyperplane_scores(h, self.normal_WE, self.offset_W, c)
+
+    def size(self) -> Tensor:
+        """What the penalty counts."""
+        return self.normal_WE.square().sum()
+
+
+def hyperplane_scores(
+    h: Float[Tensor, "N E"], normal: Float[Tensor, "W E"], offset: Float[Tensor, "W"], c: float | Tensor
+) -> Float[Tensor, "N W"]:
+    length = normal.norm(dim=1)
+    feet = geometry.expmap0(offset[:, None] * F.normalize(normal, dim=1), c)
+    return length * geometry.hyperplane_dist(h, feet, normal, c)
 
 
 class HypDFS(nn.Module):
@@ -279,7 +340,8 @@ class HypDFS(nn.Module):
         self.core = Core(config, dim, projection)
         self.config, self.dim = config, dim if projection is None else projection.dim
         self.fitted: Core | None = None
-        self.register_buffer("centers_WE", torch.zeros(0, 2 * self.dim))
+        self.classes: dict[str, Tensor] = {}
+        """Of a fitted task: `normal` [W E] and `offset` [W] of its hyperplanes, or its `centers` [W E]."""
         self.last_loss: LossTerms | None = None
 
     # -- the FewShotClassifier protocol ------------------------------------------------------------------------------
@@ -291,82 +353,98 @@ class HypDFS(nn.Module):
             DataError: a class without support rows. NumericsError: the loss or the ODE left the finite numbers.
         """
         check_every_class(support, n_way)
-        config, device = self.config, support.labels.device
+        support = by_image(support)  # noise belongs to rows: the same, whatever their order
+        config, device, labels = self.config, support.labels.device, support.labels
         generator = torch.Generator().manual_seed(config.seed)
         with torch.no_grad():
-            core = self.task_core(self.tangents(support)).to(device)
+            core = self.task_core(support, n_way).to(device).double()
             tangents = self.tangents(support, core)
-        width = tangents.shape[2]
-        offset = torch.zeros(n_way, 2 * width, device=device, requires_grad=config.learn_centers)
-        groups = [
-            {"params": [p for p in core.parameters() if p.requires_grad], "lr": config.lr},
-            {"params": [offset] if config.learn_centers else [], "lr": config.center_lr},
+            moments = self.moments(core, tangents, labels, n_way)
+            noise = Noise.draw(moments, config.n_syn, generator)
+        head = Hyperplanes(class_means(tangents.flatten(1), labels, n_way)) if config.head == "hyperplanes" else None
+        offset = torch.zeros(n_way, tangents[0].numel(), dtype=torch.float64, device=device, requires_grad=True)
+        start = [(p, p.detach().clone(), weight) for p, weight in self.penalised(core)]
+        parameters = [
+            *(p for p in core.parameters() if p.requires_grad),
+            *([offset] if head is None else head.parameters()),
         ]
-        if config.steps and any(group["params"] for group in groups):
-            optimizer = torch.optim.AdamW(groups, weight_decay=config.weight_decay, fused=True)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.steps)
-            moments = None if config.learn_curvature else self.moments(core, tangents, support.labels, n_way)
-            for step in range(config.steps):
-                terms = self.terms(core, tangents, support.labels, offset, generator, moments)
-                if not torch.isfinite(terms.total):
-                    raise NumericsError(
-                        f"loss at step {step} is {terms.parts}; curvature {config.curvature}, "
-                        f"config {digest(config)[:12]}: lower lr or feature_scale"
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                terms.total.backward()
-                optimizer.step()
-                schedule.step()
-                self.last_loss = terms
+
+        def objective() -> LossTerms:
+            now = self.moments(core, tangents, labels, n_way) if config.learn_curvature else moments
+            terms = self.terms(core, tangents, labels, now, noise, offset, head)
+            size = offset.square().sum() if head is None else head.size()
+            held = sum((weight * (p - p0).square().sum() for p, p0, weight in start), torch.zeros_like(size))
+            return LossTerms(terms.total + (config.penalty * size + held) / 2, terms.parts)
+
+        if config.steps:
+            self.last_loss = minimize(parameters, objective, config.steps)
         with torch.no_grad():
-            evolved = self.evolve(core, self.moments(core, tangents, support.labels, n_way))
-            adapted, (h, means) = self.points(core, tangents, self.synthetic_means(core, evolved))
-            radii = adapted[: len(h)].flatten(1).norm(dim=1)
-            centers = self.centers(core, h, means, radii, support.labels, offset)
-        if not torch.isfinite(centers).all():
+            if head is not None:
+                classes = {"normal": head.normal_WE.detach(), "offset": head.offset_W.detach()}
+            else:
+                evolved = self.evolve(core, self.moments(core, tangents, labels, n_way))
+                classes = {"centers": self.centers(core, tangents, labels, evolved, offset)}
+        if not all(bool(torch.isfinite(x).all()) for x in (*core.parameters(), *classes.values())):
             raise NumericsError(
-                f"class centres are not finite after {config.steps} steps; curvature {config.curvature}, "
-                f"config {digest(config)[:12]}: lower lr or feature_scale"
+                f"the fit left the finite numbers (loss {self.last_loss and self.last_loss.parts}); curvature "
+                f"{config.curvature}, config {digest(config)[:12]}: lower feature_scale or noise_scale"
             )
-        self.centers_WE = centers
-        self.fitted = core.requires_grad_(False)
+        self.fitted, self.classes = core.requires_grad_(False), classes
 
     @torch.no_grad()
     def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
-        """-d(h, centre)/tau in float64 (the rule the loss trains).
+        """Scores over tau in float64 (the rule the loss trains).
 
         Raises:
             RuntimeError: called before `adapt`.
         """
         if self.fitted is None:
             raise RuntimeError("HypDFS.logits needs adapt() first")
-        h = self.to_ball(self.fitted, self.adapted(self.fitted, self.tangents(query, self.fitted)).double())
-        return (
-            -geometry.pairwise_dist(h, self.centers_WE.double(), self.scoring_c(self.fitted)) / self.config.temperature
-        )
+        core, classes = self.fitted, self.classes
+        h = self.to_ball(core, self.adapted(core, self.tangents(query, core)))
+        if "centers" in classes:
+            scores = -geometry.pairwise_dist(h, classes["centers"], self.scoring_c(core))
+        else:
+            scores = hyperplane_scores(h, classes["normal"], classes["offset"], self.scoring_c(core))
+        return scores / self.config.temperature
 
     def export(self) -> dict[str, Tensor]:
         """Every tensor a fitted classifier needs, for `restore`."""
         if self.fitted is None:
             raise RuntimeError("HypDFS.export needs adapt() first")
         state = {f"core.{name}": value.detach().cpu() for name, value in self.fitted.state_dict().items()}
-        return state | {"centers": self.centers_WE.cpu()}
+        return state | {f"classes.{name}": value.cpu() for name, value in self.classes.items()}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Become the classifier that `export` described."""
+        """Become the classifier that `export` described.
+
+        Raises:
+            KeyError: the tensors are of an earlier version of HypDFS, which scored otherwise.
+        """
+        classes = {k.removeprefix("classes."): v for k, v in tensors.items() if k.startswith("classes.")}
+        if not classes:
+            raise KeyError("no classes.* among the tensors: published by an earlier version; fit and publish it again")
         core = self.framed(tensors["core.frame"]) if "core.frame" in tensors else copy.deepcopy(self.core)
+        core.projection = None
+        if "core.origin" in tensors:
+            core.origin = tensors["core.origin"]
         core.load_state_dict({k.removeprefix("core."): v for k, v in tensors.items() if k.startswith("core.")})
-        self.fitted = core.requires_grad_(False)
-        self.centers_WE = tensors["centers"]
+        self.fitted = core.double().requires_grad_(False)
+        self.classes = classes
 
     # -- meta-training -----------------------------------------------------------------------------------------------
 
     def loss(self, item: Episode, generator: torch.Generator) -> LossTerms:
         """Cross-entropy of an episode's queries against centres made from its support, plus the support's own terms."""
-        offset = torch.zeros(len(item.class_names), 2 * self.dim, device=item.support.labels.device)
-        queries = (self.tangents(item.query), item.query.labels)
-        tangents = self.tangents(item.support)
-        return self.terms(self.core, tangents, item.support.labels, offset, generator, None, queries)
+        n_way, labels = len(item.class_names), item.support.labels
+        rows = self.projected(item.support)
+        origin = self.origin_of(rows, labels, n_way)
+        tangents = self.scaled(rows, origin)
+        queries = (self.scaled(self.projected(item.query), origin), item.query.labels)
+        moments = self.moments(self.core, tangents, labels, n_way)
+        noise = Noise.draw(moments, self.config.n_syn, generator)
+        offset = tangents.new_zeros(n_way, tangents[0].numel())
+        return self.terms(self.core, tangents, labels, moments, noise, offset, None, queries)
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that meta-training changes, by the names `start_from` takes."""
@@ -397,31 +475,55 @@ class HypDFS(nn.Module):
         """The classification geometry: c, or 0 where the loss is the Euclidean ablation."""
         return 0.0 if self.config.loss == "euclidean" else self.c(core)
 
-    def task_core(self, tangents: Float[Tensor, "R V D"]) -> Core:
+    def penalised(self, core: Core) -> list[tuple[Tensor, float]]:
+        """What is held near its start, and how strongly."""
+        held: list[tuple[Tensor, float]] = []
+        if core.adapter is not None:
+            held += [(p, self.config.adapter_penalty) for p in core.adapter.parameters()]
+        if core.ode is not None:
+            held += [(p, self.config.ode_penalty) for p in core.ode.parameters()]
+        return held
+
+    def task_core(self, support: Batch, n_way: int) -> Core:
         """A copy of the starting weights to fit to a task.
 
-        Prototypes, centres and gradients lie in the span of the support rows. Where these are fewer than the features
-        and no weights were trained for the features' own axes, the task is fitted in coordinates of that span.
+        What is fitted lies in the span of the support rows. Where these are fewer than the features and no weights were
+        trained for the features' own axes, the task is fitted in coordinates of that span.
         """
-        if self.config.axes == "span" and len(tangents) + 1 < tangents.shape[2] and self.core.is_fresh():
-            return self.framed(span_frame(tangents))
-        core = copy.deepcopy(self.core)
-        core.projection = None  # a task does not change it
+        rows = self.projected(support)
+        origin = self.origin_of(rows, support.labels, n_way)
+        if self.config.axes == "span" and 2 * len(rows) + 1 < rows.shape[2] and self.core.is_fresh():
+            core = self.framed(joint_frame(self.scaled(rows, origin)))
+        else:
+            core = copy.deepcopy(self.core)
+            core.projection = None  # a task does not change it
+        core.origin = origin
         return core
 
-    def framed(self, frame: Float[Tensor, "V D r"]) -> Core:
+    def framed(self, frame: Float[Tensor, "D r"]) -> Core:
         """Fresh weights for a task's own coordinates."""
         core = Core(self.config, self.dim, frame=frame)
         core.log_c = copy.deepcopy(self.core.log_c)
         return core
 
-    def tangents(self, batch: Batch, core: Core | None = None) -> Float[Tensor, "R V D"]:
-        """Projected, scaled and clipped features of both views, in the frame of a core that has one."""
+    def projected(self, batch: Batch) -> Float[Tensor, "R V D"]:
+        """Features of both views, behind the projection where there is one."""
         stacked = torch.stack([batch.views[view] for view in VIEWS], dim=1)
-        if self.core.projection is not None:
-            stacked = self.core.projection(stacked)
-        clipped = geometry.clip_norm(stacked * self.config.feature_scale, self.config.max_norm)
-        return clipped if core is None or core.frame is None else in_frame(clipped, core.frame)
+        return stacked if self.core.projection is None else self.core.projection(stacked)
+
+    def origin_of(self, rows: Float[Tensor, "R V D"], labels: Int[Tensor, "R"], n_way: int) -> Tensor | None:
+        """`[V D]`, the mean of the class means of a task's support rows."""
+        return class_means(rows, labels, n_way).mean(0) if self.config.origin == "classes" else None
+
+    def scaled(self, rows: Float[Tensor, "R V D"], origin: Tensor | None) -> Float[Tensor, "R V D"]:
+        """Tangents at the ball's origin: rows seen from the task's origin, scaled and clipped."""
+        moved = rows if origin is None else rows - origin
+        return geometry.clip_norm(moved * self.config.feature_scale, self.config.max_norm)
+
+    def tangents(self, batch: Batch, core: Core) -> Float[Tensor, "R V D"]:
+        """Tangents of a batch as a task's core sees them, in float64, in its frame where it has one."""
+        rows = self.scaled(self.projected(batch).double(), core.origin)
+        return rows if core.frame is None else in_frame(rows, core.frame)
 
     def adapted(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V D"]:
         return tangents if core.adapter is None else core.adapter(tangents)
@@ -433,16 +535,17 @@ class HypDFS(nn.Module):
         """Prototypes and shrunken empirical moments of the coordinates around them (section 1, items 2 and 3)."""
         config, c = self.config, self.c(core)
         h = geometry.expmap0(tangents.flatten(1), c)
+        share = F.one_hot(labels, n_way).T.to(h)  # W R
         protos = []
         for way in range(n_way):
             own = h[labels == way]
             if config.prototypes == 1 or len(own) == 1:
-                protos.append(geometry.einstein_midpoint(own, c)[None].expand(config.prototypes, -1))
+                middle = self.middle(own, torch.ones_like(own[None, :, 0]), c)
+                protos.append(middle.expand(config.prototypes, -1))
             else:
                 chosen = geometry.farthest_point_sample(own.detach(), min(config.prototypes, len(own)), c)
                 protos.append(own[chosen][torch.arange(config.prototypes, device=h.device) % len(chosen)])
         proto = torch.stack(protos)
-        share = F.one_hot(labels, n_way).T.to(h)  # W R
         if config.prototypes > 1:  # a row belongs to the nearest prototype of its class
             distance = geometry.pairwise_dist(h, proto.flatten(0, 1), c).unflatten(1, (n_way, config.prototypes))
             nearest = F.one_hot(distance.argmin(2), config.prototypes).to(h)  # R W P
@@ -455,24 +558,23 @@ class HypDFS(nn.Module):
         v = geometry.coords(flat[own_proto], h, c)  # R E
         mu = (member.T @ v) / count[:, None]
         centred = v - mu[own_proto]
-        variance = (member.T @ centred.square()) / (count[:, None] - 1).clamp_min(1)
-        degrees = (count - 1).sum().clamp_min(1)
-        pooled = centred.square().sum(0) / degrees
-        floor = 1e-4 * config.feature_scale**2 / v.shape[1]
-        weight = torch.where(count > 1, 1 - config.shrinkage, 0.0)[:, None]
-        variance = (weight * variance + (1 - weight) * pooled).clamp_min(floor)
+        pooled = 1 / (count - 1).sum().clamp_min(1)
+        weight = torch.where(count > 1, 1 - config.shrinkage, 0.0)[:, None].to(h)
+        shares = weight * member.T / (count - 1).clamp_min(1)[:, None] + (1 - weight) * pooled  # WP R
+        variance = shares @ centred.square() + self.floor(v)
         shape = (n_way, config.prototypes, -1)
-        factor = None
-        if config.covariance == "low_rank":
-            largest = int(count.max())
-            columns = torch.zeros(len(flat), largest, v.shape[1], dtype=v.dtype, device=v.device)
-            for i in range(len(flat)):
-                rows = centred[own_proto == i] / max(len(centred[own_proto == i]) - 1, 1) ** 0.5
-                columns[i, : len(rows)] = rows * (1 - config.shrinkage) ** 0.5
-            factor = columns.transpose(1, 2).unflatten(0, (n_way, config.prototypes))
-            variance = (config.shrinkage * variance).clamp_min(floor)
-        log_scale = 0.5 * variance.log()
-        return Moments(proto, mu.view(shape), log_scale.view(shape), factor)
+        rows = centred if config.covariance == "rows" else None
+        return Moments(proto, mu.view(shape), 0.5 * variance.log().view(shape), rows, shares.view(shape))
+
+    def floor(self, v: Float[Tensor, "_ E"]) -> float:
+        """Variance that every coordinate has at least: of all together a hundredth of a feature's length, squared."""
+        return 1e-4 * self.config.feature_scale**2 / v.shape[1]
+
+    def middle(self, h: Float[Tensor, "N E"], weights: Float[Tensor, "W N"], c: float | Tensor) -> Float[Tensor, "W E"]:
+        """Midpoints of the same points, one per row of weights."""
+        if self.config.center == "frechet":
+            return geometry.frechet_mean(h.expand(len(weights), -1, -1), c, weights)
+        return geometry.weighted_midpoints(h, c, weights)
 
     def evolve(self, core: Core, moments: Moments) -> Moments:
         """Moments carried from t = 0 to 1 by the neural ODE with fixed-step RK4 (eq. 7).
@@ -493,66 +595,52 @@ class HypDFS(nn.Module):
         if not torch.isfinite(end).all():
             raise NumericsError(
                 f"the neural ODE left the finite numbers (rk4, {options}, started at norm {float(start.norm()):.3g}, "
-                f"config {digest(self.config)[:12]}): lower lr or feature_scale"
+                f"config {digest(self.config)[:12]}): raise ode_penalty, or lower feature_scale"
             )
         mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
-        return Moments(moments.proto_WPE, mu * scale, log_scale, moments.factor_WPER)
+        return replace(moments, mu_WPE=mu * scale, log_scale_WPE=log_scale)
 
     def synthesize(
-        self, core: Core, moments: Moments, generator: torch.Generator
+        self, core: Core, moments: Moments, evolved: Moments, noise: Noise
     ) -> tuple[Float[Tensor, "W S E"], Float[Tensor, "W S"]]:
-        """Reparameterised draws (eq. 4), `n_syn` a class, spread evenly over its prototypes; and d(z, prototype)."""
-        config = self.config
-        n_way, n_proto, width = moments.mu_WPE.shape
-        of = torch.arange(config.n_syn, device=moments.mu_WPE.device) % n_proto
-        eps = torch.randn(n_way, config.n_syn, width, generator=generator).to(moments.mu_WPE)
-        v = moments.mu_WPE[:, of] + config.noise_scale * moments.log_scale_WPE.exp()[:, of] * eps
-        if moments.factor_WPER is not None:
-            factor = moments.factor_WPER[:, of]
-            noise = torch.randn(n_way, config.n_syn, factor.shape[-1], generator=generator).to(v)
-            v = v + config.noise_scale * (factor @ noise[..., None])[..., 0]
-        return geometry.from_coords(moments.proto_WPE[:, of], v, self.c(core)), v.norm(dim=-1)
+        """Reparameterised draws (eq. 4), `n_syn` a class, spread evenly over its prototypes; and d(z, prototype).
 
-    def points(
-        self, core: Core, *tangents: Float[Tensor, "_ V D"]
-    ) -> tuple[Float[Tensor, "N V D"], list[Float[Tensor, "_ E"]]]:
-        """Adapted tangents of all groups of rows together, and the points of each group on the ball (eq. 8)."""
-        adapted = self.adapted(core, torch.cat(tangents))
-        return adapted, list(self.to_ball(core, adapted).split([len(t) for t in tangents]))
-
-    def synthetic_means(self, core: Core, evolved: Moments) -> Float[Tensor, "_ V D"]:
-        """Tangents f_sd of the synthetic means, one a prototype; none without synthesis."""
-        if self.config.adapter != "real+synthetic":
-            return evolved.mu_WPE.new_zeros(0, 2, evolved.mu_WPE.shape[2] // 2)
-        mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
-        return geometry.logmap0(mean, self.c(core)).unflatten(1, (2, -1))
+        Rows are combined as they lie round their prototypes, and stretched by what the ODE did to each coordinate.
+        """
+        n_proto, n_syn = evolved.mu_WPE.shape[1], noise.coords_WSE.shape[1]
+        of = torch.arange(n_syn, device=evolved.mu_WPE.device) % n_proto
+        if moments.rows_RE is None or noise.rows_WSR is None:
+            around = evolved.log_scale_WPE.exp()[:, of] * noise.coords_WSE
+        else:
+            around = (noise.rows_WSR * moments.share_WPR.sqrt()[:, of]) @ moments.rows_RE
+            around = around + self.floor(moments.rows_RE) ** 0.5 * noise.coords_WSE
+            around = around * (evolved.log_scale_WPE - moments.log_scale_WPE).exp()[:, of]
+        v = evolved.mu_WPE[:, of] + self.config.noise_scale * around
+        return geometry.from_coords(evolved.proto_WPE[:, of], v, self.c(core)), v.norm(dim=-1)
 
     def centers(
         self,
         core: Core,
-        h: Float[Tensor, "R E"],
-        means: Float[Tensor, "_ E"],
-        radii: Float[Tensor, "R"],
+        tangents: Float[Tensor, "R V D"],
         labels: Int[Tensor, "R"],
+        evolved: Moments,
         offset: Float[Tensor, "W E"],
     ) -> Float[Tensor, "W E"]:
-        """Class centres: midpoint of the adapted real points and the adapted synthetic means, moved by the offset.
-
-        `radii` are the norms of the real points' tangents.
-        """
+        """Class centres: midpoint of the adapted real points and the adapted synthetic means, moved by the offset."""
         c, n_way = self.scoring_c(core), len(offset)
-        real = F.one_hot(labels, n_way).T.to(h)  # W R
-        real = real / real.sum(1, keepdim=True)
-        points, weights = h, real
-        if len(means):
+        adapted = self.adapted(core, tangents)
+        radii = adapted.flatten(1).norm(dim=1)
+        points = self.to_ball(core, adapted)
+        real = F.one_hot(labels, n_way).T.to(points)  # W R
+        real = weights = real / real.sum(1, keepdim=True)
+        if self.config.synthesis:
+            mean = geometry.from_coords(evolved.proto_WPE, evolved.mu_WPE, self.c(core)).flatten(0, 1)
+            means = geometry.logmap0(mean, self.c(core)).unflatten(1, (2, -1))
             per_class = len(means) // n_way
-            own = torch.eye(n_way, device=h.device, dtype=h.dtype).repeat_interleave(per_class, 1) / per_class
-            points, weights = torch.cat([h, means]), torch.cat([real, own], 1)
-        if self.config.center == "frechet":
-            middle = geometry.frechet_mean(points.expand(n_way, -1, -1), c, weights)
-        else:
-            middle = geometry.weighted_midpoints(points, c, weights)
-        tangent = geometry.logmap0(middle, c)
+            own = torch.eye(n_way, device=points.device, dtype=points.dtype).repeat_interleave(per_class, 1) / per_class
+            points = torch.cat([points, self.to_ball(core, self.adapted(core, means))])
+            weights = torch.cat([real, own], 1)
+        tangent = geometry.logmap0(self.middle(points, weights, c), c)
         if not self.config.match_radius:
             return geometry.expmap0(tangent + offset, c)
         radius = (real @ radii)[:, None]
@@ -563,33 +651,43 @@ class HypDFS(nn.Module):
         core: Core,
         tangents: Float[Tensor, "R V D"],
         labels: Int[Tensor, "R"],
+        moments: Moments,
+        noise: Noise,
         offset: Float[Tensor, "W E"],
-        generator: torch.Generator,
-        moments: Moments | None = None,
+        head: Hyperplanes | None = None,
         queries: tuple[Float[Tensor, "Q V D"], Int[Tensor, "Q"]] | None = None,
     ) -> LossTerms:
-        """L = L_ce + alpha L_s + beta L_cl (eq. 10). With `queries`, their cross-entropy replaces the support's own."""
+        """L = L_ce + alpha L_s + beta L_cl (eq. 10), scored by the hyperplanes or, without any, by class centres.
+
+        With `queries`, their cross-entropy replaces the support's own.
+        """
         config, n_way = self.config, len(offset)
-        evolved = self.evolve(core, self.moments(core, tangents, labels, n_way) if moments is None else moments)
-        asked = tangents[:0] if queries is None else queries[0]
-        spread = contrast = torch.zeros((), device=tangents.device)
-        made = tangents[:0]
-        if config.adapter == "real+synthetic":
-            z, reach = self.synthesize(core, evolved, generator)
+        evolved = self.evolve(core, moments)
+        spread = contrast = torch.zeros((), dtype=tangents.dtype, device=tangents.device)
+        scored, targets = (tangents, labels) if queries is None else queries
+        groups, shares = [self.adapted(core, scored)], [1.0]
+        if config.synthesis:
+            z, reach = self.synthesize(core, moments, evolved, noise)
             made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, -1))  # f_sd
+            groups.append(self.adapted(core, made))
+            shares.append(config.synthesis_weight)
             if config.loss == "hdcl" and config.alpha:
-                spread = self.spread_loss(core, z, reach)
-        means = self.synthetic_means(core, evolved)
-        adapted, (h, h_made, h_means, h_asked) = self.points(core, tangents, made, means, asked)
-        radii = adapted[: len(h)].flatten(1).norm(dim=1)
-        centers = self.centers(core, h, h_means, radii, labels, offset)
-        ways = torch.arange(n_way, device=labels.device).repeat_interleave(len(made) // n_way)
-        targets = torch.cat([labels if queries is None else queries[1], ways])
-        scored = torch.cat([h if queries is None else h_asked, h_made])
-        distance = geometry.pairwise_dist(scored, centers, self.scoring_c(core))
-        cross_entropy = F.cross_entropy(-distance / config.temperature, targets)
+                unit = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()  # W P
+                spread = spread_loss(z, reach, unit, self.c(core), config.margin, config.max_spread)
+        h = self.to_ball(core, torch.cat(groups))
+        if head is None:
+            centers = self.centers(core, tangents, labels, evolved, offset)
+            scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.temperature
+        else:
+            scores = head(h, self.scoring_c(core)) / config.temperature
+        ways = torch.arange(n_way, device=labels.device).repeat_interleave((len(scores) - len(targets)) // n_way)
+        losses = [
+            share * F.cross_entropy(part, truth)
+            for share, part, truth in zip(shares, scores.split([len(g) for g in groups]), (targets, ways), strict=False)
+        ]
+        cross_entropy = torch.stack(losses).sum() / sum(shares)
         if config.loss == "hdcl" and config.beta:
-            both = geometry.expmap0(adapted[: len(h)], self.c(core))
+            both = geometry.expmap0(groups[0] if queries is None else self.adapted(core, tangents), self.c(core))
             contrast = whole_crop_contrast(
                 both[:, 0], both[:, 1], labels, self.c(core), config.contrast_temperature, config.contrast_same_class
             )
@@ -597,18 +695,53 @@ class HypDFS(nn.Module):
         parts = {"ce": cross_entropy, "synthesis": spread, "contrast": contrast, "total": total}
         return LossTerms(total, {name: float(value.detach()) for name, value in parts.items()})
 
-    def spread_loss(self, core: Core, z: Float[Tensor, "W S E"], reach: Float[Tensor, "W S"]) -> Tensor:
-        """L_s (eq. 9): hinges that keep synthetic points off their prototype (at distance `reach`) and off one another,
-        and, with `max_spread`, not too far out."""
-        config = self.config
-        loss = F.relu(config.margin - reach).mean()
-        if z.shape[1] > 1:
-            rows, columns = torch.triu_indices(z.shape[1], z.shape[1], 1, device=z.device)
-            apart = geometry.pairwise_dist(z, z, self.c(core))[:, rows, columns]
-            loss = loss + F.relu(config.margin - apart).mean()
-        if config.max_spread:
-            loss = loss + F.relu(reach - config.max_spread * config.margin).mean()
-        return loss
+
+def class_means(rows: Float[Tensor, "R *D"], labels: Int[Tensor, "R"], n_way: int) -> Float[Tensor, "W *D"]:
+    share = F.one_hot(labels, n_way).T.to(rows)
+    return torch.einsum("wr,r...->w...", share / share.sum(1, keepdim=True), rows)
+
+
+def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], steps: int) -> LossTerms:
+    """L-BFGS with a strong-Wolfe line search, in place; the terms of the last evaluation."""
+    optimizer = torch.optim.LBFGS(
+        parameters, max_iter=steps, max_eval=2 * steps, history_size=10, line_search_fn="strong_wolfe"
+    )
+    last: list[LossTerms] = []
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        terms = objective()
+        terms.total.backward()
+        last[:] = [terms]
+        return float(terms.total.detach())
+
+    optimizer.step(closure)
+    return last[0]
+
+
+def spread_loss(
+    z: Float[Tensor, "W S E"],
+    reach: Float[Tensor, "W S"],
+    unit: Float[Tensor, "W P"],
+    c: float | Tensor,
+    margin: float,
+    max_spread: float = 0.0,
+) -> Float[Tensor, ""]:
+    """L_s (eq. 9): hinges that keep synthetic points off their prototype (at distance `reach`) and off one another and,
+    with `max_spread`, not too far out.
+
+    Args:
+        unit: of each prototype, the length that `margin` counts; two points of it lie sqrt(2) units apart on average.
+    """
+    unit = unit[:, torch.arange(z.shape[1], device=z.device) % unit.shape[1]]
+    loss = F.relu(margin - reach / unit).mean()
+    if z.shape[1] > 1:
+        rows, columns = torch.triu_indices(z.shape[1], z.shape[1], 1, device=z.device)
+        apart = geometry.pairwise_dist(z, z, c)[:, rows, columns]
+        loss = loss + F.relu(margin - apart / (unit[:, rows].square() + unit[:, columns].square()).sqrt()).mean()
+    if max_spread:
+        loss = loss + F.relu(reach / unit - max_spread * margin).mean()
+    return loss
 
 
 def whole_crop_contrast(
@@ -634,23 +767,26 @@ def flat_twin(
 ) -> HypDFSConfig:
     """The Euclidean twin at matched distance scale: c = 0, everything else equal.
 
-    At c = 0 distances are 2|u - v| of the tangents; curvature stretches them, more so away from the origin. The lengths
-    of the configuration (temperatures, margin) are therefore multiplied by the ratio of mean distances between the
-    rows of a batch at c = 0 and at c, before anything is fitted: both see distances of the same size.
+    At c = 0 distances are 2|u - v| of the tangents; curvature stretches them, more so away from the origin. The
+    temperatures are therefore multiplied by the ratio of mean distances between the rows of a batch at c = 0 and at c,
+    before anything is fitted: both see distances of the same size.
 
     Args:
         weights: what a task starts from, as `HypDFS.start_from` takes them.
     """
     flat = replace(config, curvature=0.0, learn_curvature=False)
+    n_way = int(batch.labels.max()) + 1
     sums = []
     for one in (flat, config):
         model = HypDFS(one, dim)
         if weights is not None:
             model.start_from(weights)
         with torch.no_grad():
-            points = model.to_ball(model.core, model.tangents(batch).double())
+            rows = model.projected(batch).double()
+            tangents = model.scaled(rows, model.origin_of(rows, batch.labels, n_way))
+            points = model.to_ball(model.core, tangents)
             sums.append(float(geometry.pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
-    lengths = ("temperature", "contrast_temperature", "margin")
+    lengths = ("temperature", "contrast_temperature")
     return replace(flat, **{name: getattr(config, name) * sums[0] / sums[1] for name in lengths})
 
 

@@ -28,6 +28,12 @@ def check_every_class(support: Batch, n_way: int) -> None:
         raise DataError(f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1")
 
 
+def by_image(rows: Batch) -> Batch:
+    """The rows sorted by image and copy."""
+    order = np.lexsort((rows.aug_index.cpu().numpy(), np.array(rows.image_ids)))
+    return rows.select(torch.from_numpy(order).to(rows.labels.device))
+
+
 class Fitted:
     """The tensors that `adapt` gives a head, and all that publishing it needs."""
 

@@ -17,7 +17,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.methods.centred import CentredClassifier, centred, row_means
-from hypdefect.methods.hypdfs import HypDFS, in_frame
+from hypdefect.methods.hypdfs import HypDFS, Noise, in_frame
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,12 +77,18 @@ def fitted_points(
     assert core is not None
     tangents, clean = model.tangents(support, core), support.aug_index == 0
     c = float(model.c(core))
-    evolved = model.evolve(core, model.moments(core, tangents, support.labels, pool.n_way))
-    made, _ = model.synthesize(core, evolved, torch.Generator().manual_seed(config.method.seed))
+    moments = model.moments(core, tangents, support.labels, pool.n_way)
+    evolved = model.evolve(core, moments)
+    noise = Noise.draw(moments, config.method.n_syn, torch.Generator().manual_seed(config.method.seed))
+    made, _ = model.synthesize(core, moments, evolved, noise)
     made = geometry.logmap0(made, c).flatten(0, 1).unflatten(1, (2, -1))
-    adapted, _ = model.points(core, tangents[clean], model.tangents(asked, core), made)
-    centres = geometry.logmap0(model.centers_WE, model.scoring_c(core)).unflatten(1, (2, -1))
-    plain = torch.cat([model.tangents(support)[clean], model.tangents(asked)])
+    adapted = model.adapted(core, torch.cat([tangents[clean], model.tangents(asked, core), made]))
+    middles = model.centers(
+        core, tangents, support.labels, evolved, tangents.new_zeros(pool.n_way, tangents[0].numel())
+    )
+    centres = geometry.logmap0(middles, model.scoring_c(core)).unflatten(1, (2, -1))
+    rows = torch.cat([model.projected(support)[clean], model.projected(asked)]).double()
+    plain = model.scaled(rows, core.origin)
     if core.frame is not None:
         outside = plain - _spanned(in_frame(plain, core.frame), core.frame)
         adapted, centres = _spanned(adapted, core.frame), _spanned(centres, core.frame)
@@ -104,6 +110,6 @@ def fitted_points(
     )
 
 
-def _spanned(x: Float[Tensor, "N V r1"], frame: Float[Tensor, "V D r"]) -> Float[Tensor, "N V D"]:
+def _spanned(x: Float[Tensor, "N V r1"], frame: Float[Tensor, "D r"]) -> Float[Tensor, "N V D"]:
     """Rows from their coordinates in a frame, but for what lies outside of it, which the adapter hardly changes."""
-    return torch.einsum("nvr,vdr->nvd", x[..., :-1], frame)
+    return x[..., :-1] @ frame.T
