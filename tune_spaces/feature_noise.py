@@ -10,5 +10,5 @@ FIRST = FIRST_FEATURES
 
 def space(trial: optuna.Trial) -> None:
     of_features(trial)
-    trial.suggest_float("method.noise", 0.1, 2.0, log=True)
+    trial.suggest_float("method.noise", 0.3, 10.0, log=True)
     trial.suggest_float("method.inverse_penalty", 0.03, 100.0, log=True)

@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
-from hypdefect.methods.fitting import full_batch
+from hypdefect.methods.fitting import descend, full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.methods.support import Fitted, SupportRows, joined, span_basis
 from hypdefect.types import Batch, Method
@@ -269,7 +269,7 @@ class TipAdapterF(TipAdapter):
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZipAdapterConfig:
     beta: float = 3.0
-    """Sharpness of the affinities; in MVREC 32 (1 where trained), for CLIP's features, which are all alike."""
+    """Sharpness of the affinities; in MVREC 32, for CLIP's features, which are all alike."""
     temperature: float = 0.11
     """tau, which divides the logits."""
 
@@ -279,8 +279,12 @@ class ZipAdapterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ZipAdapterFConfig(ZipAdapterConfig):
+    beta: float = 1.0
+    """Sharpness of the affinities, MVREC's where trained."""
     steps: int = 30
+    """500 in MVREC."""
     lr: float = 1e-2
+    """1e-4 in MVREC."""
     weight_decay: float = 1e-2
 
     def __post_init__(self) -> None:
@@ -342,7 +346,7 @@ class ZipAdapterF(ZipAdapter):
     """Zip-Adapter whose keys and projection are trained by cross-entropy.
 
     As in MVREC's released configuration, without its optional triplet term. Deviation: that takes 500 AdamW steps at
-    1e-4; here they are fewer and longer.
+    1e-4; the defaults are fewer and longer, a tenth of the time and as accurate on MTD. A search tries MVREC's first.
     """
 
     def __init__(self, config: ZipAdapterFConfig, dim: int) -> None:
@@ -350,14 +354,52 @@ class ZipAdapterF(ZipAdapter):
         self.training = config
 
     def train(self, x: Tensor, labels: Tensor, fitted: dict[str, Tensor]) -> None:
-        outside = x.new_zeros(len(x))
-        full_batch(
-            [fitted["keys"], fitted["weight"], fitted["bias"]],
-            lambda: F.cross_entropy(self.scores(x, outside, **fitted), labels),
-            steps=self.training.steps,
-            lr=self.training.lr,
-            weight_decay=self.training.weight_decay,
+        config, values = self.training, fitted["values"]
+        parameters = [fitted["keys"], fitted["weight"], fitted["bias"]]
+        descend(
+            parameters,
+            lambda: zip_slope(x, labels, values, *parameters, beta=config.beta, temperature=config.temperature),
+            steps=config.steps,
+            lr=config.lr,
+            weight_decay=config.weight_decay,
         )
+
+
+def zip_slope(
+    x: Float[Tensor, "N R"],
+    labels: Int[Tensor, "N"],
+    values: Float[Tensor, "I W"],
+    keys: Float[Tensor, "I R"],
+    weight: Float[Tensor, "R R"],
+    bias: Float[Tensor, "R"],
+    *,
+    beta: float,
+    temperature: float,
+) -> tuple[Float[Tensor, ""], list[Tensor]]:
+    """Cross-entropy of `ZipAdapter.scores` at rows inside the span, and its gradient by keys, weight and bias.
+
+    By hand, which saves up to half of autograd's time: queries and keys go through the projection as one matrix, and
+    nothing is asked of the rows themselves.
+    """
+    count, values = len(x), values / temperature
+    rows = torch.cat([x, keys])
+    before = torch.addmm(bias, rows, weight.T)
+    gate = before.sigmoid()
+    silu = before * gate
+    projected = silu + rows
+    norm = torch.linalg.vector_norm(projected, dim=1, keepdim=True).clamp_min(1e-12)
+    unit_rows = projected / norm
+    query, key = unit_rows[:count], unit_rows[count:]
+    affinities = affinity(query @ key.T, beta)
+    log_p = (affinities @ values).log_softmax(1)
+    loss = F.nll_loss(log_p, labels)
+    by_scores = (log_p.exp() - F.one_hot(labels, values.shape[1])) / count
+    by_cosine = beta * affinities * (by_scores @ values.T)
+    by_unit = torch.cat([by_cosine @ key, by_cosine.T @ query])
+    by_projected = (by_unit - unit_rows * (unit_rows * by_unit).sum(1, keepdim=True)) / norm
+    by_before = by_projected * torch.addcmul(gate, silu, 1 - gate)
+    by_keys = torch.addmm(by_projected[count:], by_before[count:], weight)
+    return loss, [by_keys, by_before.T @ rows, by_before.sum(0)]
 
 
 METHODS = {

@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import optuna
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import tune_spaces
+from hypdefect.config import override
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
@@ -203,3 +206,48 @@ def test_starting_weights_need_a_method_that_has_some() -> None:
         RunConfig(name="hypdfs", method={"adapter_rank": 3}).model(DIM, start)
     with pytest.raises(ConfigError, match=r"core\.ode\.clock.* on one side only"):
         RunConfig(name="hypdfs", method={"ode": "none"}).model(DIM, start)
+
+
+# ---- search spaces -------------------------------------------------------------------------------------------------
+
+NOT_YET = ("hypdfs", "hypdfs_meta")
+"""Spaces left out."""
+WITH_TEXT = {("clip_protonet", "method.text_share"): "it mixes the text prototypes in"}
+"""Parameters that act only where the backbone has a text tower, and why."""
+
+
+def searched() -> list[Any]:
+    """(space, parameter, what it may be: the ends of a range, every choice), of the methods' own parameters."""
+    found = []
+    for path in sorted(Path(tune_spaces.__file__).parent.glob("[a-z]*.py")):
+        space = tune_spaces.get_space(path.stem)
+        if path.stem in NOT_YET or get_method(space.METHOD).family != "few_shot":
+            continue
+        trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+        space.space(trial)
+        for parameter, values in trial.distributions.items():
+            if parameter.startswith("method."):
+                choices = getattr(values, "choices", None) or (values.low, values.high)  # type: ignore[attr-defined]
+                found.append(pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}"))
+    return found
+
+
+@pytest.mark.parametrize(("space", "parameter", "choices"), searched())
+def test_what_a_search_varies_of_a_method_changes_what_it_answers(
+    space: str, parameter: str, choices: tuple[Any, ...]
+) -> None:
+    """As in practice: far more features than rows, copies, classes that overlap."""
+    pool = toy_pool(n_way=5, per_class=20, copies=2, dim=1000, spread=0.2)
+    chosen = np.concatenate([np.flatnonzero(pool.labels == label)[:3] for label in range(5)])
+    support, queries = pool.batch(chosen, copies=2), pool.batch(np.setdiff1d(np.arange(len(pool)), chosen))
+    if (space, parameter) in WITH_TEXT:
+        support = replace(support, text=torch.randn(5, pool.dim, generator=torch.Generator().manual_seed(1)))
+    answers = []
+    for choice in choices:
+        run = override(RunConfig(name=tune_spaces.get_space(space).METHOD), {parameter: choice})
+        classifier = run.model(pool.dim)
+        classifier.adapt(support, 5)
+        answers.append(classifier.logits(queries).softmax(1))
+    for i, answer in enumerate(answers):
+        for other in answers[:i]:
+            assert (answer - other).abs().max() > 1e-3

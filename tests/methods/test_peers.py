@@ -13,8 +13,10 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.svm import LinearSVC
 from torch import Tensor
 
-from hypdefect.errors import ConfigError, DataError
+from hypdefect.errors import ConfigError, DataError, NumericsError
 from hypdefect.methods import METHODS, build, get_method
+from hypdefect.methods.adapters import ZipAdapterF, ZipAdapterFConfig, zip_slope
+from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.relation_head import RelationHead, means_of_others
 from hypdefect.methods.support import SupportRows, joined, span_basis
 from hypdefect.types import Batch, FewShotClassifier
@@ -97,6 +99,21 @@ def test_lda_of_one_row_a_class_is_the_nearest_mean() -> None:
     torch.testing.assert_close(ours.log_softmax(1), expected.log_softmax(1))
 
 
+def test_the_shrinkage_of_a_few_rows_acts_up_to_1_minus_1_in_e() -> None:
+    pool = toy_pool(n_way=5, per_class=30, copies=2, dim=1000, spread=0.2)  # E = 2000
+    chosen = np.concatenate([np.flatnonzero(pool.labels == way)[:3] for way in range(5)])
+    support, queries = pool.batch(chosen, copies=2), pool.batch(np.setdiff1d(np.arange(len(pool)), chosen))
+    answers = {}
+    for share in (0.9, 0.99, 0.999, 0.9999, 0.99999, 1.0):
+        head = build("shrinkage_lda", get_method("shrinkage_lda").config(shrinkage=share), pool.dim)
+        head.adapt(support, 5)
+        answers[share] = head.logits(queries).softmax(1)
+    for less, more in ((0.9, 0.99), (0.99, 0.999), (0.999, 0.9999)):
+        assert (answers[less] - answers[more]).abs().max() > 0.05
+    assert (answers[0.9].argmax(1) != answers[0.999].argmax(1)).any()
+    assert (answers[0.99999] - answers[1.0]).abs().max() < 0.01
+
+
 def test_feature_noise_of_length_0_is_logistic_regression_and_noise_shrinks_its_weights() -> None:
     support, queries = task()
     plain = fitted("logistic_regression", support, inverse_penalty=3.0)
@@ -116,6 +133,34 @@ def test_the_span_keeps_inner_products_and_drops_what_is_not_there() -> None:
     assert basis.shape == (DIM, 5)
     torch.testing.assert_close(basis.T @ basis, torch.eye(5, dtype=torch.float64))
     torch.testing.assert_close(doubled @ basis @ basis.T, doubled)
+
+
+# ---- training ------------------------------------------------------------------------------------------------------
+
+
+def test_full_batch_is_adamw_with_a_cosine_schedule() -> None:
+    x, target = torch.randn(2, 9, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ours, theirs = ([torch.ones(5, 5, dtype=torch.float64), torch.zeros(5, dtype=torch.float64)] for _ in range(2))
+
+    def loss(parameters: list[Tensor]) -> Tensor:
+        return F.mse_loss((x @ parameters[0] + parameters[1]).tanh(), target)
+
+    full_batch(ours, lambda: loss(ours), steps=40, lr=0.1, weight_decay=0.3)
+    optimizer = torch.optim.AdamW([p.requires_grad_() for p in theirs], lr=0.1, weight_decay=0.3)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 40)
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss(theirs).backward()
+        optimizer.step()
+        schedule.step()
+    torch.testing.assert_close(ours, [p.detach() for p in theirs])
+    assert all(p.grad is None and not p.requires_grad for p in ours)
+
+
+def test_training_that_leaves_the_finite_numbers_says_so() -> None:
+    x = torch.ones(1, dtype=torch.float64)
+    with pytest.raises(NumericsError, match=r"loss at step 0 is inf with lr 0.1: lower method\.lr"):
+        full_batch([x], lambda: x.sum() / 0, steps=3, lr=0.1, weight_decay=0.0)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------------------
@@ -165,6 +210,21 @@ def test_a_trained_zip_adapter_projects_queries_and_keys_alike() -> None:
     cosine = F.normalize(projected(f), dim=1) @ F.normalize(projected(parts["keys"] @ basis.T), dim=1).T
     torch.testing.assert_close(head.logits(queries), torch.exp(-2.0 * (1 - cosine)) @ parts["values"] / 0.11)
     assert parts["weight"].abs().max() > 0.05
+
+
+def test_the_gradient_of_the_zip_adapter_is_that_of_autograd() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, keys, weight, bias = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((12, 7), (6, 7), (7, 7), (7,))
+    )
+    labels, values = torch.arange(12) % 3, F.one_hot(torch.arange(6) % 3).double()
+    parameters = [p.requires_grad_() for p in (keys, weight, bias)]
+    head = ZipAdapterF(ZipAdapterFConfig(beta=1.7, temperature=0.3), DIM)
+    loss = F.cross_entropy(head.scores(x, x.new_zeros(12), keys, values, weight, bias), labels)
+    with torch.no_grad():
+        ours, gradients = zip_slope(x, labels, values, keys, weight, bias, beta=1.7, temperature=0.3)
+    torch.testing.assert_close(ours, loss.detach())
+    torch.testing.assert_close(gradients, list(torch.autograd.grad(loss, parameters)))
 
 
 def test_clip_protonet_is_the_mean_of_unit_images_mixed_with_text() -> None:
@@ -228,7 +288,8 @@ def test_untrained_fine_tuning_is_the_training_free_adapter() -> None:
     support, queries = task()
     for name in ("tip_adapter", "zip_adapter"):
         torch.testing.assert_close(
-            fitted(f"{name}_f", support, steps=0).logits(queries), fitted(name, support).logits(queries)
+            fitted(f"{name}_f", support, steps=0, beta=2.0).logits(queries),
+            fitted(name, support, beta=2.0).logits(queries),
         )
 
 
