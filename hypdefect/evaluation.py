@@ -1,6 +1,7 @@
 """What is tried and what comes of it, for any family: configurations, candidates of a search, scores."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -8,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from scipy.stats import qmc
 from torch import Tensor
 
 from hypdefect.config import from_mapping, override
@@ -160,28 +163,83 @@ def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: A
     trial.suggest_categorical("transform.centring", CENTRINGS)
 
 
-def candidates(base: RunConfig, space: ModuleType, trials: int, seed: int) -> tuple[RunConfig, ...]:
-    """`trials` different configurations of a method, at least one: the base, the space's FIRST points, then random.
+def candidates(
+    base: RunConfig,
+    space: ModuleType,
+    trials: int,
+    seed: int,
+    *,
+    first: Sequence[Mapping[str, Any]] = (),
+    fixed: str = "",
+) -> tuple[RunConfig, ...]:
+    """`trials` different configurations of a method, at least one: the base, first points, then a Latin hypercube.
 
-    A space with fewer points gives fewer. Sampling is independent of results, as TPE's own first ten trials are, so
-    that every method tries the same list on every partition and trials may run in any order.
+    The hypercube visits every part of each parameter's range once (`stratified`), so that few trials vary a method's
+    own parameters, too. A space with fewer points gives fewer. What is tried does not depend on results: every method
+    tries the same list on every partition, and trials may run in any order.
 
     Args:
-        space: module with `space(trial)`, whose parameters are dotted fields of RunConfig.
+        space: module with `space(trial)`, whose parameters are dotted fields of RunConfig, and maybe FIRST.
+        first: points to try before the space's FIRST.
+        fixed: group of fields ("transform") that stay as the base has them, whatever the space says.
     """
     configs = [base]
-    for point in getattr(space, "FIRST", ()):
-        if (config := override(base, point)) not in configs:
+
+    def add(point: Mapping[str, Any]) -> None:
+        config = override(base, {k: v for k, v in point.items() if not fixed or not k.startswith(f"{fixed}.")})
+        if len(configs) < trials and config not in configs:
             configs.append(config)
+
+    for point in (*first, *getattr(space, "FIRST", ())):
+        add(point)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     optuna.logging.set_verbosity(verbosity)
-    for _ in range(20 * trials):
+    trial = study.ask()
+    space.space(trial)
+    varied = {k: v for k, v in trial.distributions.items() if not fixed or not k.startswith(f"{fixed}.")}
+    rng = np.random.default_rng(seed)
+    for _ in range(20 if varied else 0):  # points that are there already are made up for
         if len(configs) >= trials:
             break
-        trial = study.ask()
-        space.space(trial)
-        if (config := override(base, trial.params)) not in configs:
-            configs.append(config)
-    return tuple(configs[: max(1, trials)])
+        for point in list(stratified(varied, trials - len(configs), rng)):
+            study.enqueue_trial(point)  # a parameter that only other values lead to is drawn at random
+            trial = study.ask()
+            space.space(trial)
+            add(trial.params)
+    return tuple(configs)
+
+
+def stratified(
+    distributions: Mapping[str, BaseDistribution], n: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """`n` points of a space: a Latin hypercube (McKay, Beckman, Conover, Technometrics 1979).
+
+    Each float's range is cut into n strata, equal on its own scale, linear or logarithmic; each is visited once. Each
+    value of a category, integer or stepped range is visited n / count times, rounded up or down; where n is the
+    smaller, n values are visited once, evenly spread.
+    """
+    cube = qmc.LatinHypercube(len(distributions), seed=rng).random(n)
+    phases = rng.random(len(distributions))
+    for row in cube:
+        yield {
+            name: _value_at(distribution, u, (min(int(u * n), n - 1) + phase) / n)
+            for (name, distribution), u, phase in zip(distributions.items(), row.tolist(), phases, strict=True)
+        }
+
+
+def _value_at(distribution: BaseDistribution, u: float, even: float) -> Any:
+    """The value at a share of a range: `u` of a continuous one, `even`, the n shares of which lie 1 / n apart, else."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(even * len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if distribution.log:
+        whole = isinstance(distribution, IntDistribution)
+        ends = (low - 0.5, high + 0.5) if whole else (low, high)  # as Optuna's samplers cut whole numbers
+        value = math.exp(math.log(ends[0]) + u * math.log(ends[1] / ends[0]))
+        return min(max(round(value) if whole else value, low), high)
+    if step is None:
+        return min(low + u * (high - low), high)
+    return low + step * int(even * (round((high - low) / step) + 1))

@@ -196,10 +196,15 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searc
             support_copies=job.support_copies,
         )
         space = spaces("hypdfs_meta" if learned else name)
-        # the projection was trained behind one transform
-        sampled = [replace(c, transform=base.transform) for c in candidates(base, space, 3 * job.trials, job.seed)]
-        tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])
-        rows.append(Entrant(candidates=tuple(tried)[: max(job.trials, 1)]))
+        tried = candidates(
+            base,
+            space,
+            job.trials,
+            job.seed,
+            first=[{"features": "plain"}],
+            fixed="transform",  # the projection was trained behind one
+        )
+        rows.append(Entrant(candidates=tried))
     return rows
 
 
