@@ -18,6 +18,8 @@ from hypdefect.errors import ConfigError
 from hypdefect.features.transform import CENTRINGS, TransformConfig, part_choices
 from hypdefect.methods import build, get_method
 from hypdefect.methods.centred import CentredClassifier
+from hypdefect.methods.tempered import TemperedClassifier
+from hypdefect.types import FewShotClassifier
 
 TWIN = "c = 0 twin"
 """`variant` of a method's Euclidean twin at matched distance scale (`Family.twin`)."""
@@ -36,6 +38,8 @@ class RunConfig:
     """Augmented copies of each support image that are used."""
     pretrained: bool = True
     """Start from meta-trained weights where a job was given some; without, from scratch."""
+    temperature: float = 1.0
+    """Divides the logits of whatever method; fitted for likelihood on validation problems (`Family.calibrated`)."""
 
     def __post_init__(self) -> None:
         config = get_method(self.name).config
@@ -43,19 +47,27 @@ class RunConfig:
             object.__setattr__(self, "method", from_mapping(config, self.method or {}, "method"))
         if self.support_copies < 0:
             raise ConfigError(f"support_copies must not be negative, got {self.support_copies}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
 
     def model(self, dim: int, weights: Mapping[str, Tensor] | None = None) -> Any:
         """A fresh model for features of `dim` numbers a view, from trained starting weights where given.
 
         Raises:
-            ConfigError: the method has none to start from, or they are those of another configuration.
+            ConfigError: the method has none to start from, or they are those of another configuration; a temperature
+                of a method that has no logits of classes.
         """
         model = build(self.name, self.method, dim)
         if weights is not None and self.pretrained:
             if not hasattr(model, "start_from"):
                 raise ConfigError(f"method {self.name!r} has no weights to start from; drop --init")
             model.start_from(weights)
-        return CentredClassifier(model) if self.transform.centring == "supports" else model
+        model = CentredClassifier(model) if self.transform.centring == "supports" else model
+        if self.temperature == 1:
+            return model
+        if not isinstance(model, FewShotClassifier):
+            raise ConfigError(f"method {self.name!r} is no classifier; temperature must be 1, got {self.temperature}")
+        return TemperedClassifier(model, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -54,10 +54,18 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="centring",
         file="hypdefect/evaluation.py",
-        old='return CentredClassifier(model) if self.transform.centring == "supports" else model',
-        new="return model",
+        old='model = CentredClassifier(model) if self.transform.centring == "supports" else model',
+        new="pass",
         tests=("tests/methods/test_centred.py", "tests/test_predictor.py", "tests/data/test_imported.py"),
         breaks="--centring changes nothing",
+    ),
+    Mutant(
+        name="temperature",
+        file="hypdefect/evaluation.py",
+        old="return TemperedClassifier(model, self.temperature)",
+        new="return model",
+        tests=("tests/methods/test_tempered.py", "tests/test_predictor.py"),
+        breaks="a temperature is fitted, stored and not used",
     ),
     Mutant(
         name="searched-parts",
