@@ -1,4 +1,4 @@
-"""What is tried and what comes of it, for any family: configurations, candidates of a search, scores."""
+"""What is tried and what comes of it, for any family: configurations, candidates of a search, scores, the choice."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -118,7 +118,7 @@ class TrialResult:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
     """What validation chose of an entrant at one K: the configuration, its mean validation score (NaN: nothing was
-    validated), and the CPU seconds of the trials."""
+    validated), and the CPU seconds of the trials and of the fit of its temperature."""
 
     config: RunConfig
     features: str
@@ -141,9 +141,22 @@ def metric_name(metric: str) -> str:
     return metric.rpartition("/")[2]
 
 
-def best(values: Sequence[float]) -> int:
-    """Position of the largest value, the earlier one of equals."""
-    return int(np.argmax(values))
+def choose(scores: Sequence[Sequence[float]]) -> int:
+    """Position of the candidate to take: the best mean, but the defaults unless it beats them by a standard error.
+
+    The gain is the mean difference to the defaults on the same problems, its standard error s / sqrt(n) of these
+    differences (ddof = 1). A gain no larger than that may well be chance, and so may one on a single problem, which has
+    no error. Of equal means the earlier candidate counts.
+
+    Args:
+        scores: of each candidate on each validation problem, the same problems for all; candidate 0 are the defaults.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    best = int(values.mean(1).argmax())
+    gains = values[best] - values[0]
+    if len(gains) < 2:
+        return 0
+    return best if gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)) else 0
 
 
 def with_parts(space: ModuleType, num_parts: int) -> ModuleType:

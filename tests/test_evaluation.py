@@ -1,8 +1,9 @@
-"""What is tried, which images the first-n rule takes, and what HypDFS's twin and starting weights are."""
+"""What is tried and chosen, which images the first-n rule takes, and what HypDFS's twin and starting weights are."""
 
 import math
 from collections import Counter
 from dataclasses import replace
+from fractions import Fraction
 from types import ModuleType
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hypdefect.errors import DataError
-from hypdefect.evaluation import RunConfig, candidates, stratified
+from hypdefect.evaluation import RunConfig, candidates, choose, stratified
 from hypdefect.families.episodes import first_support
 from hypdefect.families.few_shot import MetaStart, twin
 from hypdefect.geometry import pairwise_dist
@@ -136,6 +139,53 @@ def test_a_space_without_parameters_is_tried_once() -> None:
     module = ModuleType("space")
     vars(module).update(space=lambda trial: None)
     assert candidates(RunConfig(), module, 8, seed=0) == (RunConfig(),)
+
+
+# ---- the choice ----------------------------------------------------------------------------------------------------
+
+SCORES = st.integers(1, 5).flatmap(
+    lambda n: st.lists(st.lists(st.integers(0, 8), min_size=n, max_size=n), min_size=1, max_size=5)
+)
+"""Of each candidate on each problem; whole numbers, whose sums are exact."""
+
+
+def by_hand(scores: list[list[int]]) -> int | None:
+    """The rule in fractions; None where the gain is one standard error exactly, which rounding decides."""
+    sums = [sum(own) for own in scores]
+    best = sums.index(max(sums))
+    gains = [Fraction(a - b) for a, b in zip(scores[best], scores[0], strict=True)]
+    n, mean = len(gains), sum(gains, Fraction()) / len(gains)
+    if n == 1 or mean == 0:
+        return 0
+    squared_error = sum((gain - mean) ** 2 for gain in gains) / (n * (n - 1))
+    if mean**2 == squared_error:
+        return None
+    return best if mean**2 > squared_error else 0
+
+
+@settings(derandomize=True, deadline=None)
+@given(SCORES, st.integers(0, 2**32 - 1), st.integers(0, 8))
+def test_the_defaults_are_left_only_for_a_gain_beyond_one_standard_error(
+    scores: list[list[int]], seed: int, shift: int
+) -> None:
+    expected = by_hand(scores)
+    assume(expected is not None)
+    values = np.array(scores, dtype=np.float64)
+    assert choose(values.tolist()) == expected
+    order = np.random.default_rng(seed).permutation(len(scores[0]))
+    harder = np.arange(len(scores[0])) * shift  # a problem that is harder for all tells nothing
+    assert choose((values[:, order] + harder).tolist()) == expected
+
+
+def test_a_gain_on_one_problem_or_by_chance_is_none() -> None:
+    assert choose([[0.5], [0.9]]) == 0
+    assert choose([[0.5, 0.5], [0.5, 0.5]]) == choose([[0.5, 0.6]]) == 0
+    assert choose([[0.5, 0.5, 0.5], [0.9, 0.5, 0.5], [0.4, 0.4, 0.4]]) == 0  # +0.4 once: the error is the mean
+    assert choose([[0.5, 0.2, 0.8], [0.6, 0.3, 0.9]]) == 1  # +0.1 each time, whatever the problems are like
+    assert choose([[0.5, 0.5, 0.5, 0.5], [0.9, 0.7, 0.5, 0.5], [0.6, 0.6, 0.6, 0.4]]) == 1
+    assert choose([[0.5, 0.5], [0.6, 0.7], [0.6, 0.7]]) == 1  # the earlier of equals
+    assert choose([[0.0, 0.0], [0.3, 0.4]]) == 1  # defaults that fail
+    assert choose([[0.3, 0.4], [0.0, 0.0]]) == 0
 
 
 def test_first_images_by_file_name() -> None:

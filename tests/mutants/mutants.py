@@ -68,6 +68,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="a temperature is fitted, stored and not used",
     ),
     Mutant(
+        name="sweep-choice",
+        file="hypdefect/distributed/sweep.py",
+        old="ours = choose(scores[: len(candidates)])",
+        new="ours = max(range(len(candidates)), key=lambda i: sum(scores[i]))",
+        tests=("tests/ray/test_search.py",),
+        breaks="a sweep leaves the defaults for any gain",
+    ),
+    Mutant(
         name="searched-parts",
         file="hypdefect/evaluation.py",
         old='trial.suggest_categorical("transform.parts", choices)',
