@@ -1,6 +1,7 @@
-"""What is tried and what comes of it, for any family: configurations, candidates of a search, scores."""
+"""What is tried and what comes of it, for any family: configurations, candidates of a search, scores, the choice."""
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -8,6 +9,8 @@ from typing import Any, Literal
 
 import numpy as np
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from scipy.stats import qmc
 from torch import Tensor
 
 from hypdefect.config import from_mapping, override
@@ -15,6 +18,8 @@ from hypdefect.errors import ConfigError
 from hypdefect.features.transform import CENTRINGS, TransformConfig, part_choices
 from hypdefect.methods import build, get_method
 from hypdefect.methods.centred import CentredClassifier
+from hypdefect.methods.tempered import TemperedClassifier
+from hypdefect.types import FewShotClassifier
 
 TWIN = "c = 0 twin"
 """`variant` of a method's Euclidean twin at matched distance scale (`Family.twin`)."""
@@ -33,6 +38,8 @@ class RunConfig:
     """Augmented copies of each support image that are used."""
     pretrained: bool = True
     """Start from meta-trained weights where a job was given some; without, from scratch."""
+    temperature: float = 1.0
+    """Divides the logits of whatever method; fitted for likelihood on validation problems (`Family.calibrated`)."""
 
     def __post_init__(self) -> None:
         config = get_method(self.name).config
@@ -40,19 +47,27 @@ class RunConfig:
             object.__setattr__(self, "method", from_mapping(config, self.method or {}, "method"))
         if self.support_copies < 0:
             raise ConfigError(f"support_copies must not be negative, got {self.support_copies}")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
 
     def model(self, dim: int, weights: Mapping[str, Tensor] | None = None) -> Any:
         """A fresh model for features of `dim` numbers a view, from trained starting weights where given.
 
         Raises:
-            ConfigError: the method has none to start from, or they are those of another configuration.
+            ConfigError: the method has none to start from, or they are those of another configuration; a temperature
+                of a method that has no logits of classes.
         """
         model = build(self.name, self.method, dim)
         if weights is not None and self.pretrained:
             if not hasattr(model, "start_from"):
                 raise ConfigError(f"method {self.name!r} has no weights to start from; drop --init")
             model.start_from(weights)
-        return CentredClassifier(model) if self.transform.centring == "supports" else model
+        model = CentredClassifier(model) if self.transform.centring == "supports" else model
+        if self.temperature == 1:
+            return model
+        if not isinstance(model, FewShotClassifier):
+            raise ConfigError(f"method {self.name!r} is no classifier; temperature must be 1, got {self.temperature}")
+        return TemperedClassifier(model, self.temperature)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -103,7 +118,7 @@ class TrialResult:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selected:
     """What validation chose of an entrant at one K: the configuration, its mean validation score (NaN: nothing was
-    validated), and the CPU seconds of the trials."""
+    validated), and the CPU seconds of the trials and of the fit of its temperature."""
 
     config: RunConfig
     features: str
@@ -126,9 +141,22 @@ def metric_name(metric: str) -> str:
     return metric.rpartition("/")[2]
 
 
-def best(values: Sequence[float]) -> int:
-    """Position of the largest value, the earlier one of equals."""
-    return int(np.argmax(values))
+def choose(scores: Sequence[Sequence[float]]) -> int:
+    """Position of the candidate to take: the best mean, but the defaults unless it beats them by a standard error.
+
+    The gain is the mean difference to the defaults on the same problems, its standard error s / sqrt(n) of these
+    differences (ddof = 1). A gain no larger than that may well be chance, and so may one on a single problem, which has
+    no error. Of equal means the earlier candidate counts.
+
+    Args:
+        scores: of each candidate on each validation problem, the same problems for all; candidate 0 are the defaults.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    best = int(values.mean(1).argmax())
+    gains = values[best] - values[0]
+    if len(gains) < 2:
+        return 0
+    return best if gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)) else 0
 
 
 def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
@@ -160,28 +188,83 @@ def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: A
     trial.suggest_categorical("transform.centring", CENTRINGS)
 
 
-def candidates(base: RunConfig, space: ModuleType, trials: int, seed: int) -> tuple[RunConfig, ...]:
-    """`trials` different configurations of a method, at least one: the base, the space's FIRST points, then random.
+def candidates(
+    base: RunConfig,
+    space: ModuleType,
+    trials: int,
+    seed: int,
+    *,
+    first: Sequence[Mapping[str, Any]] = (),
+    fixed: str = "",
+) -> tuple[RunConfig, ...]:
+    """`trials` different configurations of a method, at least one: the base, first points, then a Latin hypercube.
 
-    A space with fewer points gives fewer. Sampling is independent of results, as TPE's own first ten trials are, so
-    that every method tries the same list on every partition and trials may run in any order.
+    The hypercube visits every part of each parameter's range once (`stratified`), so that few trials vary a method's
+    own parameters, too. A space with fewer points gives fewer. What is tried does not depend on results: every method
+    tries the same list on every partition, and trials may run in any order.
 
     Args:
-        space: module with `space(trial)`, whose parameters are dotted fields of RunConfig.
+        space: module with `space(trial)`, whose parameters are dotted fields of RunConfig, and maybe FIRST.
+        first: points to try before the space's FIRST.
+        fixed: group of fields ("transform") that stay as the base has them, whatever the space says.
     """
     configs = [base]
-    for point in getattr(space, "FIRST", ()):
-        if (config := override(base, point)) not in configs:
+
+    def add(point: Mapping[str, Any]) -> None:
+        config = override(base, {k: v for k, v in point.items() if not fixed or not k.startswith(f"{fixed}.")})
+        if len(configs) < trials and config not in configs:
             configs.append(config)
+
+    for point in (*first, *getattr(space, "FIRST", ())):
+        add(point)
     verbosity = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=seed))
     optuna.logging.set_verbosity(verbosity)
-    for _ in range(20 * trials):
+    trial = study.ask()
+    space.space(trial)
+    varied = {k: v for k, v in trial.distributions.items() if not fixed or not k.startswith(f"{fixed}.")}
+    rng = np.random.default_rng(seed)
+    for _ in range(20 if varied else 0):  # points that are there already are made up for
         if len(configs) >= trials:
             break
-        trial = study.ask()
-        space.space(trial)
-        if (config := override(base, trial.params)) not in configs:
-            configs.append(config)
-    return tuple(configs[: max(1, trials)])
+        for point in list(stratified(varied, trials - len(configs), rng)):
+            study.enqueue_trial(point)  # a parameter that only other values lead to is drawn at random
+            trial = study.ask()
+            space.space(trial)
+            add(trial.params)
+    return tuple(configs)
+
+
+def stratified(
+    distributions: Mapping[str, BaseDistribution], n: int, rng: np.random.Generator
+) -> Iterator[dict[str, Any]]:
+    """`n` points of a space: a Latin hypercube (McKay, Beckman, Conover, Technometrics 1979).
+
+    Each float's range is cut into n strata, equal on its own scale, linear or logarithmic; each is visited once. Each
+    value of a category, integer or stepped range is visited n / count times, rounded up or down; where n is the
+    smaller, n values are visited once, evenly spread.
+    """
+    cube = qmc.LatinHypercube(len(distributions), seed=rng).random(n)
+    phases = rng.random(len(distributions))
+    for row in cube:
+        yield {
+            name: _value_at(distribution, u, (min(int(u * n), n - 1) + phase) / n)
+            for (name, distribution), u, phase in zip(distributions.items(), row.tolist(), phases, strict=True)
+        }
+
+
+def _value_at(distribution: BaseDistribution, u: float, even: float) -> Any:
+    """The value at a share of a range: `u` of a continuous one, `even`, the n shares of which lie 1 / n apart, else."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices[int(even * len(distribution.choices))]
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    low, high, step = distribution.low, distribution.high, distribution.step
+    if distribution.log:
+        whole = isinstance(distribution, IntDistribution)
+        ends = (low - 0.5, high + 0.5) if whole else (low, high)  # as Optuna's samplers cut whole numbers
+        value = math.exp(math.log(ends[0]) + u * math.log(ends[1] / ends[0]))
+        return min(max(round(value) if whole else value, low), high)
+    if step is None:
+        return min(low + u * (high - low), high)
+    return low + step * int(even * (round((high - low) / step) + 1))

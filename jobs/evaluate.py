@@ -7,8 +7,9 @@ python jobs/evaluate.py --dataset mtd --draws 5: the protocol of the papers of H
 python jobs/evaluate.py --sweep NAME: the configuration a sweep selected, on that sweep's own task
 
 Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
-partition and K anew; the queries are scored with what won there. All draws go into the ledger
-(hypdefect/results/ledger.py).
+partition and K anew. The defaults are left only for a gain beyond one standard error of the paired difference; then the
+temperature of the logits is fitted on the same episodes. The queries are scored with what won there. All draws go into
+the ledger (hypdefect/results/ledger.py).
 """
 
 from hypdefect.command_line import configure_logging, parse_job, run_job, table_console

@@ -4,7 +4,9 @@ python jobs/sweep.py: few-shot classification of solar cells, the data that came
 
 python jobs/sweep.py --dataset mtd --k-shot 5: magnetic tiles under $HYPDEFECT_DATA
 
-Selection sees only episodes drawn inside the support pool; the queries are scored once, at the end.
+Selection sees only episodes drawn inside the support pool: the best trials meet the defaults again on fresh ones, and
+win only by more than one standard error of the paired difference. The temperature of the logits is fitted on the same.
+The queries are scored once, at the end.
 """
 
 from dataclasses import dataclass

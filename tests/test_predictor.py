@@ -43,7 +43,12 @@ class Fitted:
     """A classifier with all that made it, before it is saved."""
 
     def __init__(
-        self, method: str, uses_mask: bool = True, narrow: int = 0, transform: TransformConfig | None = None
+        self,
+        method: str,
+        uses_mask: bool = True,
+        narrow: int = 0,
+        transform: TransformConfig | None = None,
+        temperature: float = 1.0,
     ) -> None:
         self.uses_mask = uses_mask
         self.extractor = RegionExtractor(Backbone(get_backbone("tiny_random")), RECIPE)
@@ -61,7 +66,7 @@ class Fitted:
             projection = {view: torch.randn(size, narrow, generator=generator) for view in VIEWS}
             mean = {view: torch.randn(size, generator=generator) / size for view in VIEWS}
             self.transform = self.transform.projected(projection, mean)
-        self.run = RunConfig(name=method, method=CONFIGS.get(method, {}), transform=config)
+        self.run = RunConfig(name=method, method=CONFIGS.get(method, {}), transform=config, temperature=temperature)
         self.classifier = self.run.model(self.transform.dim)
         shots = [(kind, picture(kind, tile)) for kind in range(3) for tile in range(3)]
         rows = [self.transform(self.extractor(image, mask if uses_mask else None)) for _, (image, mask) in shots]
@@ -136,10 +141,26 @@ def test_parts_and_centre_are_published_with_the_model(method: str, tmp_path: Pa
         assert not torch.allclose(different.logits(image, mask), loaded.logits(image, mask))
 
 
-def test_a_model_from_before_parts_and_centring_answers_the_same(fitted_prototype: Fitted, tmp_path: Path) -> None:
+def test_a_published_model_answers_at_its_temperature(fitted_prototype: Fitted, tmp_path: Path) -> None:
+    mild = Fitted("prototype", temperature=4.0)
+    entry = registry.publish(tmp_path, "drawn", mild.save)
+    loaded = Predictor.load(entry)
+    assert isinstance(loaded, ClassPredictor)
+    assert loaded.card.run.temperature == 4
+    image, mask = picture(1, 50)
+    logits = fitted_prototype.classifier.logits(row_batch(mild.transform(mild.extractor(image, mask))))
+    [found] = loaded.predict([(image, mask)])
+    assert list(found.probabilities.values()) == (logits / 4).softmax(1)[0].tolist()
+    assert found.label == CLASSES[int(logits.argmax())]
+    assert max(found.probabilities.values()) < float(logits.softmax(1).max()) - 0.01
+
+
+def test_a_model_from_before_parts_centring_and_temperature_answers_the_same(
+    fitted_prototype: Fitted, tmp_path: Path
+) -> None:
     fitted_prototype.save(tmp_path)
     card = json.loads((tmp_path / "model.json").read_text())
-    del card["run"]["transform"]["parts"], card["run"]["transform"]["centring"]
+    del card["run"]["transform"]["parts"], card["run"]["transform"]["centring"], card["run"]["temperature"]
     (tmp_path / "model.json").write_text(json.dumps(card))
     write_checksums(tmp_path)
     image, mask = picture(1, 50)

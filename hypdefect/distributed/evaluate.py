@@ -1,11 +1,14 @@
 """Validation and draws on the reported images as Ray tasks: the same results for any number of workers.
 
-`validate` and `select` are handed what may be looked at. Only `score_selected` and `evaluate` see the reported images.
+`validate`, `calibrate` and `select` are handed what may be looked at. Only `score_selected` and `evaluate` see the
+reported images.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +16,7 @@ import ray
 import torch
 
 from hypdefect.errors import NumericsError
-from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, best
+from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, choose
 from hypdefect.families import get_family
 from hypdefect.methods import get_method
 
@@ -54,9 +57,18 @@ def _validate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start:
     return scores, time.process_time() - begun
 
 
+def _calibrate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start: Any) -> tuple[RunConfig, float]:
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    with contextlib.suppress(NumericsError):  # one that scored 0 can be chosen, where all others did
+        run = get_family(run.name).calibrated(run, fitting, setting, numbers, start)
+    return run, time.process_time() - begun
+
+
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
 _TRANSFORM = ray.remote(_transform).options(num_returns=2)
-_TRANSFORM_REPORTED, _SCORE, _VALIDATE = ray.remote(_transform_reported), ray.remote(_score), ray.remote(_validate)
+_TRANSFORM_REPORTED, _SCORE = ray.remote(_transform_reported), ray.remote(_score)
+_VALIDATE, _CALIBRATE = ray.remote(_validate), ray.remote(_calibrate)
 
 
 class SharedFeatures:
@@ -103,6 +115,15 @@ def validate(
     return [scores for scores, _ in ray.get(waiting)]
 
 
+def calibrate(
+    fitting: Any, runs: Sequence[RunConfig], setting: Any, numbers: range, start: Any = None
+) -> list[RunConfig]:
+    """Each configuration at its own temperature, fitted on these validation problems; as it is where it fails there."""
+    features = SharedFeatures(fitting, start)
+    waiting = [_CALIBRATE.remote(features.of(run)[0], run, setting, numbers, features.start) for run in runs]
+    return [run for run, _ in ray.get(waiting)]
+
+
 def evaluate(
     fitting: Any,
     reported: Any,
@@ -131,12 +152,14 @@ def select(
 ) -> list[Selected]:
     """Choose a configuration of every entrant at every K on validation problems; each choice is followed by its twin.
 
-    All entrants see the same problems. The best mean score wins, the earlier one of equals; a configuration that fails
-    numerically scores 0.
+    All entrants see the same problems. The first candidate, the defaults, is left only for a gain beyond one standard
+    error (`evaluation.choose`); a configuration that fails numerically scores 0. Then each choice and each twin gets
+    the temperature at which its answers to these problems are likeliest.
 
     Args:
         settings: of each K.
-        episodes: validation problems of each configuration at each K; 0 takes the first of every entrant as it is.
+        episodes: validation problems of each configuration at each K; 0 takes the first of every entrant as it is,
+            temperature included, which its twin then shares.
         twins: also give the c = 0 twin of each choice whose method has one and whose entrant is no variant itself.
     """
     jobs = [(k_shot, entrant) for k_shot in settings for entrant in entrants]
@@ -147,17 +170,18 @@ def select(
                 features.of(run)[0], run, settings[k_shot], range(episodes[k_shot]), features.start
             )
             trials[reference] = (k_shot, entrant, run)
-    validated = _gathered(list(trials), progress)
+    total = num_tasks(entrants, episodes, twins=twins)
+    validated = _gathered(list(trials), progress and (lambda done, _: progress(done, total)))
     selected: list[Selected] = []
     for k_shot, entrant in jobs:
         results = [(run, *validated[r]) for r, (k, e, run) in trials.items() if k == k_shot and e is entrant]
-        means = [float(np.mean(scores)) for _, scores, _ in results]
+        position = choose([scores for _, scores, _ in results]) if results else 0
         choice = Selected(
-            config=results[best(means)][0] if results else entrant.candidates[0],
+            config=entrant.candidates[position],
             features=entrant.features,
             variant=entrant.variant,
             k_shot=k_shot,
-            validation=max(means, default=math.nan),
+            validation=float(np.mean(results[position][1])) if results else math.nan,
             seconds=sum((seconds for *_, seconds in results), 0.0),
         )
         selected.append(choice)
@@ -176,7 +200,25 @@ def select(
                     seconds=0.0,
                 )
             )
+    fits = {
+        place: _CALIBRATE.remote(
+            features.of(one.config)[0], one.config, settings[one.k_shot], range(episodes[one.k_shot]), features.start
+        )
+        for place, one in enumerate(selected)
+        if episodes[one.k_shot]
+    }
+    calibrated = _gathered(list(fits.values()), progress and (lambda done, _: progress(len(trials) + done, total)))
+    for place, fit in fits.items():
+        config, seconds = calibrated[fit]
+        selected[place] = replace(selected[place], config=config, seconds=selected[place].seconds + seconds)
     return selected
+
+
+def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
+    """Tasks of `select`: a trial of each candidate and a temperature of each choice and twin, at each K."""
+    trials = sum(len(entrant.candidates) for entrant in entrants)
+    rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
+    return sum(n > 0 for n in episodes.values()) * (trials + rows)
 
 
 def has_twin(entrant: Entrant) -> bool:
@@ -235,9 +277,9 @@ def compare(
     """
     features = SharedFeatures(fitting, start)
     of_each = dict.fromkeys(settings, episodes) if isinstance(episodes, int) else episodes
-    trials = sum(n > 0 for n in of_each.values()) * sum(len(entrant.candidates) for entrant in entrants)
+    choosing = num_tasks(entrants, of_each, twins=twins)
     rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
-    total = trials + len(settings) * rows * math.ceil(draws / CHUNK)
+    total = choosing + len(settings) * rows * math.ceil(draws / CHUNK)
     selected = select(
         features,
         entrants,
@@ -251,7 +293,7 @@ def compare(
         selected,
         settings,
         draws,
-        progress=progress and (lambda done, _: progress(trials + done, total)),
+        progress=progress and (lambda done, _: progress(choosing + done, total)),
     )
 
 

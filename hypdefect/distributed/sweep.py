@@ -12,16 +12,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-import numpy as np
 import pyarrow as pa
 
 from hypdefect.config import from_mapping, override, to_mapping
 from hypdefect.distributed.cluster import num_workers
-from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, score_selected, validate
+from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, calibrate, score_selected, validate
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.tune import SearchConfig, finished, search
-from hypdefect.errors import ConfigError
-from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, best, metric_name, with_parts
+from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, choose, metric_name, with_parts
 from hypdefect.families import Family, get_family
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.files import home, write_json, write_table
@@ -51,7 +50,8 @@ class SweepConfig:
     rungs: int = 4
     """A trial may be stopped after each of this many shares of its episodes."""
     finalists: int = 3
-    """The best trials are compared again on as many fresh validation episodes."""
+    """The best full trials are compared with the defaults on as many fresh validation episodes; the defaults are left
+    only for a gain beyond one standard error."""
     draws: int = 20
     """Support draws of the final test."""
     workers: int = 0
@@ -80,11 +80,13 @@ class SweepConfig:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What selection gives: the winning trial, its configuration, and the best one of the plain method."""
+    """What selection gives: the winning trial, its configuration, the one of the plain method, the winner's c = 0 twin
+    if it has one; each at a temperature of its own."""
 
     trial: TrialResult
     run: RunConfig
     reference: RunConfig
+    twin: RunConfig | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,17 +220,33 @@ def select(
     references: Sequence[RunConfig],
     start: Any,
 ) -> Choice:
-    """The winning trial and the best reference, each by fresh validation episodes."""
-    finalists = trials[: max(1, job.finalists)]
+    """The winning trial and the reference, each by `evaluation.choose` on fresh validation episodes.
+
+    Finalists are trials that were never stopped early. The search's own scores do not count again: as the highest of
+    many they flatter whoever has them. On the same fresh episodes temperatures are fitted.
+
+    Args:
+        trials: best first. references: their defaults first.
+
+    Raises:
+        HypdefectError: the trial of the defaults did not finish.
+    """
+    runs = [override(base, trial.params) for trial in trials]
+    if base not in runs:
+        raise HypdefectError(f"sweep {job.name!r}: the trial of the defaults did not finish; try again with --resume")
+    defaults = trials[runs.index(base)]
+    others = [t for t, run in zip(trials, runs, strict=True) if t.rungs == job.rungs and run != base]
+    finalists = [defaults, *others[: job.finalists]]
     candidates = [override(base, t.params) for t in finalists]
-    counts = (len(candidates), len(references), job.episodes)
-    logger.info("selection: %d finalists and %d references on %d fresh episodes", *counts)
-    numbers = range(job.episodes, 2 * job.episodes)
-    scores = validate(fitting, [*candidates, *references], family.setting(job), numbers, start)
-    means = [float(np.mean(s)) for s in scores]
-    # a finalist's search score counts as much as its fresh one
-    ours = best([m + t.value for m, t in zip(means, finalists, strict=False)])
-    return Choice(finalists[ours], candidates[ours], references[best(means[len(candidates) :])])
+    counts = (len(candidates) - 1, len(references), job.episodes)
+    logger.info("selection: the defaults, %d finalists and %d references on %d fresh episodes", *counts)
+    setting, numbers = family.setting(job), range(job.episodes, 2 * job.episodes)
+    scores = validate(fitting, [*candidates, *references], setting, numbers, start)
+    ours = choose(scores[: len(candidates)])
+    run, reference = candidates[ours], references[choose(scores[len(candidates) :])]
+    twin = family.twin(run, family.transformed(fitting, family.transform_of(run, fitting, start)), start)
+    found = calibrate(fitting, [run, reference, *([] if twin is None else [twin])], setting, numbers, start)
+    return Choice(finalists[ours], found[0], found[1], None if twin is None else found[2])
 
 
 def score_choice(
@@ -237,9 +255,7 @@ def score_choice(
     """Winner, its c = 0 twin and the reference on the same draws and the untouched reported images."""
     setting = family.setting(job)
     features = SharedFeatures(fitting, start)
-    seen = family.transformed(fitting, family.transform_of(choice.run, fitting, start))
-    twin = family.twin(choice.run, seen, start)
-    runs = {"": choice.run} | ({} if twin is None else {TWIN: twin})
+    runs = {"": choice.run} | ({} if choice.twin is None else {TWIN: choice.twin})
     same_method = choice.reference.name == choice.run.name
     runs |= {"reference" if same_method else "plain": choice.reference}
     selected = [
@@ -347,6 +363,7 @@ def record(
         "selected_trial": choice.trial.number,
         "selected": to_mapping(choice.run),
         "reference": to_mapping(choice.reference),
+        "twin": None if choice.twin is None else to_mapping(choice.twin),
         "test": results,
         "model": entry and {"name": entry.name, "version": entry.version, "path": str(entry.path), "alias": job.alias},
         "seconds": seconds,

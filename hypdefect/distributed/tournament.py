@@ -1,7 +1,8 @@
 """Which few-shot method is best: all of them on the same features, validation episodes, draws and queries.
 
 Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
-partition and K anew; the queries are scored with what won there. All draws go into the ledger.
+partition and K anew; the queries are scored with what won there (`distributed.evaluate.select`). All draws go into the
+ledger.
 """
 
 import json
@@ -50,7 +51,8 @@ class EvaluateConfig(TaskConfig):
     draws: int = 20
     """Random support draws of each partition and K; 5 is the protocol of the papers of HypDFS and MVREC."""
     trials: int = 8
-    """Configurations tried of every method, its defaults first; 0: the defaults, without validation."""
+    """Configurations tried of every method, its defaults first, which are left only for a gain beyond one standard
+    error; 0: the defaults, without validation."""
     episodes: int = 12
     """Validation episodes of a trial, drawn inside the support pool."""
     seed: int = 0
@@ -196,10 +198,15 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searc
             support_copies=job.support_copies,
         )
         space = spaces("hypdfs_meta" if learned else name)
-        # the projection was trained behind one transform
-        sampled = [replace(c, transform=base.transform) for c in candidates(base, space, 3 * job.trials, job.seed)]
-        tried = dict.fromkeys([base, replace(base, features="plain"), *sampled])
-        rows.append(Entrant(candidates=tuple(tried)[: max(job.trials, 1)]))
+        tried = candidates(
+            base,
+            space,
+            job.trials,
+            job.seed,
+            first=[{"features": "plain"}],
+            fixed="transform",  # the projection was trained behind one
+        )
+        rows.append(Entrant(candidates=tried))
     return rows
 
 

@@ -65,6 +65,13 @@ class Family(Protocol):
         """The metric on each of some validation problems, made of transformed fitting data alone."""
         ...
 
+    def calibrated(self, run: RunConfig, fitting: Any, setting: Any, numbers: range, start: Any) -> RunConfig:
+        """The run at the temperature at which the answers to these validation problems are likeliest.
+
+        As it is, where a family's answers are no probabilities.
+        """
+        ...
+
     def twin(self, run: RunConfig, fitting: Any, start: Any) -> RunConfig | None:
         """The run's Euclidean twin at matched distance scale; None where its method has none."""
         ...

@@ -32,6 +32,7 @@ from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformConfig, part_choices
 from hypdefect.methods import get_method
 from hypdefect.methods.centred import centred, row_means
+from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.metrics import calibration_error
 from hypdefect.predictor import ClassPredictor as Predictor
 from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
@@ -313,7 +314,8 @@ def _behind(features: LabelledFeatures, transform: FeatureTransform) -> Labelled
 
 
 def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
-    """Nearest prototypes: both metrics, three whitenings, without and with copies, each part of imported features."""
+    """Nearest prototypes, the defaults first: both metrics, three whitenings, with and without copies, each part of
+    imported features."""
     return tuple(
         RunConfig(
             name="prototype",
@@ -324,8 +326,8 @@ def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
         )
         for metric, whitening, copies, parts, centring in product(
             ("cosine", "euclidean"),
-            (None, 3.0, 0.1),
-            (0, config.copies),
+            (3.0, None, 0.1),
+            (config.copies, 0),
             part_choices(plan.searched_parts),
             CENTRINGS if plan.searched_parts > 1 else CENTRINGS[:1],
         )
@@ -348,13 +350,32 @@ def validation_scores(
     run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
 ) -> Iterator[float]:
     """Query accuracy of each validation episode, all of them drawn inside the support pool."""
+    for logits, labels in _validated(run, fitting, setting, numbers, start):
+        yield float((logits.argmax(1) == labels).double().mean())
+
+
+def _validated(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits `[Q W]` and labels `[Q]` of the queries of each validation episode."""
     weights = start.weights(run) if start else None
     for number in numbers:
         episode = build_episode(fitting.pool, setting.episodes, number, copies=run.support_copies)
         classifier: FewShotClassifier = run.model(fitting.dim, weights)
         classifier.adapt(episode.support, len(episode.class_names))
-        correct = classifier.logits(episode.query).argmax(1) == episode.query.labels
-        yield float(correct.double().mean())
+        yield classifier.logits(episode.query), episode.query.labels
+
+
+def calibrated(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
+) -> RunConfig:
+    """The run at the temperature at which the query labels of these validation episodes are likeliest.
+
+    Raises:
+        NumericsError: logits that are not finite.
+    """
+    episodes = list(_validated(replace(run, temperature=1.0), fitting, setting, numbers, start))
+    return replace(run, temperature=fitted_temperature(episodes))
 
 
 def supports_of(fitting: Fitting, setting: Setting, number: int) -> np.ndarray:

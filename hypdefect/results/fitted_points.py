@@ -3,7 +3,7 @@
 Shapes: R supports, S synthetic points, Q queries, W ways, N images (R + Q), D features of one view, E = 2 D.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,7 +68,7 @@ def fitted_points(
     support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.support_copies)
     asked = queries.batch(np.arange(len(queries)))
     with torch.enable_grad():
-        model: Any = few_shot.fit(config, fitting, setting, number, start)
+        model: Any = few_shot.fit(replace(config, temperature=1.0), fitting, setting, number, start)
     if isinstance(model, CentredClassifier):
         means = row_means(support)
         model, support, asked = model.inner, centred(support, means), centred(asked, means)

@@ -21,7 +21,7 @@ from hypdefect.results.figures import (
     plot_shots,
 )
 from hypdefect.results.reading import hypdfs_row, is_twin_of, label_of, leads_of, methods_in_order, variant_of
-from hypdefect.results.sections import ABLATION, CURVATURE, Section, config_of
+from hypdefect.results.sections import ABLATION, CURVATURE, Section, config_of, fit_of
 
 
 def draw_ledger(album: Album, section: Section) -> None:
@@ -135,7 +135,7 @@ def full_config(tables: Mapping[str, pa.Table], k: int, otherwise: str | None) -
     counts = Counter(
         config
         for table in tables.values()
-        for config in set(table.filter(pc.equal(table["k_shot"], k))["method_config"].to_pylist())
+        for config in set(map(fit_of, table.filter(pc.equal(table["k_shot"], k))["method_config"].to_pylist()))
     )
     most = max(counts.values(), default=0)
     return next(config for config, n in counts.items() if n == most) if most > 1 else otherwise

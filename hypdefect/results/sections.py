@@ -1,5 +1,6 @@
 """What a page of results is made of: for each task its newest main run, and the newest runs of its studies."""
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -116,9 +117,15 @@ def current_sections(table: pa.Table, label: str = "") -> list[Section]:
 
 
 def config_of(table: pa.Table, name: str, k: int, partition: int | None = None) -> str | None:
-    """The configuration a method used at one K, on one partition (default: its first), as JSON."""
+    """The configuration a method used at one K, on one partition (default: its first), as `fit_of` gives it."""
     for row in table.select(["method", "features", "variant", "k_shot", "partition", "method_config"]).to_pylist():
         this = (display_name(row["method"], row["features"], row["variant"]), row["k_shot"])
         if this == (name, k) and partition in (None, row["partition"]):
-            return str(row["method_config"])
+            return fit_of(row["method_config"])
     return None
+
+
+def fit_of(method_config: str) -> str:
+    """A ledger row's configuration as JSON without its temperature, which changes no label and is fitted anew by every
+    evaluation: rows that share the rest are of the same method."""
+    return json.dumps({k: v for k, v in json.loads(method_config).items() if k != "temperature"}, sort_keys=True)

@@ -54,10 +54,26 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="centring",
         file="hypdefect/evaluation.py",
-        old='return CentredClassifier(model) if self.transform.centring == "supports" else model',
-        new="return model",
+        old='model = CentredClassifier(model) if self.transform.centring == "supports" else model',
+        new="pass",
         tests=("tests/methods/test_centred.py", "tests/test_predictor.py", "tests/data/test_imported.py"),
         breaks="--centring changes nothing",
+    ),
+    Mutant(
+        name="temperature",
+        file="hypdefect/evaluation.py",
+        old="return TemperedClassifier(model, self.temperature)",
+        new="return model",
+        tests=("tests/methods/test_tempered.py", "tests/test_predictor.py"),
+        breaks="a temperature is fitted, stored and not used",
+    ),
+    Mutant(
+        name="sweep-choice",
+        file="hypdefect/distributed/sweep.py",
+        old="ours = choose(scores[: len(candidates)])",
+        new="ours = max(range(len(candidates)), key=lambda i: sum(scores[i]))",
+        tests=("tests/ray/test_search.py",),
+        breaks="a sweep leaves the defaults for any gain",
     ),
     Mutant(
         name="searched-parts",

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hypdefect.config import override
-from hypdefect.distributed.evaluate import CHUNK, compare, evaluate, validate
+from hypdefect.distributed.evaluate import CHUNK, calibrate, compare, evaluate, validate
 from hypdefect.errors import NumericsError
-from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored
+from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, choose
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.metrics import calibration_error
@@ -113,12 +113,13 @@ def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
 
 
 def entrants() -> list[Entrant]:
-    """Two candidates each; the second of the first diverges, of the others none is the same."""
+    """The second candidate of the first diverges, that of the next gains by chance, that of the third for sure."""
     broken = override(CONFIGS["curved"], {"method.lr": 1e30, "method.steps": 8})
     cosine = CONFIGS["prototype"]
     return [
         Entrant(candidates=(CONFIGS["curved"], broken)),
         Entrant(candidates=(cosine, override(cosine, {"transform.whitening": None, "method.metric": "euclidean"}))),
+        Entrant(candidates=(cosine, replace(cosine, support_copies=2)), variant="copies"),
         Entrant(candidates=(override(CONFIGS["curved"], {"method.adapter": "none"}),), variant="no adapter"),
     ]
 
@@ -131,24 +132,34 @@ def compared(task: Task, **changes: Any) -> list[Scored]:
 def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(ray_local: Any, task: Task) -> None:
     steps: list[tuple[int, int]] = []
     found = compared(task, progress=lambda *step: steps.append(step))
-    names = ["", TWIN, "", "no adapter"]
+    names = ["", TWIN, "", "copies", "no adapter"]
     assert [(s.k_shot, s.variant) for s in found] == [(k, name) for k in (1, 3) for name in names]
-    assert steps == [(i, 2 * 5 + 2 * 4) for i in range(1, 19)]  # trials, then chunks of draws
-    for k_shot, own in ((1, found[:4]), (3, found[4:])):
-        for entrant, scored in zip(entrants(), (own[0], own[2], own[3]), strict=True):
-            means = []
+    assert steps == [(i, 2 * (7 + 5 + 5)) for i in range(1, 35)]  # trials, temperatures, then chunks of draws
+    for k_shot, own in ((1, found[:5]), (3, found[5:])):
+        setting = setting_of(k_shot)
+        for entrant, scored in zip(entrants(), (own[0], *own[2:]), strict=True):
+            scores = []
             for config in entrant.candidates:
                 seen, _ = sides(task, config)
                 try:
-                    scores = few_shot.validation_scores(config, seen, setting_of(k_shot), range(6))
-                    means.append(float(np.mean(list(scores))))
+                    scores.append(list(few_shot.validation_scores(config, seen, setting, range(6))))
                 except NumericsError:
-                    means.append(0.0)
-            assert scored.config == entrant.candidates[int(np.argmax(means))]
-            assert scored.validation == max(means)
+                    scores.append([0.0] * 6)
+            means = [float(np.mean(own)) for own in scores]
+            position = int(entrant.variant == "copies")
+            assert choose(scores) == position
+            assert (means[-1] > means[0]) == (entrant.method == "prototype")  # beyond one standard error or not
+            config = entrant.candidates[position]
+            assert scored.config == few_shot.calibrated(config, sides(task, config)[0], setting, range(6))
+            assert replace(scored.config, temperature=1.0) == config != scored.config
+            assert scored.validation == means[position]
             assert scored.seconds > 0
         curved, twin, *_ = own
-        assert twin.config == few_shot.twin(curved.config, sides(task, curved.config)[0])
+        seen, _ = sides(task, curved.config)
+        flat = few_shot.twin(curved.config, seen)
+        assert flat is not None
+        assert twin.config == few_shot.calibrated(flat, seen, setting, range(6))
+        assert twin.config.temperature != curved.config.temperature
         assert math.isnan(twin.validation)
     for scored in found:
         for number, draw in enumerate(scored.draws):
@@ -170,7 +181,7 @@ def test_the_query_side_decides_nothing(ray_local: Any, task: Task) -> None:
     assert moved
 
 
-def test_without_episodes_the_first_candidate_is_taken(ray_local: Any, task: Task) -> None:
+def test_without_episodes_the_first_candidate_is_taken_as_it_is(ray_local: Any, task: Task) -> None:
     found = compared(task, episodes=0, twins=False)
     assert [s.config for s in found] == 2 * [e.candidates[0] for e in entrants()]
     assert all(math.isnan(s.validation) for s in found)
@@ -194,7 +205,8 @@ def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
         assert seen.dim == (narrow if config.features == "meta" else task[0].dim)
         scores = few_shot.validation_scores(config, seen, setting_of(3), range(3), meta)
         assert scored.validation == np.mean(list(scores))
-        assert_same(scored.draws[1], in_process(task, config, 3, 1, meta))
+        assert scored.config == few_shot.calibrated(config, seen, setting_of(3), range(3), meta)
+        assert_same(scored.draws[1], in_process(task, scored.config, 3, 1, meta))
     first = [s.draws[0].probabilities for s in found]
     assert not np.array_equal(first[0], first[1])
     assert not np.array_equal(first[2], first[3])
@@ -211,8 +223,9 @@ def test_validation_is_that_of_plain_calls(ray_local: Any, task: Task, start: di
         assert own[2:3] == validate(task[0], [config], SETTING, range(7, 8), meta)[0]
 
 
-def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: Task) -> None:
+def test_a_numerical_failure_counts_as_zero_and_has_no_temperature(ray_local: Any, task: Task) -> None:
     broken = override(BASE, {"method.lr": 1e30, "method.steps": 8})
+    assert calibrate(task[0], [broken], SETTING, range(3)) == [broken]
     scores = validate(task[0], [broken, CONFIGS["prototype"]], SETTING, range(3))
     assert scores[0] == [0.0] * 3
     assert min(scores[1]) > 0

@@ -23,7 +23,8 @@ from optuna.trial import FrozenTrial, TrialState
 import hypdefect
 import tune_spaces
 from hypdefect.config import override
-from hypdefect.distributed.sweep import select
+from hypdefect.distributed.evaluate import validate
+from hypdefect.distributed.sweep import Choice, select
 from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import RunConfig, TrialResult, with_parts
@@ -177,6 +178,50 @@ def test_a_search_and_a_selection_repeat_themselves(searched: Searched, data: Fi
     assert chosen_2 == chosen
     assert tensors_2.keys() == tensors.keys()
     assert all(torch.equal(tensors_2[name], value) for name, value in tensors.items())
+
+
+def trial(number: int, value: float, rungs: int = 2, **params: Any) -> TrialResult:
+    point = {"support_copies": 0, "parts": None} | params
+    return TrialResult(
+        number, {"transform.parts": point["parts"], "support_copies": point["support_copies"]}, value, rungs, 1.0
+    )
+
+
+def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(ray_local: Any, data: Fitting) -> None:
+    """On fresh episodes: one part alone gains there, but by chance; copies gain for sure."""
+    base, setting, fresh = RunConfig(name="prototype", support_copies=0), SETTING, range(4, 8)
+    defaults, part, copies = trial(0, 0.5), trial(1, 0.99, parts="1"), trial(2, 0.6, support_copies=2)
+    job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=2, rungs=2)
+    seen = few_shot.transformed(data, few_shot.transform_of(base, data))
+
+    def chosen(*trials: TrialResult) -> Choice:
+        return select(job, get_family("prototype"), data, base, list(trials), [base], None)
+
+    narrow = override(base, part.params)
+    ours, other = validate(data, [base, narrow], setting, fresh)
+    assert np.mean(other) > np.mean(ours)
+    assert chosen(part, defaults).trial == defaults
+    found = chosen(part, copies, defaults)
+    assert found.trial == copies
+    run = replace(base, support_copies=2)
+    assert found.run == few_shot.calibrated(run, seen, setting, fresh) != run
+    assert found.reference == few_shot.calibrated(base, seen, setting, fresh) != base
+    assert found.twin is None
+    # one that was stopped early is no finalist; the defaults always are
+    assert chosen(replace(defaults, rungs=1), part, replace(copies, rungs=1)).trial.number == 0
+    with pytest.raises(HypdefectError, match="the trial of the defaults did not finish"):
+        chosen(part, copies)
+
+
+def test_the_twin_of_a_sweep_has_a_temperature_of_its_own(ray_local: Any, data: Fitting) -> None:
+    job = SweepJob(k_shot=SETTING.k_shot, episodes=3, rungs=1)
+    only = TrialResult(0, {"support_copies": 2}, 0.5, 1, 1.0)
+    choice = select(job, get_family("hypdfs"), data, BASE, [only], [RunConfig(name="prototype")], None)
+    seen = few_shot.transformed(data, few_shot.transform_of(BASE, data))
+    flat = few_shot.twin(BASE, seen)
+    assert flat is not None
+    assert choice.twin == few_shot.calibrated(flat, seen, SETTING, range(3, 6))
+    assert len({1.0, choice.run.temperature, choice.twin.temperature}) == 3
 
 
 def test_what_may_be_looked_at_holds_no_query(task: tuple[Fitting, Reported]) -> None:

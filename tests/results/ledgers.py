@@ -104,7 +104,8 @@ def ablations() -> dict[str, list[dict[str, Any]]]:
     for study, gains in {"ablation/adapter": parts, "ablation/loss": losses}.items():
         rows = generated({("hypdfs", "meta", v): g for v, g in gains.items()}, study=study, shots=(5,))
         studies[study] = [
-            one | {"method_config": "{}" if one["variant"] in full else digest(one["variant"])} for one in rows
+            one | {"method_config": json.dumps({} if one["variant"] in full else {"method": one["variant"]})}
+            for one in rows
         ]
     return studies
 

@@ -124,3 +124,9 @@ def test_the_points_of_a_centred_configuration_are_those_it_scores() -> None:
     assert points.accuracy == pytest.approx(few_shot.score(config, *seen, setting, 0).metrics["acc"])
     bare = fitted_points(fitting, reported, replace(config, transform=TransformConfig()), setting, 0)
     assert not torch.allclose(points.plain, bare.plain)
+
+
+def test_a_temperature_moves_no_point() -> None:
+    plain, mild = (fitted_points(*toy_task(), replace(QUICK, temperature=t), Setting(k_shot=2), 0) for t in (1.0, 3.0))
+    assert torch.equal(plain.ball, mild.ball)
+    assert plain.accuracy == mild.accuracy

@@ -1,10 +1,15 @@
 """Pictures of results: what is drawn beside what, and labels that can be read."""
 
+import json
+
 import numpy as np
 import pytest
 
+from hypdefect.config import to_mapping
+from hypdefect.evaluation import RunConfig
 from hypdefect.results.figures import short, spread
 from hypdefect.results.ledger_figures import ablation_bars, full_config
+from hypdefect.results.sections import fit_of
 from tests.ledger_rows import as_table
 from tests.results.ledgers import ablations
 
@@ -21,6 +26,16 @@ def test_the_reference_of_an_ablation_is_the_full_method_even_where_another_vari
     gap = of["Euclidean"].accuracy.mean - of["HDCL"].accuracy.mean
     assert of["Euclidean"].difference.interval.mean == pytest.approx(gap)
     assert full_config({"ablation/loss": tables["ablation/loss"]}, 5, "config") == "config"
+
+
+def test_rows_whose_temperatures_alone_differ_are_of_the_same_method() -> None:
+    sure, mild, other = (
+        to_mapping(RunConfig(name="prototype", temperature=temperature, method={"temperature": own}))
+        for temperature, own in ((0.4, 1.0), (2.0, 1.0), (0.4, 3.0))
+    )
+    before = {name: value for name, value in sure.items() if name != "temperature"}
+    assert len({fit_of(json.dumps(config)) for config in (sure, mild, before)}) == 1
+    assert fit_of(json.dumps(sure)) != fit_of(json.dumps(other))
 
 
 def test_labels_do_not_overlap_and_keep_their_order() -> None:

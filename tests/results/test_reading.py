@@ -3,10 +3,11 @@
 import pytest
 
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import TWIN
+from hypdefect.evaluation import TWIN, TrialResult
 from hypdefect.results.comparison import leaderboard
 from hypdefect.results.reading import reading
 from hypdefect.results.sections import current_sections
+from hypdefect.results.tables import trial_table
 from tests.ledger_rows import as_table
 from tests.results.ledgers import MAIN, Truth, generated, true_differences
 
@@ -68,3 +69,12 @@ def test_an_empty_ledger_and_an_unknown_label_say_what_to_do() -> None:
         current_sections(as_table())
     with pytest.raises(ConfigError, match="it holds: mtd"):
         current_sections(as_table(generated(MAIN, shots=(1,))), "mvtec-bottle")
+
+
+@pytest.mark.parametrize("winner", [2, 11])
+def test_the_winner_of_a_search_is_shown_wherever_it_stands(winner: int) -> None:
+    trials = [TrialResult(n, {"method.curvature": 0.1}, 0.9 - n / 100, 4, 1.0) for n in range(14)]
+    table = trial_table(trials, trials[winner])
+    shown = list(table.columns[0].cells)
+    assert shown == [str(n) for n in range(10)] + ["11"] * (winner == 11)
+    assert [number for number, row in zip(shown, table.rows, strict=True) if row.style == "bold"] == [str(winner)]
