@@ -4,9 +4,12 @@ python jobs/reproduce.py hypdfs: main table, ablations and curvature curve of Hy
 
 python jobs/reproduce.py hypdfs --studies curvature --split grouped --partitions 10 --draws 10: one table, no leak
 
+python jobs/reproduce.py hypdfs --studies parts --datasets mtd neu_seg: what each part is worth, on any image set
+
 python jobs/reproduce.py hypdfs --backbone alphaclip:ViT-L-14@FILE: on the paper's backbone
 
-What is absent is SKIP, with what to download and where to put it. All rows of one data set see the same draws.
+What is absent is SKIP, with what to download and where to put it. All rows of one data set see the same draws: where
+one of them is the full method, the others also show their paired difference to it.
 """
 
 from rich.markup import escape
@@ -27,7 +30,7 @@ def main() -> None:
     if here := [experiment for experiment in experiments if not experiment.skip]:
         with connected():
             measured = reproduce(config, here)
-    results = [(experiment, measured.interval(experiment)) for experiment in experiments]
+    results = measured.results(experiments)
     console = table_console()
     for table in study_tables(config, results, measured.products):
         console.print(table)

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from hypdefect.families.few_shot import TaskConfig, TaskPlan
 from hypdefect.files import home
 from hypdefect.progress import progress
 from hypdefect.results import ledger
-from hypdefect.results.studies import Experiment, ReproduceConfig
-from hypdefect.statistics import Interval, clustered_interval
+from hypdefect.results.studies import Experiment, ReproduceConfig, Result
+from hypdefect.statistics import Interval, clustered_interval, paired
 
 logger = logging.getLogger(__name__)
 
@@ -34,13 +34,35 @@ class Measured:
     accuracies: dict[Experiment, dict[tuple[int, int], list[float]]] = field(default_factory=dict)
     products: dict[str, int] = field(default_factory=dict)
 
+    def results(self, experiments: Sequence[Experiment]) -> list[Result]:
+        """Each experiment's interval, and that of its paired difference to its reference among them."""
+        row = {(e.study, e.dataset, e.k_shot, e.row): e for e in experiments}
+        references = [row.get((e.study, e.dataset, e.k_shot, e.reference)) for e in experiments]
+        return [
+            Result(experiment, self.interval(experiment), self.difference(experiment, reference))
+            for experiment, reference in zip(experiments, references, strict=True)
+        ]
+
     def interval(self, experiment: Experiment) -> Interval | None:
-        """Of the accuracy, which is the mean over products in each draw; None: the experiment was not run."""
-        draws = self.accuracies.get(experiment)
-        if draws is None:
+        """Of the accuracy; None: the experiment was not run."""
+        means = self.means(experiment)
+        return clustered_interval([*means.values()], _partitions(means)) if means else None
+
+    def difference(self, experiment: Experiment, reference: Experiment | None) -> Interval | None:
+        """Of the accuracy minus that of the reference in the same draws; None: one of the two was not run."""
+        ours, theirs = self.means(experiment), {} if reference is None else self.means(reference)
+        if not ours or not theirs:
             return None
-        means = [float(np.mean(of_products)) for of_products in draws.values()]
-        return clustered_interval(means, [partition for partition, _ in draws])
+        return paired([*ours.values()], [theirs[draw] for draw in ours], _partitions(ours))
+
+    def means(self, experiment: Experiment) -> dict[tuple[int, int], float]:
+        """The accuracy of each draw, the mean over products; empty: the experiment was not run."""
+        draws = self.accuracies.get(experiment, {})
+        return {draw: float(np.mean(of_products)) for draw, of_products in draws.items()}
+
+
+def _partitions(draws: Iterable[tuple[int, int]]) -> list[int]:
+    return [partition for partition, _ in draws]
 
 
 def reproduce(config: ReproduceConfig, experiments: Sequence[Experiment]) -> Measured:

@@ -312,7 +312,11 @@ class Hyperplanes(nn.Module):
         self.offset_W = nn.Parameter(means_WE.new_zeros(len(means_WE)))
 
     def forward(self, h: Float[Tensor, "N E"], c: float | Tensor) -> Float[Tensor, "N W"]:
-        return hyperplane_scores(h, self.normal_WE, self.offset_W, c)
+        return hyperplane_scores(h, self.normal_WE, self.offsets(), c)
+
+    def offsets(self) -> Float[Tensor, "W"]:
+        """Distances with mean 0: hyperplanes that all move out alike would steepen their logits at no penalty."""
+        return self.offset_W - self.offset_W.mean()
 
     def size(self) -> Tensor:
         """What the penalty counts."""
@@ -380,7 +384,7 @@ class HypDFS(nn.Module):
             self.last_loss = minimize(parameters, objective, config.steps)
         with torch.no_grad():
             if head is not None:
-                classes = {"normal": head.normal_WE.detach(), "offset": head.offset_W.detach()}
+                classes = {"normal": head.normal_WE.detach(), "offset": head.offsets().detach()}
             else:
                 evolved = self.evolve(core, self.moments(core, tangents, labels, n_way))
                 classes = {"centers": self.centers(core, tangents, labels, evolved, offset)}

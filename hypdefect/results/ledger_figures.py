@@ -2,8 +2,6 @@
 
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +19,8 @@ from hypdefect.results.figures import (
     plot_shots,
 )
 from hypdefect.results.reading import hypdfs_row, is_twin_of, label_of, leads_of, methods_in_order, variant_of
-from hypdefect.results.sections import ABLATION, CURVATURE, Section, config_of, fit_of
+from hypdefect.results.sections import ABLATION, CURVATURE, PARTS, Section
+from hypdefect.results.studies import reference_variants
 
 
 def draw_ledger(album: Album, section: Section) -> None:
@@ -93,12 +92,10 @@ def _draw_curvature(album: Album, section: Section) -> None:
 def _draw_ablations(album: Album, section: Section) -> None:
     tables = section.ablations
     if not tables:
-        album.notes.append(_how_to_measure("Ablations", section.study_command("adapter", "loss", "ode")))
+        album.notes.append(_how_to_measure("Ablations", section.study_command(PARTS, "adapter", "loss", "ode")))
         return
-    ours = hypdfs_row(leaderboard(section.main))
     k = max(max(table["k_shot"].to_pylist()) for table in tables.values())
-    full = full_config(tables, k, None if ours is None else config_of(section.main, ours.name, k))
-    groups = {name.removeprefix(ABLATION): ablation_bars(table, k, full) for name, table in tables.items()}
+    groups = {name.removeprefix(ABLATION): ablation_bars(table, k) for name, table in tables.items()}
     caption = f"K = {k}. What each part is worth. {_repetitions(next(iter(tables.values())))}"
     path = album.add("ablation", "Ablations", caption, tables)
     plot_ablations(path, {name: bars for name, bars in groups.items() if bars}, k)
@@ -130,26 +127,15 @@ def curvature_bars(table: pa.Table) -> dict[int, list[Bar]]:
     return bars
 
 
-def full_config(tables: Mapping[str, pa.Table], k: int, otherwise: str | None) -> str | None:
-    """The configuration that most studies have in common at one K, which is the full method; of one, `otherwise`."""
-    counts = Counter(
-        config
-        for table in tables.values()
-        for config in set(map(fit_of, table.filter(pc.equal(table["k_shot"], k))["method_config"].to_pylist()))
-    )
-    most = max(counts.values(), default=0)
-    return next(config for config, n in counts.items() if n == most) if most > 1 else otherwise
-
-
-def ablation_bars(table: pa.Table, k: int, config: str | None) -> list[Bar]:
-    """The variants at one K, best first after the reference: the one with the full method's configuration, else the
+def ablation_bars(table: pa.Table, k: int) -> list[Bar]:
+    """The variants of a study at one K, best first after the reference: the full method where it has a row, else the
     best."""
     at_k = table.filter(pc.equal(table["k_shot"], k))
     rows = leaderboard(at_k)
     if not rows:
         return []
-    same = [r for r in rows if config is not None and config_of(at_k, r.name, k) == config]
-    reference = next(iter([*same, *rows]))
+    full = reference_variants(OURS).get(at_k["study"][0].as_py())
+    reference = next((r for r in rows if r.variant == full), rows[0])
     paired = {d.name: d for d in paired_to(at_k, reference.name)}
     rows = [reference, *(r for r in rows if r is not reference)]
     return [Bar(variant_of(r, at_k), r.accuracy, paired.get(r.name)) for r in rows]

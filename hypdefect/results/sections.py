@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
+from hypdefect.datasets import DATASETS
 from hypdefect.errors import ConfigError
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.results import ledger
@@ -18,6 +19,8 @@ CEILING = "ceiling"
 CURVATURE = "curvature"
 ABLATION = "ablation/"
 """What studies that change one field of the full method begin with."""
+PARTS = "parts"
+"""The study of them all that runs on any image set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,13 @@ class Section:
         return str(self.main[column][0].as_py())
 
     def study_command(self, *studies: str) -> str:
-        """What makes the rows of HypDFS's studies; "" where no job does."""
-        if self.value("dataset") != "mtd":
+        """What makes the rows of HypDFS's studies, or of those that run on this image set; "" where no job does."""
+        dataset = self.value("dataset")
+        if dataset != "mtd":
+            studies = tuple(study for study in studies if study == PARTS and dataset in DATASETS)
+        if not studies:
             return ""
-        command = ["python", "jobs/reproduce.py", "hypdfs", "--datasets", "mtd", "--studies", *studies]
+        command = ["python", "jobs/reproduce.py", "hypdfs", "--datasets", dataset, "--studies", *studies]
         command += ["--split", self.split, "--draws", str(max(self.draws, 2))]
         command += ["--partitions", str(len(self.partitions))] if len(self.partitions) > 1 else []
         return shlex.join(command)

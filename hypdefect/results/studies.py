@@ -4,8 +4,10 @@ The tables are data: `published/PAPER_studies.yaml`, a `Paper`, beside the print
 `distributed/reproduce.py` runs the experiments.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import resources
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.transform import TransformConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.results.published import Cell, figure
+from hypdefect.statistics import Interval
 from hypdefect.types import SplitKind
 
 METRIC = "accuracy"
@@ -33,7 +36,7 @@ SUFFIX = "_studies.yaml"
 class StudyRow:
     row: str
     """As printed."""
-    where: dict[str, Any]
+    where: dict[str, Any] = field(default_factory=dict)
     """Fields of the published `Cell`, beside data set, K and metric."""
     method: str = ""
     """Default: the paper's."""
@@ -43,6 +46,8 @@ class StudyRow:
     """What else the published figure implies (`ReproduceConfig.nested`)."""
     backbone: str = ""
     """One of the paper's `backbones`; default: the job's."""
+    note: str = ""
+    """What a reader of the row must know beside its name."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,26 +56,37 @@ class Study:
 
     name: str
     title: str
-    table: str
-    """`Cell.table` of its figures."""
     ledger: str
     """Study in the ledger."""
     rows: tuple[StudyRow, ...]
+    table: str = ""
+    """`Cell.table` of its figures; "": the paper prints none, and the study is for any image set and K."""
+    reference: str = ""
+    """The row with the full method, from which the others are told by paired differences; "": there is none."""
     variant: str = "{row}"
     """Variant of a row in the ledger."""
     datasets: tuple[str, ...] = ()
-    """Default: the paper's."""
+    """Where the table stands (default: the paper's); without a table, what is run where the job names no set."""
     shots: tuple[int, ...] = ()
-    """Default: the job's."""
+    """Default: the job's; without a table, what is run where the job names no K."""
     nested: dict[str, Any] = field(default_factory=dict)
     """`StudyRow.nested` of every row."""
     implied: str = ""
     """`nested` in words."""
 
+    def __post_init__(self) -> None:
+        names = [row.row for row in self.rows]
+        if self.reference and self.reference not in names:
+            raise ConfigError(f"study {self.name}: reference {self.reference!r} is none of its rows {', '.join(names)}")
+
     @property
     def of_backbones(self) -> bool:
         """Whether rows have backbones of their own."""
         return any(row.backbone for row in self.rows)
+
+    def variant_of(self, row: str) -> str:
+        """Variant of a row in the ledger."""
+        return self.variant.format(row=row)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +132,15 @@ def read_paper(name: str) -> Paper:
     return from_mapping(Paper, yaml.safe_load(text), f"{name}{SUFFIX}")
 
 
+def reference_variants(name: str) -> dict[str, str]:
+    """By study of the ledger, the variant that the others of a paper's study are compared to.
+
+    Raises:
+        ConfigError: as `read_paper`.
+    """
+    return {study.ledger: study.variant_of(study.reference) for study in read_paper(name).studies if study.reference}
+
+
 # -- the experiments of a job --------------------------------------------------------------------------------------
 
 
@@ -124,15 +149,17 @@ class ReproduceConfig:
     paper: Positional[str] = "hypdfs"
     """Whose tables: a file PAPER_studies.yaml in hypdefect/results/published."""
     studies: tuple[str, ...] = ()
-    """Which tables (hypdfs: main, adapter, loss, backbone, ode, curvature); default: all."""
+    """Which tables (hypdfs: main, adapter, loss, backbone, ode, curvature, parts); default: all."""
     datasets: tuple[str, ...] = ()
-    """On which image sets (hypdfs: mvtec_fs, mtd); default: all of the paper."""
+    """On which image sets (hypdfs: mvtec_fs, mtd; for parts any); default: all of the paper, mtd for parts."""
     mvtec_fs: Path | None = None
     """Folder or archive of MVTec-FS; default: mvtec_fs under $HYPDEFECT_DATA."""
     mtd: Path | None = None
     """Folder or archive of MTD; default: mtd under $HYPDEFECT_DATA."""
+    root: Path | None = None
+    """Folder or archive of the one set of --datasets that has no flag of its own; default: the place its card names."""
     shots: tuple[int, ...] = ()
-    """K of tables that have several; default: the paper's."""
+    """K of tables that have several, and of parts; default: the paper's, 5 for parts."""
     draws: int = 5
     """Support draws of each partition and K; the paper of HypDFS has 5."""
     split: SplitKind = "random"
@@ -164,17 +191,41 @@ class ReproduceConfig:
         if self.draws < 2 or self.partitions < 1 or any(k < 1 for k in self.shots):
             raise ConfigError("reproduce needs --draws >= 2, --partitions >= 1 and --shots >= 1")
         paper = read_paper(self.paper)
-        for flag, given, known in (
-            ("studies", self.studies, [study.name for study in paper.studies]),
-            ("datasets", self.datasets, paper.datasets),
-        ):
-            if odd := sorted(set(given) - set(known)):
-                raise ConfigError(f"{self.paper} has no {flag} {', '.join(odd)}; it has {', '.join(known)}")
+        names = [study.name for study in paper.studies]
+        if odd := sorted(set(self.studies) - set(names)):
+            raise ConfigError(f"{self.paper} has no studies {', '.join(odd)}; it has {', '.join(names)}")
+        if odd := [dataset for dataset in self.datasets if dataset not in paper.datasets]:
+            if all(study.table for study in self.chosen(paper)):
+                free = ", ".join(study.name for study in paper.studies if not study.table)
+                hint = f"; any image set goes with --studies {free}" if free else ""
+                known = ", ".join(paper.datasets)
+                raise ConfigError(f"{self.paper} has no datasets {', '.join(sorted(odd))}; it has {known}{hint}")
+            for dataset in odd:
+                get_dataset(dataset)
+        if self.root is not None and len(self.others) != 1:
+            raise ConfigError(
+                f"--root is the place of one set of --datasets beside {', '.join(self.flags)}, which have flags of "
+                f"their own; there {'are' if self.others else 'is'} {', '.join(self.others) or 'none'}"
+            )
+
+    def chosen(self, paper: Paper) -> list[Study]:
+        """The studies asked for."""
+        return [study for study in paper.studies if study.name in self.studies or not self.studies]
+
+    @property
+    def flags(self) -> dict[str, Path | None]:
+        """Where sets that have a flag of their own lie."""
+        return {"mvtec_fs": self.mvtec_fs, "mtd": self.mtd}
+
+    @property
+    def others(self) -> list[str]:
+        """The sets asked for that have none."""
+        return [dataset for dataset in self.datasets if dataset not in self.flags]
 
     @property
     def roots(self) -> dict[str, Path | None]:
-        """Where sets that have a flag lie."""
-        return {"mvtec_fs": self.mvtec_fs, "mtd": self.mtd}
+        """Where each set lies that has a flag, or --root."""
+        return self.flags | dict.fromkeys(self.others, self.root)
 
     @property
     def backbones(self) -> dict[str, str]:
@@ -195,7 +246,21 @@ class Experiment:
     cell: Cell | None
     ledger: tuple[str, str]
     """Study and variant."""
+    reference: str
+    """The row of the same table, set and K to which it is compared; "": none, or this one."""
+    note: str
+    """What is to be said of the row or its figure."""
     skip: str
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What was measured of an experiment; None: it was not run."""
+
+    experiment: Experiment
+    ours: Interval | None
+    paired: Interval | None
+    """Minus the experiment's reference over the same draws; None also where there is no reference."""
 
 
 def experiments_of(config: ReproduceConfig) -> list[Experiment]:
@@ -207,17 +272,22 @@ def experiments_of(config: ReproduceConfig) -> list[Experiment]:
     for name in filter(None, (config.backbone, *config.backbones.values())):
         get_backbone(name)  # one that was asked for and is not here is an error, no SKIP
     paper = read_paper(config.paper)
-    datasets = config.datasets or paper.datasets
-    absent = {dataset: missing_set(config, dataset) for dataset in datasets}
+    places = [(study, *place) for study in config.chosen(paper) for place in _places(config, paper, study)]
+    absent = {dataset: missing_set(config, dataset) for dataset in dict.fromkeys(dataset for _, dataset, _ in places)}
     return [
         _experiment(config, paper, study, row, dataset, k_shot, absent[dataset])
-        for study in paper.studies
-        if study.name in config.studies or not config.studies
-        for dataset in datasets
-        if dataset in study.datasets or not study.datasets
-        for k_shot in study.shots or config.shots or paper.shots
+        for study, dataset, k_shot in places
         for row in study.rows
     ]
+
+
+def _places(config: ReproduceConfig, paper: Paper, study: Study) -> Iterator[tuple[str, int]]:
+    """On which sets and with which K a study is run."""
+    own = study.datasets or paper.datasets
+    if study.table:
+        datasets = tuple(dataset for dataset in config.datasets or paper.datasets if dataset in own)
+        return product(datasets, study.shots or config.shots or paper.shots)
+    return product(config.datasets or own, config.shots or study.shots or paper.shots)
 
 
 def _experiment(
@@ -235,6 +305,8 @@ def _experiment(
         no_backbone = "" if backbone else kind.absent
     # the ledger's "paper" and "paper/..." keep clear of what a report shows: "main" and ablations of one field each
     own_place = study.ledger == "paper" or not config.nested
+    where = {"dataset": dataset, "k_shot": k_shot, "metric": METRIC} | row.where
+    cell = figure(config.paper, study.table, **where) if study.table else None
     return Experiment(
         study=study.name,
         row=row.row,
@@ -242,8 +314,10 @@ def _experiment(
         k_shot=k_shot,
         backbone=backbone,
         config=override(base, row.run | nested),
-        cell=figure(config.paper, study.table, dataset=dataset, k_shot=k_shot, metric=METRIC, **row.where),
-        ledger=(study.ledger if own_place else f"paper/{study.name}", study.variant.format(row=row.row)),
+        cell=cell,
+        ledger=(study.ledger if own_place else f"paper/{study.name}", study.variant_of(row.row)),
+        reference="" if row.row == study.reference else study.reference,
+        note="; ".join(filter(None, (row.note, cell.note if cell else ""))),
         skip=no_backbone or absent,
     )
 
@@ -254,7 +328,8 @@ def missing_set(config: ReproduceConfig, dataset: str) -> str:
     Raises:
         ConfigError: a folder was named, and does not exist.
     """
-    card, flag, root = get_dataset(dataset), f"--{dataset.replace('_', '-')}", config.roots.get(dataset)
+    flag = f"--{dataset.replace('_', '-')}" if dataset in config.flags else "--root"
+    card, root = get_dataset(dataset), config.roots.get(dataset)
     if root is not None:
         if not root.expanduser().exists():
             raise ConfigError(f"{flag} {root} does not exist; name the folder or archive of {card.title}")
@@ -262,8 +337,9 @@ def missing_set(config: ReproduceConfig, dataset: str) -> str:
     place = card.default_root()
     if place is not None and place.exists():
         return ""
-    pass_flag = f", or pass {flag} DIR" if dataset in config.roots else ""
+    if place is None:
+        return f"{dataset} has no default place on this machine ({card.source}): pass {flag} DIR; layout: {card.layout}"
     return (
-        f"{dataset} is not here: get it from {card.source} Licence: {card.licence}. Put it at {place}{pass_flag}; "
-        f"layout: {card.layout}"
+        f"{dataset} is not here: get it from {card.source} Licence: {card.licence}. Put it at {place}, or pass {flag} "
+        f"DIR; layout: {card.layout}"
     )

@@ -8,24 +8,27 @@ import pytest
 from hypdefect.config import to_mapping
 from hypdefect.evaluation import RunConfig
 from hypdefect.results.figures import short, spread
-from hypdefect.results.ledger_figures import ablation_bars, full_config
+from hypdefect.results.ledger_figures import ablation_bars
 from hypdefect.results.sections import fit_of
 from tests.ledger_rows import as_table
-from tests.results.ledgers import ablations
+from tests.results.ledgers import ablations, generated
 
 
 def test_the_reference_of_an_ablation_is_the_full_method_even_where_another_variant_is_better() -> None:
-    tables = {study: as_table(rows) for study, rows in ablations().items()}
-    full = full_config(tables, 5, None)
-    assert full == "{}"
-    bars = ablation_bars(tables["ablation/loss"], 5, full)
-    assert bars[0].label == "HDCL"
+    bars = ablation_bars(as_table(ablations()["ablation/loss"]), 5)
+    assert [bar.label for bar in bars[:2]] == ["hdcl", "euclidean"]
     assert bars[0].difference is None
-    of = {bar.label: bar for bar in bars}
-    assert of["Euclidean"].difference is not None
-    gap = of["Euclidean"].accuracy.mean - of["HDCL"].accuracy.mean
-    assert of["Euclidean"].difference.interval.mean == pytest.approx(gap)
-    assert full_config({"ablation/loss": tables["ablation/loss"]}, 5, "config") == "config"
+    assert bars[1].difference is not None
+    gap = bars[1].accuracy.mean - bars[0].accuracy.mean
+    assert gap > 0
+    assert bars[1].difference.interval.mean == pytest.approx(gap)
+
+
+def test_the_reference_of_an_ablation_without_a_full_method_is_its_best_row() -> None:
+    skill = {("hypdfs", "plain", "VanillaCLIP"): 0.0, ("hypdfs", "plain", "AlphaCLIP"): 0.1}
+    bars = ablation_bars(as_table(generated(skill, study="ablation/backbone", shots=(5,))), 5)
+    assert [bar.label for bar in bars] == ["AlphaCLIP", "VanillaCLIP"]
+    assert bars[0].difference is None
 
 
 def test_rows_whose_temperatures_alone_differ_are_of_the_same_method() -> None:

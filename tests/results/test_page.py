@@ -112,6 +112,7 @@ def test_the_tables_hold_the_numbers(page: Page) -> None:
     for difference in true_differences(section).values():
         assert str(difference) in page.text
     assert "real+synthetic" in page.text
+    assert "without the ODE" in page.text
     assert "c learned" in page.text
     assert {"ours", "twin"} <= {row.get("class") for row in page.all("tr")}
     assert {"ahead", "level", "best", "left", "faint"} <= {cell.get("class") for cell in page.all("td")}
@@ -135,10 +136,18 @@ def test_what_is_missing_is_said_with_the_command_that_makes_it(
     run_report(tmp_path, monkeypatch)
     page = Page((tmp_path / "report" / "index.html").read_text())
     assert "not measured here. Made by python jobs/reproduce.py hypdfs --datasets mtd --studies curvature" in page.text
-    assert "Ablations: not measured here" in page.text
+    assert "Ablations: not measured here. Made by python jobs/reproduce.py hypdfs --datasets mtd --studies" in page.text
     assert "Its c = 0 twin was not run." in page.text
     assert "Pictures of the features: not drawn" in page.text
     assert "python jobs/extract.py --dataset mtd --split grouped" in page.text
+
+
+def test_elsewhere_than_on_the_papers_set_the_study_of_all_parts_is_named(page: Page) -> None:
+    (other,) = current_sections(as_table(generated(MAIN, label="neu_seg")))
+    command = "--datasets neu_seg --studies parts --split grouped --draws 3 --partitions 3"
+    assert other.study_command("parts", "adapter").endswith(command)
+    assert other.study_command("curvature") == ""
+    assert "Ablations: not measured here. Measured on mtd." in page.text  # sets of no known reader
 
 
 def test_readme_block_is_replaced_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """jobs/reproduce.py: which rows it makes, what it says of absent data, and that its cells are those of its draws."""
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -8,19 +9,28 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from hypdefect.datasets.ingest import ingested
+from hypdefect.distributed.reproduce import Measured
 from hypdefect.errors import ConfigError
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.features.store import FeatureStore
 from hypdefect.results import ledger
 from hypdefect.results.published import published
-from hypdefect.results.studies import ReproduceConfig, experiments_of, read_paper
+from hypdefect.results.studies import (
+    ReproduceConfig,
+    Study,
+    StudyRow,
+    experiments_of,
+    read_paper,
+    reference_variants,
+)
 from hypdefect.types import VIEWS
 from jobs.reproduce import main
 from tests.tiny_clip import write_alpha
-from tests.tiny_dataset import make_mtd_tree
+from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 from tests.trees import photo, rectangle, save_csv
 
 CURVATURES = (0.0, 0.01, 0.05, 0.1, 0.3, 0.5, 1.0)
@@ -78,6 +88,7 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "backbone": [52.5, 69.5],
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
+        "parts": [None] * 7,
     }
     full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
@@ -98,8 +109,18 @@ def test_what_a_paper_has_not_is_refused_by_name() -> None:
         read_paper("amc")
     with pytest.raises(ConfigError, match=r"hypdfs has no studies curvatures; it has main, adapter, loss, backbone"):
         ReproduceConfig(studies=("main", "curvatures"))
-    with pytest.raises(ConfigError, match=r"hypdfs has no datasets elpv; it has mvtec_fs, mtd"):
-        ReproduceConfig(datasets=("elpv",))
+    with pytest.raises(
+        ConfigError, match=r"no datasets elpv; it has mvtec_fs, mtd; any image set goes with --studies parts"
+    ):
+        ReproduceConfig(studies=("main", "ode"), datasets=("mtd", "elpv"))
+    with pytest.raises(ConfigError, match=r"unknown dataset 'elvp'; did you mean 'elpv'"):
+        ReproduceConfig(datasets=("elvp",))
+    with pytest.raises(ConfigError, match=r"--root is the place of one set .* beside mvtec_fs, mtd, .*; there is none"):
+        ReproduceConfig(datasets=("mtd",), root=Path("tiles"))
+    with pytest.raises(ConfigError, match=r"there are folder, elpv"):
+        ReproduceConfig(datasets=("folder", "elpv"), root=Path("tiles"))
+    with pytest.raises(ConfigError, match=r"study s: reference 'all' is none of its rows a, b"):
+        Study(name="s", title="", ledger="", reference="all", rows=(StudyRow(row="a"), StudyRow(row="b")))
     with pytest.raises(ConfigError, match=r"draws >= 2"):
         ReproduceConfig(draws=1)
 
@@ -108,12 +129,49 @@ def test_every_row_names_one_figure_and_fields_that_exist() -> None:
     """Of the table it stands in, or none where the paper prints none; `nested` rows are configurations, too."""
     paper = read_paper("hypdfs")
     tables = {cell.table for cell in published("hypdfs").cells}
-    assert {study.table for study in paper.studies} - tables == {"ablation, ode"}
+    assert {study.table for study in paper.studies} - tables == {"ablation, ode", ""}
+    assert not any(row.where for study in paper.studies if not study.table for row in study.rows)
     for nested in (False, True):
         experiments = experiments_of(ReproduceConfig(nested=nested))
         assert len({(e.study, e.dataset, e.k_shot, e.row) for e in experiments}) == len(experiments)
         assert len({(e.ledger, e.dataset, e.k_shot, e.config.name) for e in experiments}) == len(experiments)
         assert {e.ledger[0].startswith("paper") for e in experiments} == ({True} if nested else {True, False})
+
+
+def test_references_are_the_full_method_and_every_other_row_of_their_study_is_not() -> None:
+    full = ReproduceConfig().method
+    studies: dict[str, set[str]] = {}
+    for row in experiments_of(ReproduceConfig()):
+        if row.study in ("main", "backbone"):
+            assert row.reference == ""
+        elif row.reference:
+            studies.setdefault(row.study, set()).add(row.reference)
+            assert row.config.method != full
+        else:
+            assert row.config.method == full
+    assert studies == {
+        "adapter": {"real+synthetic"},
+        "loss": {"hdcl"},
+        "ode": {"fc"},
+        "curvature": {"c = 0.05"},
+        "parts": {"full method"},
+    }
+    assert reference_variants("hypdfs")["ablation/adapter"] == "adapter real+synthetic"
+
+
+def test_what_stands_in_no_table_is_run_on_any_set_and_k() -> None:
+    """Tables stay where they are printed."""
+
+    def places(**asked: Any) -> dict[str, set[tuple[str, int]]]:
+        found: dict[str, set[tuple[str, int]]] = {}
+        for row in experiments_of(ReproduceConfig(**asked)):
+            found.setdefault(row.study, set()).add((row.dataset, row.k_shot))
+        return found
+
+    assert places(studies=("parts",)) == {"parts": {("mtd", 5)}}
+    asked = places(studies=("main", "ode", "parts"), datasets=("mtd", "neu_seg"), shots=(1, 3))
+    both = {("mtd", 1), ("mtd", 3)}
+    assert asked == {"main": both, "ode": {("mtd", 5)}, "parts": both | {("neu_seg", 1), ("neu_seg", 3)}}
 
 
 def test_absent_data_is_skipped_with_what_to_download(
@@ -124,6 +182,7 @@ def test_absent_data_is_skipped_with_what_to_download(
     assert {cell["ours"] for cell in result["cells"]} == {cell["difference"] for cell in result["cells"]} == {None}
     assert all(cell["skip"] for cell in result["cells"])
     for text in (
+        "minus full method",
         "mvtec_fs is not here: get it from https://github.com/ShuaiLYU/MVTec-FS",
         "or pass --mvtec-fs DIR",
         "or pass --mtd DIR",
@@ -136,9 +195,26 @@ def test_absent_data_is_skipped_with_what_to_download(
     assert out.count("mtd is not here") == 1  # however many rows want it
 
 
+@pytest.mark.parametrize(
+    ("dataset", "text"),
+    [
+        ("neu_seg", r"neu_seg is not here: get it from .*Put it at .*nowhere/neu_seg, or pass --root DIR; layout: "),
+        ("folder", r"folder has no default place on this machine \(your own files\): pass --root DIR; layout: "),
+    ],
+)
+def test_an_absent_set_of_another_kind_is_skipped_with_where_to_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dataset: str, text: str
+) -> None:
+    result = run(monkeypatch, tmp_path, *TINY, "--datasets", dataset)
+    assert {cell["study"] for cell in result["cells"]} == {"parts"}
+    assert all(re.match(text, cell["skip"]) for cell in result["cells"])
+
+
 def test_what_was_named_and_is_not_there_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"--mtd .*gone does not exist"):
         run(monkeypatch, tmp_path, *TINY, "--mtd", tmp_path / "gone")
+    with pytest.raises(ConfigError, match=r"--root .*gone does not exist"):
+        run(monkeypatch, tmp_path, *TINY, "--datasets", "folder", "--root", tmp_path / "gone")
     with pytest.raises(ConfigError, match=r"'gone\.pth' is no file"):
         run(monkeypatch, tmp_path, *TINY, "--alphaclip", "alphaclip:ViT-L-14@gone.pth")
 
@@ -193,6 +269,76 @@ def test_cells_are_those_of_the_draws_in_the_ledger(
         assert cell["ours"]["n"] == 2
         assert cell["ours"]["std"] == pytest.approx(np.std(means, ddof=1))
         assert cell["difference"] == pytest.approx(100 * np.mean(means) - cell["published"])
+        assert (cell["paired"] is None) == (cell["study"] != "loss" or cell["row"] == "hdcl")
+        if cell["paired"]:
+            full = next(one for one in result["cells"] if (one["study"], one["row"]) == ("loss", "hdcl"))
+            assert cell["paired"]["mean"] == pytest.approx(cell["ours"]["mean"] - full["ours"]["mean"])
+
+
+def test_differences_are_paired_by_draw_and_told_over_partition_means() -> None:
+    """Rows of other K, sets and studies have references of their own; draws are means over products."""
+    experiments = [
+        row
+        for row in experiments_of(
+            ReproduceConfig(studies=("main", "ode", "parts"), datasets=("mtd", "neu_seg"), shots=(1, 5))
+        )
+        if row.row != "curvature 0"  # not run
+    ]
+    rng = np.random.default_rng(0)
+    draws = [(partition, draw) for partition in range(3) for draw in range(2)]
+    accuracies = {row: {at: list(rng.uniform(size=2)) for at in draws} for row in experiments}
+    measured = Measured(accuracies)
+    of = {(row.study, row.dataset, row.k_shot, row.row): np.mean([*accuracies[row].values()], 1) for row in experiments}
+    told = 0
+    for result in measured.results(experiments):
+        row = result.experiment
+        place = (row.study, row.dataset, row.k_shot)
+        full = {"ode": "fc", "parts": "full method"}.get(row.study, row.row)
+        if row.row == full:
+            assert result.paired is None
+            continue
+        means = (of[*place, row.row] - of[*place, full]).reshape(3, 2).mean(1)
+        assert result.paired is not None
+        assert result.paired.mean == pytest.approx(means.mean())
+        error = means.std(ddof=1) * (1 / 3 + 1) ** 0.5  # as many queries as support candidates
+        assert result.paired.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
+        told += 1
+    assert told == 2 + 4 * 5
+    (absent,) = Measured().results(experiments[-1:])
+    assert (absent.ours, absent.paired) == (None, None)
+
+
+@pytest.mark.ray
+def test_parts_are_told_on_a_set_of_ones_own(
+    ray_local: Any,
+    hypdefect_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    root = make_folder_tree(tmp_path / "own", classes=2, per_class=8)
+    fill_store(hypdefect_home, TaskConfig(dataset="folder", root=root, backbone="tiny_random", copies=1, k_shot=1))
+    before = ledger.read(hypdefect_home).num_rows
+    words = ("--studies", "parts", "--datasets", "folder", "--root", root, "--draws", 2, "--shots", 1)
+    result = run(monkeypatch, tmp_path, *TINY, *words, "--method.center-lr", 1)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "what each part is worth: accuracy" in out
+    assert "minus full method: over the same draws" in out
+    assert "published" not in out.lower()
+    assert "synthesis and L_s go with it" in out
+    rows = ledger.read(hypdefect_home).slice(before).to_pylist()
+    assert {(row["study"], row["dataset"]) for row in rows} == {("ablation/parts", "folder")}
+    acc = {(row["variant"], row["draw"]): dict(row["metrics"])["acc"] for row in rows}
+    assert len(acc) == len(rows) == 2 * len(result["cells"])
+    for cell in result["cells"]:
+        assert (cell["dataset"], cell["published"], cell["difference"]) == ("folder", None, None)
+        if cell["row"] == "full method":
+            assert (cell["paired"], cell["reference"]) == (None, "")
+            continue
+        assert cell["reference"] == "full method"
+        differences = [acc[cell["row"], draw] - acc["full method", draw] for draw in (0, 1)]
+        assert cell["paired"]["mean"] == pytest.approx(np.mean(differences))
+        assert f"{100 * cell['paired']['mean']:+.2f} ± {100 * cell['paired']['half_width']:.2f}" in out
 
 
 @pytest.mark.ray
