@@ -25,6 +25,11 @@ TWIN = "c = 0 twin"
 """`variant` of a method's Euclidean twin at matched distance scale (`Family.twin`)."""
 
 
+def usual_copies(k_shot: int) -> int:
+    """Augmented copies of each support image: 4 of a single one, 2 where there are several (docs/experiments.md)."""
+    return 4 if k_shot == 1 else 2
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     """One point of a search: everything that decides a fit. `method` is the config of the method `name`."""
@@ -34,8 +39,8 @@ class RunConfig:
     transform: TransformConfig = TransformConfig()
     features: Literal["plain", "meta"] = "plain"
     """plain: the transformed features; meta: these, followed by the projection of a meta-training run."""
-    support_copies: int = 2
-    """Augmented copies of each support image that are used."""
+    support_copies: int | None = None
+    """Augmented copies of each support image that are used; None: as many as help, `usual_copies` of K."""
     pretrained: bool = True
     """Start from meta-trained weights where a job was given some; without, from scratch."""
     temperature: float = 1.0
@@ -45,10 +50,14 @@ class RunConfig:
         config = get_method(self.name).config
         if not isinstance(self.method, config):
             object.__setattr__(self, "method", from_mapping(config, self.method or {}, "method"))
-        if self.support_copies < 0:
+        if self.support_copies is not None and self.support_copies < 0:
             raise ConfigError(f"support_copies must not be negative, got {self.support_copies}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
+
+    def copies(self, k_shot: int) -> int:
+        """Augmented copies of each support image at K."""
+        return usual_copies(k_shot) if self.support_copies is None else self.support_copies
 
     def model(self, dim: int, weights: Mapping[str, Tensor] | None = None) -> Any:
         """A fresh model for features of `dim` numbers a view, from trained starting weights where given.

@@ -15,7 +15,7 @@ from hypdefect.datasets.ingest import ingested
 from hypdefect.distributed.evaluate import evaluate
 from hypdefect.distributed.extract import fill
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import Scored
+from hypdefect.evaluation import Scored, usual_copies
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig, TaskPlan
 from hypdefect.files import home
@@ -78,13 +78,14 @@ def reproduce(config: ReproduceConfig, experiments: Sequence[Experiment]) -> Mea
 
 
 def _run_dataset(config: ReproduceConfig, dataset: str, experiments: Sequence[Experiment], measured: Measured) -> None:
+    copies = max(usual_copies(e.k_shot) for e in experiments) if config.copies is None else config.copies
     base = TaskConfig(
         dataset=dataset,
         root=config.roots.get(dataset),
         k_shot=max(experiment.k_shot for experiment in experiments),
         split=config.split,
         pool_per_class=config.pool_per_class,
-        copies=config.copies,
+        copies=copies,
         max_normals=config.max_normals,
         recipe=config.recipe,
     )

@@ -21,7 +21,7 @@ from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, with_parts
+from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts
 from hypdefect.families import few_shot
 from hypdefect.families.episodic import MetaConfig, load_start
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
@@ -58,8 +58,8 @@ class EvaluateConfig(TaskConfig):
     seed: int = 0
     transform: TransformConfig = TransformConfig()
     """What every method's first trial does to the features."""
-    support_copies: int = 2
-    """Augmented copies of each support image in every method's first trial."""
+    support_copies: int | None = None
+    """Augmented copies of each support image in every method's first trial; default: 4 at one shot and else 2."""
     method: HypDFSConfig = HypDFSConfig()
     """HypDFS's first trial."""
     features: Literal["plain", "plain+meta"] = "plain+meta"
@@ -71,7 +71,7 @@ class EvaluateConfig(TaskConfig):
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         for name, least in (("partitions", 1), ("draws", 1), ("trials", 0), ("episodes", 1), ("support_copies", 0)):
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.shots or min(self.shots) < 1:
             raise ConfigError(f"shots must be one or more numbers of at least 1, got {list(self.shots)}")
@@ -139,7 +139,8 @@ def settings(job: EvaluateConfig) -> dict[int, Setting]:
 
 def planned(job: EvaluateConfig) -> list[TaskPlan]:
     """The task at each partition, every K possible on all of them."""
-    most = replace(job, k_shot=max(job.shots))
+    copies = max(map(usual_copies, job.shots)) if job.copies is None else job.copies
+    most = replace(job, k_shot=max(job.shots), copies=copies)
     first = prepare(few_shot, most)
     for transform in (job.transform, job.meta.transform):
         transform.part_numbers(first.num_parts)  # one that is not there: say so before any work

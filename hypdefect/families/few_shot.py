@@ -22,7 +22,7 @@ from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
 from hypdefect.datasets.split import Partition, check_task, make_partition, task_classes
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig, Score
+from hypdefect.evaluation import RunConfig, Score, usual_copies
 from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, first_support, sample_episode
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
 from hypdefect.features.imported import Imported, card_of
@@ -52,8 +52,8 @@ class TaskConfig(DataConfig):
     """random: by image; grouped: images of one part never stand on both sides."""
     pool_per_class: int = 100
     """At most this many support candidates a class; 0: half of the set."""
-    copies: int = 2
-    """Augmented copies extracted of each support candidate."""
+    copies: int | None = None
+    """Augmented copies extracted of each support candidate; default: as many as help, 4 at one shot and else 2."""
     max_normals: int = 400
     """Normal images used for whitening."""
     prompt_template: str = TEMPLATE
@@ -70,7 +70,7 @@ class TaskConfig(DataConfig):
         if wrong := [text for text in self.class_prompts if not all(text.partition("=")[::2])]:
             raise ConfigError(f"class_prompts are written CLASS=PROMPT, got {wrong[0]!r}")
         for name, least in (("k_shot", 1), ("pool_per_class", 0), ("copies", 0), ("max_normals", 0)):
-            if getattr(self, name) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if 0 < self.pool_per_class <= self.k_shot:
             raise ConfigError(
@@ -96,7 +96,8 @@ class TaskPlan(Plan):
     def requests(self) -> list[ImageRequest]:
         """Every image once: support candidates with their copies, queries and normals without."""
         copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0)
-        most = self.config.copies if self.imported is None else min(self.config.copies, self.imported.copies)
+        most = usual_copies(self.config.k_shot) if self.config.copies is None else self.config.copies
+        most = most if self.imported is None else min(most, self.imported.copies)
         copies |= dict.fromkeys(self.pool_ids, most)
         return image_requests(self.manifest, copies, self.uses_mask)
 
@@ -327,7 +328,7 @@ def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
         for metric, whitening, copies, parts, centring in product(
             ("cosine", "euclidean"),
             (3.0, None, 0.1),
-            (config.copies, 0),
+            (None, 0),
             part_choices(plan.searched_parts),
             CENTRINGS if plan.searched_parts > 1 else CENTRINGS[:1],
         )
@@ -360,7 +361,7 @@ def _validated(
     """Logits `[Q W]` and labels `[Q]` of the queries of each validation episode."""
     weights = start.weights(run) if start else None
     for number in numbers:
-        episode = build_episode(fitting.pool, setting.episodes, number, copies=run.support_copies)
+        episode = build_episode(fitting.pool, setting.episodes, number, copies=run.copies(setting.k_shot))
         classifier: FewShotClassifier = run.model(fitting.dim, weights)
         classifier.adapt(episode.support, len(episode.class_names))
         yield classifier.logits(episode.query), episode.query.labels
@@ -405,7 +406,7 @@ def fit(
     run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: MetaStart | None = None
 ) -> FewShotClassifier:
     """The classifier of a draw's supports."""
-    support = fitting.pool.batch(supports_of(fitting, setting, number), copies=run.support_copies)
+    support = fitting.pool.batch(supports_of(fitting, setting, number), copies=run.copies(setting.k_shot))
     classifier: FewShotClassifier = run.model(fitting.dim, start.weights(run) if start else None)
     classifier.adapt(support, fitting.pool.n_way)
     return classifier

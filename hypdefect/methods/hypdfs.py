@@ -69,8 +69,9 @@ class HypDFSConfig:
     """Midpoint of a class: closed-form, or iterated Karcher mean."""
     head: Literal["hyperplanes", "centers"] = "hyperplanes"
     """What a class is scored by: the signed distance to its Poincare hyperplane, or minus that to its centre."""
-    penalty: float = 1e-3
-    """Weight of half the squared length of the hyperplanes' normals (of the centres' offsets)."""
+    penalty: float = 0.5
+    """Weight of half the squared length of the hyperplanes' normals (of the centres' offsets), against the sum of the
+    rows' cross-entropies: few rows are held more."""
     match_radius: bool = True
     """Of centres: put each at the mean radius of its real points. A midpoint of K scattered points sinks towards the
     origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
@@ -94,13 +95,13 @@ class HypDFSConfig:
     ode_steps: int = 1
     """Runge-Kutta steps from 0 to 1; 0 is plain moments."""
     ode_hidden: int = 32
-    ode_penalty: float = 1e-2
+    ode_penalty: float = 1.0
     """Weight of half the squared distance of the ODE's weights from where a task starts."""
     adapter: bool = True
     """Adapt features, real and synthetic ones, by the residual adapter."""
     adapter_rank: int = 32
     """Rank of W; 0 is a full matrix."""
-    adapter_penalty: float = 0.1
+    adapter_penalty: float = 1.0
     """Weight of half the squared distance of W from where a task starts."""
     loss: Literal["euclidean", "hyperbolic", "hdcl"] = "hdcl"
     """Cross-entropy on Euclidean distances, on hyperbolic ones, or with the synthesis and contrast terms."""
@@ -119,7 +120,7 @@ class HypDFSConfig:
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
     """Count other images of the same class as negatives in the contrast."""
-    steps: int = 20
+    steps: int = 25
     """Most L-BFGS iterations of a task; 0 uses the starting weights as they are."""
     seed: int = 0
 
@@ -378,7 +379,7 @@ class HypDFS(nn.Module):
             terms = self.terms(core, tangents, labels, now, noise, offset, head)
             size = offset.square().sum() if head is None else head.size()
             held = sum((weight * (p - p0).square().sum() for p, p0, weight in start), torch.zeros_like(size))
-            return LossTerms(terms.total + (config.penalty * size + held) / 2, terms.parts)
+            return LossTerms(terms.total + (config.penalty / len(tangents) * size + held) / 2, terms.parts)
 
         if config.steps:
             self.last_loss = minimize(parameters, objective, config.steps)

@@ -65,7 +65,7 @@ def fitted_points(
     transform = few_shot.transform_of(config, fitting, start)
     fitting, queries = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform).queries
     pool = fitting.pool
-    support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.support_copies)
+    support = pool.batch(few_shot.supports_of(fitting, setting, number), copies=config.copies(setting.k_shot))
     asked = queries.batch(np.arange(len(queries)))
     with torch.enable_grad():
         model: Any = few_shot.fit(replace(config, temperature=1.0), fitting, setting, number, start)

@@ -179,8 +179,8 @@ class ReproduceConfig:
     without synthesis and contrast. Without this, one field of the full method is changed at a time."""
     pool_per_class: int = 100
     """At most this many support candidates a class; 0: half of the set."""
-    copies: int = 2
-    """Augmented copies of each support image."""
+    copies: int | None = None
+    """Augmented copies of each support image; default: 4 at one shot and else 2."""
     max_normals: int = 400
     """Normal images used for whitening."""
     recipe: RecipeConfig = RecipeConfig()

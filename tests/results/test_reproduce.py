@@ -88,15 +88,17 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "backbone": [52.5, 69.5],
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
-        "parts": [None] * 7,
+        "parts": [None] * 10,
     }
     full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
     assert [r.config.method.curvature for r in by_study["curvature"]] == [*CURVATURES, full.curvature]
     assert [r.config.method.learn_curvature for r in by_study["curvature"]] == [False] * len(CURVATURES) + [True]
-    for study, field in (("adapter", "adapter"), ("loss", "loss"), ("ode", "ode")):
+    for study in ("loss", "ode"):
         for row in by_study[study]:
-            assert getattr(row.config.method, field) == row.row
+            assert getattr(row.config.method, study) == row.row
+    parts = [(row.config.method.adapter, row.config.method.synthesis) for row in by_study["adapter"]]
+    assert parts == [(False, False), (True, False), (True, True)]
     (_, real, synthetic), (euclidean, hyperbolic, _) = by_study["adapter"], by_study["loss"]
     assert synthetic.config.method == full
     # where the paper prints one figure for two rows, nested settings are one setting
