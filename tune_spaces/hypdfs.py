@@ -17,7 +17,8 @@ def space(trial: optuna.Trial) -> None:
 def of_fit(trial: optuna.Trial) -> None:
     """How strongly each part acts; none is switched off."""
     trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
-    trial.suggest_float("method.penalty", 0.05, 5.0, log=True)
+    trial.suggest_float("method.penalty", 0.1, 10.0, log=True)
+    trial.suggest_float("method.spread_penalty", 10.0, 1000.0, log=True)
     trial.suggest_float("method.alpha", 1e-2, 1.0, log=True)
     trial.suggest_float("method.beta", 1e-2, 1.0, log=True)
     trial.suggest_float("method.margin", 0.5, 2.0, log=True)

@@ -69,9 +69,12 @@ class HypDFSConfig:
     """Midpoint of a class: closed-form, or iterated Karcher mean."""
     head: Literal["hyperplanes", "centers"] = "hyperplanes"
     """What a class is scored by: the signed distance to its Poincare hyperplane, or minus that to its centre."""
-    penalty: float = 0.5
+    penalty: float = 1.0
     """Weight of half the squared length of the hyperplanes' normals (of the centres' offsets), against the sum of the
     rows' cross-entropies: few rows are held more."""
+    spread_penalty: float = 200.0
+    """How much more a normal's length counts along directions in which points of one class differ: its square is
+    <a, (1 + spread_penalty S / tr S) a>, S the pooled covariance of the rows round their prototypes."""
     match_radius: bool = True
     """Of centres: put each at the mean radius of its real points. A midpoint of K scattered points sinks towards the
     origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
@@ -114,6 +117,9 @@ class HypDFSConfig:
     times as far from one another."""
     max_spread: float = 0.0
     """Synthetic points stay within this multiple of the margin of their prototype; 0 leaves them free."""
+    density: float = 0.1
+    """Weight, in meta-training alone, of the queries' negative log likelihood a coordinate under their class's evolved
+    wrapped normal: how the ODE learns what a few rows do not show of a class's spread."""
     temperature: float = 1.0
     """tau of the cross-entropy."""
     contrast_temperature: float = 0.3
@@ -127,8 +133,10 @@ class HypDFSConfig:
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
         require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature")
-        require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight")
-        require_at_least(self, 0, "penalty", "adapter_penalty", "ode_penalty", "ode_steps", "steps", "adapter_rank")
+        require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight", "density")
+        require_at_least(
+            self, 0, "penalty", "spread_penalty", "adapter_penalty", "ode_penalty", "ode_steps", "steps", "adapter_rank"
+        )
         require_at_least(self, 1, "prototypes", "n_syn", "ode_hidden")
         require_share(self, "shrinkage")
         if self.learn_curvature and self.curvature == 0:
@@ -306,14 +314,29 @@ class Hyperplanes(nn.Module):
     Networks", NeurIPS 2018, eq. 25); at c = 0 they are 2 (<a_k, h> - b_k |a_k|).
     """
 
-    def __init__(self, means_WE: Float[Tensor, "W E"]) -> None:
-        """Starts at small normals from the mean of the class means towards each of them."""
+    axes: Tensor
+    shrink: Tensor
+
+    def __init__(self, means_WE: Float[Tensor, "W E"], rows_RE: Float[Tensor, "R E"], spread_penalty: float) -> None:
+        """Starts at small normals from the mean of the class means towards each of them.
+
+        Args:
+            rows_RE: rows round the means of their classes, whose covariance `spread_penalty` counts.
+        """
         super().__init__()
-        self.normal_WE = nn.Parameter(0.1 * (means_WE - means_WE.mean(0)))
+        values, vectors = torch.linalg.eigh(rows_RE @ rows_RE.T)
+        kept = values > 1e-10 * values[-1].clamp_min(1e-30)
+        self.register_buffer("axes", rows_RE.T @ (vectors[:, kept] / values[kept].sqrt()))
+        self.register_buffer("shrink", 1 - (1 + spread_penalty * values[kept] / values.sum()).rsqrt())
+        self.free_WE = nn.Parameter(0.1 * (means_WE - means_WE.mean(0)))
         self.offset_W = nn.Parameter(means_WE.new_zeros(len(means_WE)))
 
     def forward(self, h: Float[Tensor, "N E"], c: float | Tensor) -> Float[Tensor, "N W"]:
-        return hyperplane_scores(h, self.normal_WE, self.offsets(), c)
+        return hyperplane_scores(h, self.normals(), self.offsets(), c)
+
+    def normals(self) -> Float[Tensor, "W E"]:
+        """(1 + spread_penalty S / tr S)^(-1/2) of what is fitted, whose plain length the penalty then counts."""
+        return self.free_WE - ((self.free_WE @ self.axes) * self.shrink) @ self.axes.T
 
     def offsets(self) -> Float[Tensor, "W"]:
         """Distances with mean 0: hyperplanes that all move out alike would steepen their logits at no penalty."""
@@ -321,7 +344,7 @@ class Hyperplanes(nn.Module):
 
     def size(self) -> Tensor:
         """What the penalty counts."""
-        return self.normal_WE.square().sum()
+        return self.free_WE.square().sum()
 
 
 def hyperplane_scores(
@@ -366,7 +389,7 @@ class HypDFS(nn.Module):
             tangents = self.tangents(support, core)
             moments = self.moments(core, tangents, labels, n_way)
             noise = Noise.draw(moments, config.n_syn, generator)
-        head = Hyperplanes(class_means(tangents.flatten(1), labels, n_way)) if config.head == "hyperplanes" else None
+        head = self.hyperplanes(tangents.flatten(1), labels, n_way) if config.head == "hyperplanes" else None
         offset = torch.zeros(n_way, tangents[0].numel(), dtype=torch.float64, device=device, requires_grad=True)
         start = [(p, p.detach().clone(), weight) for p, weight in self.penalised(core)]
         parameters = [
@@ -385,7 +408,7 @@ class HypDFS(nn.Module):
             self.last_loss = minimize(parameters, objective, config.steps)
         with torch.no_grad():
             if head is not None:
-                classes = {"normal": head.normal_WE.detach(), "offset": head.offsets().detach()}
+                classes = {"normal": head.normals().detach(), "offset": head.offsets().detach()}
             else:
                 evolved = self.evolve(core, self.moments(core, tangents, labels, n_way))
                 classes = {"centers": self.centers(core, tangents, labels, evolved, offset)}
@@ -449,7 +472,23 @@ class HypDFS(nn.Module):
         moments = self.moments(self.core, tangents, labels, n_way)
         noise = Noise.draw(moments, self.config.n_syn, generator)
         offset = tangents.new_zeros(n_way, tangents[0].numel())
-        return self.terms(self.core, tangents, labels, moments, noise, offset, None, queries)
+        terms = self.terms(self.core, tangents, labels, moments, noise, offset, None, queries)
+        if self.core.ode is None or not self.config.density:
+            return terms
+        unlikely = self.surprise(self.core, moments, *queries)
+        total = terms.total + self.config.density * unlikely
+        return LossTerms(total, terms.parts | {"density": float(unlikely.detach()), "total": float(total.detach())})
+
+    def surprise(
+        self, core: Core, moments: Moments, queries: Float[Tensor, "Q V D"], labels: Int[Tensor, "Q"]
+    ) -> Float[Tensor, ""]:
+        """Mean -log p(z) a coordinate of queries under the likeliest evolved wrapped normal of their class (eq. 5)."""
+        evolved, c = self.evolve(core, moments), self.c(core)
+        normal = geometry.WrappedNormal(
+            h=evolved.proto_WPE[labels], mu=evolved.mu_WPE[labels], log_scale=evolved.log_scale_WPE[labels], c=c
+        )
+        z = geometry.expmap0(queries.flatten(1), c)
+        return -normal.log_prob(z[:, None]).amax(1).mean().to(z) / z.shape[1]
 
     def trained(self) -> dict[str, Tensor]:
         """The weights that meta-training changes, by the names `start_from` takes."""
@@ -570,6 +609,10 @@ class HypDFS(nn.Module):
         shape = (n_way, config.prototypes, -1)
         rows = centred if config.covariance == "rows" else None
         return Moments(proto, mu.view(shape), 0.5 * variance.log().view(shape), rows, shares.view(shape))
+
+    def hyperplanes(self, f: Float[Tensor, "R E"], labels: Int[Tensor, "R"], n_way: int) -> Hyperplanes:
+        means = class_means(f, labels, n_way)
+        return Hyperplanes(means, f - means[labels], self.config.spread_penalty)
 
     def floor(self, v: Float[Tensor, "_ E"]) -> float:
         """Variance that every coordinate has at least: of all together a hundredth of a feature's length, squared."""
