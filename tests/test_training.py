@@ -227,8 +227,8 @@ def test_episodes_must_share_out_evenly() -> None:
         ({"report_every": 0}, "report_every"),
         ({"n_query": 0}, "n_query"),
         ({"lr": 0.0}, "train.lr must be positive"),
-        ({"method": replace(METHOD, adapter="none", ode="none")}, "nothing to meta-train"),
-        ({"method": replace(METHOD, adapter="real")}, "ODE learns through synthetic features"),
+        ({"method": replace(METHOD, adapter=False, ode="none")}, "nothing to meta-train"),
+        ({"method": replace(METHOD, synthesis=False)}, "ODE learns through synthetic features"),
     ],
 )  # fmt: skip
 def test_training_that_cannot_work_is_refused(values: dict[str, Any], message: str) -> None:

@@ -114,12 +114,12 @@ def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
 
 def entrants() -> list[Entrant]:
     """Two candidates each; the second of the first diverges, of the others none is the same."""
-    broken = override(CONFIGS["curved"], {"method.lr": 1e30, "method.steps": 8})
+    broken = override(CONFIGS["curved"], {"method.temperature": 1e-320})
     cosine = CONFIGS["prototype"]
     return [
         Entrant(candidates=(CONFIGS["curved"], broken)),
         Entrant(candidates=(cosine, override(cosine, {"transform.whitening": None, "method.metric": "euclidean"}))),
-        Entrant(candidates=(override(CONFIGS["curved"], {"method.adapter": "none"}),), variant="no adapter"),
+        Entrant(candidates=(override(CONFIGS["curved"], {"method.adapter": False}),), variant="no adapter"),
     ]
 
 
@@ -212,7 +212,7 @@ def test_validation_is_that_of_plain_calls(ray_local: Any, task: Task, start: di
 
 
 def test_a_numerical_failure_counts_as_zero(ray_local: Any, task: Task) -> None:
-    broken = override(BASE, {"method.lr": 1e30, "method.steps": 8})
+    broken = override(BASE, {"method.temperature": 1e-320})
     scores = validate(task[0], [broken, CONFIGS["prototype"]], SETTING, range(3))
     assert scores[0] == [0.0] * 3
     assert min(scores[1]) > 0
