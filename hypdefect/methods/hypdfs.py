@@ -430,7 +430,8 @@ class HypDFS(nn.Module):
         classes = {k.removeprefix("classes."): v for k, v in tensors.items() if k.startswith("classes.")}
         if not classes:
             raise KeyError("no classes.* among the tensors: published by an earlier version; fit and publish it again")
-        core = self.framed(torch.empty_like(tensors["core.frame"])) if "core.frame" in tensors else copy.deepcopy(self.core)
+        frame = tensors.get("core.frame")
+        core = copy.deepcopy(self.core) if frame is None else self.framed(torch.empty_like(frame))
         core.projection = None
         if "core.origin" in tensors:
             core.origin = torch.empty_like(tensors["core.origin"])
