@@ -207,7 +207,9 @@ def test_first_images_by_file_name() -> None:
 def mean_distance(config: RunConfig) -> float:
     pool = toy_pool()
     model: Any = config.model(DIM)
-    points = model.to_ball(model.core, model.tangents(pool.batch(np.arange(len(pool)))).double())
+    batch = pool.batch(np.arange(len(pool)))
+    core = model.task_core(batch, pool.n_way).double()
+    points = model.to_ball(core, model.tangents(batch, core))
     return float(pairwise_dist(points, points, config.method.curvature).mean())
 
 
@@ -219,9 +221,9 @@ def test_the_twin_sees_distances_of_the_same_size(c: float) -> None:
     assert flat.method.curvature == 0
     before, after = mean_distance(config), mean_distance(flat)
     assert before > after  # curvature stretches
-    for length in ("temperature", "contrast_temperature", "margin"):
+    for length in ("temperature", "contrast_temperature"):
         assert after / getattr(flat.method, length) == pytest.approx(before / getattr(config.method, length), rel=1e-5)
-    back = {k: getattr(config.method, k) for k in ("curvature", "temperature", "contrast_temperature", "margin")}
+    back = {k: getattr(config.method, k) for k in ("curvature", "temperature", "contrast_temperature")}
     assert replace(flat, method=replace(flat.method, **back)) == config  # nothing else differs
 
 

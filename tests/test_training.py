@@ -57,8 +57,9 @@ def test_the_loss_of_an_easy_pool_goes_down() -> None:
         with torch.no_grad():
             return float(MeanLoss(model)(episodes, list(range(12))))
 
-    before = loss_of(HypDFS(METHOD, DIM))
-    model, losses = train(replace(SMALL, steps=25, items_per_step=2, lr=3e-2), pool)
+    method = replace(METHOD, feature_scale=3.0)  # classes far enough apart for a loss that can fall
+    before = loss_of(HypDFS(method, DIM))
+    model, losses = train(replace(SMALL, method=method, steps=25, items_per_step=2, lr=3e-2), pool)
     assert len(losses) == 25
     assert loss_of(model) < 0.9 * before
 
@@ -227,8 +228,8 @@ def test_episodes_must_share_out_evenly() -> None:
         ({"report_every": 0}, "report_every"),
         ({"n_query": 0}, "n_query"),
         ({"lr": 0.0}, "train.lr must be positive"),
-        ({"method": replace(METHOD, adapter="none", ode="none")}, "nothing to meta-train"),
-        ({"method": replace(METHOD, adapter="real")}, "ODE learns through synthetic features"),
+        ({"method": replace(METHOD, adapter=False, ode="none")}, "nothing to meta-train"),
+        ({"method": replace(METHOD, synthesis=False)}, "ODE learns through synthetic features"),
     ],
 )  # fmt: skip
 def test_training_that_cannot_work_is_refused(values: dict[str, Any], message: str) -> None:

@@ -85,7 +85,7 @@ class HypDFSConfig:
     synthesis_weight: float = 1.0
     """Weight of the synthetic points' cross-entropy beside that of the real ones."""
     noise_scale: float = 1.0
-    """Multiplies the standard deviation of the wrapped normal."""
+    """Multiplies the standard deviation of the wrapped normal; at 0 every synthetic point is a mean, and L_s is 0."""
     shrinkage: float = 0.5
     """Share of the covariance pooled over classes in each class's own (1: all pooled)."""
     covariance: Literal["rows", "diagonal"] = "rows"
@@ -291,7 +291,13 @@ class Core(nn.Module):
 
 
 def joint_frame(tangents: Float[Tensor, "R V D"]) -> Float[Tensor, "D r"]:
-    """Orthonormal principal directions of the rows of all views together, by decreasing variance."""
+    """Orthonormal principal directions of the rows of all views together, by decreasing variance.
+
+    Raises:
+        NumericsError: a row is not finite.
+    """
+    if not torch.isfinite(tangents).all():
+        raise NumericsError("features of the support are not finite")
     frame = span_basis(tangents.flatten(0, 1).double())
     largest = frame.abs().argmax(0, keepdim=True)
     return (frame * frame.gather(0, largest).sign()).to(tangents)  # one sign, on every machine
@@ -452,13 +458,16 @@ class HypDFS(nn.Module):
         classes = {k.removeprefix("classes."): v for k, v in tensors.items() if k.startswith("classes.")}
         if not classes:
             raise KeyError("no classes.* among the tensors: published by an earlier version; fit and publish it again")
-        core = self.framed(tensors["core.frame"]) if "core.frame" in tensors else copy.deepcopy(self.core)
+        frame = tensors.get("core.frame")
+        core = copy.deepcopy(self.core) if frame is None else self.framed(torch.empty_like(frame))
         core.projection = None
         if "core.origin" in tensors:
-            core.origin = tensors["core.origin"]
+            core.origin = torch.empty_like(tensors["core.origin"])
+        core = core.double()  # as fitted: weights loaded before this would be rounded
         core.load_state_dict({k.removeprefix("core."): v for k, v in tensors.items() if k.startswith("core.")})
-        self.fitted = core.double().requires_grad_(False)
-        self.classes = classes
+        self.fitted = core.requires_grad_(False)
+        # in memory of their own: sums of tensors that lie askew in a file's buffer differ in the last bits
+        self.classes = {name: value.to(torch.float64, copy=True) for name, value in classes.items()}
 
     # -- meta-training -----------------------------------------------------------------------------------------------
 
@@ -719,7 +728,7 @@ class HypDFS(nn.Module):
             made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, -1))  # f_sd
             groups.append(self.adapted(core, made))
             shares.append(config.synthesis_weight)
-            if config.loss == "hdcl" and config.alpha:
+            if config.loss == "hdcl" and config.alpha and config.noise_scale:
                 unit = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()  # W P
                 spread = spread_loss(z, reach, unit, self.c(core), config.margin, config.max_spread)
         h = self.to_ball(core, torch.cat(groups))

@@ -75,6 +75,7 @@ def fitted_points(
     assert isinstance(model, HypDFS)
     core = model.fitted
     assert core is not None
+    support = by_image(support)  # as the fit read it: the same noise
     tangents, clean = model.tangents(support, core), support.aug_index == 0
     c = float(model.c(core))
     moments = model.moments(core, tangents, support.labels, pool.n_way)

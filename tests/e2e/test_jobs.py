@@ -34,7 +34,7 @@ SEARCH = ("--trials", "3", "--episodes", "4", "--rungs", "2", "--draws", "3", "-
 CROWD = ("--workers", "64", "--train.items-per-step", "64")
 TRAIN = (
     *("--train.steps", "3", "--train.items-per-step", "2", "--train.n-way", "3", "--train.projection", "4"),
-    *("--train.method.adapter", "real+synthetic", "--train.method.ode", "fc", "--train.method.loss", "hdcl"),
+    *("--train.method.adapter", "--train.method.synthesis", "--train.method.ode", "fc", "--train.method.loss", "hdcl"),
     *("--synthesis.textures", "1", "--check-episodes", "4"),
 )  # fmt: skip
 
@@ -169,7 +169,8 @@ def test_extract(user: User, extracted: Done) -> None:
 def test_train(user: User, trained: Done) -> None:
     assert trained.path == user.home / "runs" / "meta"
     start, known = load_start(trained.path)
-    assert known.train.method.adapter == "real+synthetic"
+    assert known.train.method.adapter
+    assert known.train.method.synthesis
     assert all(np.isfinite(x.numpy()).all() for x in start.core.values())
     assert {view: x.shape[1] for view, x in start.projection.items()} == {"whole": 4, "crop": 4}
     assert (user.home / "synthetic").is_dir()

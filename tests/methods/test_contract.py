@@ -21,7 +21,7 @@ from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.types import FewShotClassifier
 from tests.toy_features import DIM, permuted, toy_batch, toy_fitting, toy_pool
 
-VARIANTS: dict[str, dict[str, Any]] = {"hypdfs": {"steps": 8, "adapter_rank": 4, "ode_hidden": 8, "lr": 1e-2}}
+VARIANTS: dict[str, dict[str, Any]] = {"hypdfs": {"steps": 8, "adapter_rank": 4, "ode_hidden": 8}}
 
 
 def setup_module() -> None:
@@ -135,7 +135,11 @@ def test_renumbering_the_classes_renumbers_the_logits_of_methods_without_noise()
         for name, method in METHODS.items()
         if method.family == "few_shot" and "seed" not in {f.name for f in fields(method.config)}
     ]
-    hypdfs = [("hypdfs", {"steps": 0}), ("hypdfs", {"adapter": "real", "lr": 1e-2})]
+    hypdfs: list[tuple[str, dict[str, Any]]] = [
+        ("hypdfs", {"synthesis": False, "head": head, "steps": steps})
+        for head in ("hyperplanes", "centers")
+        for steps in (0, 8)
+    ]
     assert len(noiseless) > 8
     for name, values in [*noiseless, *hypdfs]:
         a, b = (build(name, get_method(name).config(**values), DIM) for _ in range(2))

@@ -63,7 +63,7 @@ def small_space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
     trial.suggest_categorical("support_copies", [0, 2])
     trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
-    trial.suggest_float("method.lr", 1e-5, 1e-1, log=True)
+    trial.suggest_float("method.penalty", 1e-5, 1e-1, log=True)
 
 
 def as_space(function: Any, method: str = "hypdfs") -> ModuleType:

@@ -35,7 +35,9 @@ def toy_task(copies: int = 1, dim: int = DIM) -> tuple[Fitting, Reported]:
 
 @pytest.mark.parametrize(("curvature", "dim"), [(0.05, DIM), (0.0, DIM), (0.05, 40)])  # 40: fitted in its span
 def test_the_points_are_those_the_classifier_scores(curvature: float, dim: int) -> None:
-    config = RunConfig(method={"curvature": curvature, "adapter_rank": 2, "n_syn": 3}, support_copies=1)
+    config = RunConfig(
+        method={"curvature": curvature, "adapter_rank": 2, "n_syn": 3, "head": "centers"}, support_copies=1
+    )
     points = fitted_points(*toy_task(dim=dim), config, Setting(k_shot=2), 0)
     nearest = pairwise_dist(points.ball[6:], points.prototypes, curvature).argmin(1)
     assert float((nearest == points.labels[6:]).double().mean()) == pytest.approx(points.accuracy)

@@ -1,0 +1,126 @@
+"""Every part of HypDFS acts by default: on features of real images, a fit without it is another one.
+
+24 solar cells, three supports and three queries of each class, through the default backbone.
+"""
+
+from itertools import groupby
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from hypdefect.datasets.readers.elpv import default_root, scan
+from hypdefect.features.backbones import Backbone, get_backbone
+from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
+from hypdefect.features.transform import FeatureTransform, TransformConfig
+from hypdefect.images import read_image
+from hypdefect.methods.hypdfs import Core, HypDFS, HypDFSConfig, Moments, Noise, spread_loss
+from hypdefect.methods.support import by_image
+from hypdefect.types import VIEWS, Batch, Episode
+
+N_WAY, K_SHOT, N_QUERY = 4, 3, 3
+
+
+@pytest.fixture(scope="session")
+def cells() -> Episode:
+    """The first cells of each class, as a run sees them that has no normal images."""
+    root = default_root()
+    assert root is not None
+    spec, recipe = get_backbone("efficientnet_lite0"), RecipeConfig(flips=False)
+    extract = RegionExtractor(Backbone(spec), recipe)
+    rows = sorted(scan(root), key=lambda row: (row.defect, row.path))
+    names, ids, features = [], [], []
+    for defect, own in groupby(rows, key=lambda row: row.defect):
+        names.append(defect)
+        for _, row in zip(range(K_SHOT + N_QUERY), own, strict=False):
+            ids.append(row.path.stem)
+            features.append(extract(read_image(row.path), None))
+    block_dims, shape_dims = dims_of(spec, recipe)
+    transform = FeatureTransform.fit(None, block_dims, TransformConfig(), shape_dims)
+    views = transform({view: torch.cat([f[view] for f in features]) for view in VIEWS})
+    batch = Batch(
+        image_ids=tuple(ids),
+        views=views,
+        labels=torch.arange(N_WAY).repeat_interleave(K_SHOT + N_QUERY),
+        aug_index=torch.zeros(len(ids), dtype=torch.long),
+    )
+    first = torch.arange(len(ids)) % (K_SHOT + N_QUERY) < K_SHOT
+    support, query = (batch.select(torch.nonzero(chosen).flatten()) for chosen in (first, ~first))
+    return Episode(support=support, query=query, class_names=tuple(names))
+
+
+def fitted(cells: Episode, **values: Any) -> HypDFS:
+    model = HypDFS(HypDFSConfig(**values), cells.support.views["whole"].shape[1])
+    model.adapt(cells.support, N_WAY)
+    return model
+
+
+def log_probabilities(cells: Episode, **values: Any) -> Tensor:
+    return fitted(cells, **values).logits(cells.query).log_softmax(1)
+
+
+@pytest.fixture(scope="session")
+def default(cells: Episode) -> Tensor:
+    return log_probabilities(cells)
+
+
+def test_the_cells_are_a_task_that_can_be_learned(cells: Episode, default: Tensor) -> None:
+    assert cells.class_names == ("mono_defect", "mono_good", "poly_defect", "poly_good")
+    assert default.shape == (12, 4)
+    assert float((default.argmax(1) == cells.query.labels).double().mean()) > 0.6
+
+
+def test_what_rounding_makes_of_a_fit_is_far_below_what_a_part_does(cells: Episode, default: Tensor) -> None:
+    """A fit stops short of its minimum and small changes grow on the way; a weight off by 1e-12 stands for rounding."""
+    nudged = [log_probabilities(cells, alpha=0.1 * (1 + 1e-12)), log_probabilities(cells, beta=0.1 * (1 + 1e-12))]
+    assert max(float((x - default).abs().max()) for x in nudged) < 1e-4
+
+
+WITHOUT: dict[str, dict[str, Any]] = {  # largest change of a query's log-probabilities measured
+    "L_s": {"alpha": 0.0},  # 4.6
+    "L_cl": {"beta": 0.0},  # 2.6
+    "synthesis": {"synthesis": False},  # 5.1
+    "adapter": {"adapter": False},  # 2.7
+    "ODE": {"ode": "none"},  # 5.2
+    "curvature": {"curvature": 0.0},  # 4.2
+    "origin": {"origin": "features"},  # 4.9
+    "hyperplanes": {"head": "centers"},  # 5.6
+}
+
+
+@pytest.mark.parametrize("part", WITHOUT)
+def test_every_part_acts_by_default(part: str, cells: Episode, default: Tensor) -> None:
+    change = (log_probabilities(cells, **WITHOUT[part]) - default).abs()
+    assert float(change.max()) > 0.3
+    assert float(change.mean()) > 0.1
+
+
+def spread_of(cells: Episode, model: HypDFS, core: Core) -> float:
+    """L_s of a core on the support's moments and on the noise that `adapt` draws."""
+    config, support = model.config, by_image(cells.support)
+    moments: Moments = model.moments(core, model.tangents(support, core), support.labels, N_WAY)
+    noise = Noise.draw(moments, config.n_syn, torch.Generator().manual_seed(config.seed))
+    z, reach = model.synthesize(core, moments, model.evolve(core, moments), noise)
+    length = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()
+    return float(spread_loss(z, reach, length, config.curvature, config.margin).detach())
+
+
+def test_the_spread_loss_is_above_0_at_the_start_and_what_a_fit_lowers(cells: Episode) -> None:
+    """0.346 at the start; 0 with its weight, 0.024 without, where the cross-entropy alone moves the ODE."""
+    weighed, ignored = fitted(cells), fitted(cells, alpha=0.0)
+    assert weighed.fitted is not None
+    assert ignored.fitted is not None
+    start = spread_of(cells, weighed, weighed.task_core(by_image(cells.support), N_WAY).double())
+    assert 0.2 < start < 0.6
+    with_it, without = spread_of(cells, weighed, weighed.fitted), spread_of(cells, ignored, ignored.fitted)
+    assert with_it < 0.5 * without < start
+    assert without > 0.005
+
+
+def test_the_contrast_is_above_0_at_the_start_and_what_a_fit_lowers(cells: Episode) -> None:
+    """Where it moves the adapter; a single step stands for the start."""
+    start, end = fitted(cells, steps=1), fitted(cells)
+    assert start.last_loss is not None
+    assert end.last_loss is not None
+    assert end.last_loss.parts["contrast"] < 0.9 * start.last_loss.parts["contrast"]
