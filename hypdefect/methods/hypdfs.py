@@ -314,10 +314,10 @@ def in_frame(tangents: Float[Tensor, "*R D"], frame: Float[Tensor, "D r"]) -> Fl
 
 
 class Hyperplanes(nn.Module):
-    """Poincare hyperplanes, one a class: the one of class k has normal a_k and lies b_k from the origin.
+    """Poincare hyperplanes, one a class: the one of class k has normal a_k and foot exp_0(b_k a_k / |a_k|).
 
     Logits are |a_k| d(h, H_k), signed: multinomial logistic regression in the ball (Ganea et al., "Hyperbolic Neural
-    Networks", NeurIPS 2018, eq. 25); at c = 0 they are 2 (<a_k, h> - b_k |a_k|).
+    Networks", NeurIPS 2018, eq. 25, without its factor lambda_p); at c = 0 they are 2 (<a_k, h> - b_k |a_k|).
     """
 
     axes: Tensor

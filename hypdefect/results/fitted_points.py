@@ -18,6 +18,7 @@ from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.methods.centred import CentredClassifier, centred, row_means
 from hypdefect.methods.hypdfs import HypDFS, Noise, in_frame
+from hypdefect.methods.support import by_image
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -279,17 +279,17 @@ def test_hyperplanes_start_between_the_class_means() -> None:
 @pytest.mark.parametrize("penalty", [1e-3, 1e-1])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_flat_and_bare_it_is_logistic_regression(penalty: float, temperature: float) -> None:
-    """P |a|^2 / 2 and the mean cross-entropy of N rows at logits 2 <a, h> / tau, w = 2 a / tau: C is 4 / (P N tau^2).
+    """P |a|^2 / 2 and the sum of the rows' cross-entropies at logits 2 <a, h> / tau, w = 2 a / tau: C is 4 / (P tau^2).
 
     scikit-learn minimises |w|^2 / 2 + C times the sum of cross-entropies. L-BFGS stops where the loss changes by 1e-9.
     """
     support, queries = toy_batch(k_shot=6, spread=0.8), toy_batch(k_shot=40, spread=0.8, seed=4)
-    values: dict[str, Any] = {"synthesis": False, "adapter": False, "beta": 0.0, "steps": 500}
+    values: dict[str, Any] = {"synthesis": False, "adapter": False, "beta": 0.0, "steps": 500, "spread_penalty": 0.0}
     model = hypdfs(curvature=0.0, penalty=penalty, temperature=temperature, **values)
     model.adapt(support, N_WAY)
     assert model.fitted is not None
     x, asked = (model.tangents(b, model.fitted).flatten(1).numpy() for b in (support, queries))
-    strength = 4 / (penalty * len(x) * temperature**2)
+    strength = 4 / (penalty * temperature**2)
     reference = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(x, support.labels.numpy())
     expected = torch.from_numpy(reference.predict_proba(asked))
     found = model.logits(queries).softmax(1)
