@@ -35,6 +35,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+import numpy as np
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -115,7 +117,7 @@ class HypDFSConfig:
     margin: float = 1.0
     """m_d in units of the class's spread at the start: synthetic points stay this far from their prototype, and sqrt(2)
     times as far from one another."""
-    max_spread: float = 0.0
+    max_spread: float = 2.0
     """Synthetic points stay within this multiple of the margin of their prototype; 0 leaves them free."""
     density: float = 0.1
     """Weight, in meta-training alone, of the queries' negative log likelihood a coordinate under their class's evolved
@@ -759,21 +761,28 @@ def class_means(rows: Float[Tensor, "R *D"], labels: Int[Tensor, "R"], n_way: in
 
 
 def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], steps: int) -> LossTerms:
-    """L-BFGS with a strong-Wolfe line search, in place; the terms of the last evaluation."""
-    optimizer = torch.optim.LBFGS(
-        parameters, max_iter=steps, max_eval=2 * steps, history_size=10, line_search_fn="strong_wolfe"
+    """L-BFGS in place (scipy's L-BFGS-B, whose line search does not run away), in float64; the terms at its end."""
+    sizes = [p.numel() for p in parameters]
+
+    def put(x: np.ndarray) -> None:
+        with torch.no_grad():
+            for p, values in zip(parameters, torch.from_numpy(x).split(sizes), strict=True):
+                p.copy_(values.view_as(p))
+
+    def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
+        put(x)
+        total = objective().total
+        slopes = torch.autograd.grad(total, list(parameters), allow_unused=True)
+        flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, slopes, strict=True)]
+        return float(total.detach()), torch.cat([g.flatten() for g in flat]).double().cpu().numpy()
+
+    start = torch.cat([p.detach().flatten() for p in parameters]).double().cpu().numpy()
+    found = scipy.optimize.minimize(
+        value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps + 1}
     )
-    last: list[LossTerms] = []
-
-    def closure() -> float:
-        optimizer.zero_grad()
-        terms = objective()
-        terms.total.backward()
-        last[:] = [terms]
-        return float(terms.total.detach())
-
-    optimizer.step(closure)
-    return last[0]
+    put(found.x)
+    with torch.no_grad():
+        return objective()
 
 
 def spread_loss(
@@ -782,7 +791,7 @@ def spread_loss(
     unit: Float[Tensor, "W P"],
     c: float | Tensor,
     margin: float,
-    max_spread: float = 0.0,
+    max_spread: float = 2.0,
 ) -> Float[Tensor, ""]:
     """L_s (eq. 9): hinges that keep synthetic points off their prototype (at distance `reach`) and off one another and,
     with `max_spread`, not too far out.
