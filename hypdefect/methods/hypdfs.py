@@ -33,6 +33,7 @@ Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D f
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -40,6 +41,7 @@ import scipy.optimize
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
+from threadpoolctl import ThreadpoolController
 from torch import Tensor, nn
 from torchdiffeq import odeint
 
@@ -760,6 +762,11 @@ def class_means(rows: Float[Tensor, "R *D"], labels: Int[Tensor, "R"], n_way: in
     return torch.einsum("wr,r...->w...", share / share.sum(1, keepdim=True), rows)
 
 
+@cache
+def blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
 def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], steps: int) -> LossTerms:
     """L-BFGS in place (scipy's L-BFGS-B, whose line search does not run away), in float64; the terms at its end."""
     sizes = [p.numel() for p in parameters]
@@ -777,9 +784,9 @@ def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], s
         return float(total.detach()), torch.cat([g.flatten() for g in flat]).double().cpu().numpy()
 
     start = torch.cat([p.detach().flatten() for p in parameters]).double().cpu().numpy()
-    found = scipy.optimize.minimize(
-        value_and_slope, start, jac=True, method="L-BFGS-B", options={"maxiter": steps, "maxfun": 2 * steps + 1}
-    )
+    options = {"maxiter": steps, "maxfun": 2 * steps + 1}
+    with blas().limit(limits=1):  # its vectors are short: threads would spend three times the CPU time
+        found = scipy.optimize.minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options=options)
     put(found.x)
     with torch.no_grad():
         return objective()
