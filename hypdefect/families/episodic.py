@@ -58,12 +58,13 @@ class EpisodicConfig(TrainConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MetaConfig:
-    """Meta-training on pseudo-defects of a product: what there is of them, how it is trained, on which features."""
+    """Meta-training on pseudo-defects of a product: what there is of them, how it is trained, on which features.
+
+    Projection, adapter and ODE are trained together (docs/experiments.md: level with the projection alone, or ahead).
+    """
 
     synthesis: SynthesisConfig = SynthesisConfig()
     train: EpisodicConfig = EpisodicConfig(
-        # adapter and ODE are left to the task: trained with the projection they lose points (docs/experiments.md)
-        method=HypDFSConfig(adapter=False, synthesis=False, ode="none", loss="hyperbolic"),
         projection=128,
         steps=100,
         items_per_step=1,

@@ -125,7 +125,9 @@ class HypDFSConfig:
     """Weight, in meta-training alone, of the queries' negative log likelihood a coordinate under their class's evolved
     wrapped normal: how the ODE learns what a few rows do not show of a class's spread."""
     temperature: float = 1.0
-    """tau of the cross-entropy."""
+    """Divides the hyperplanes' scores."""
+    center_temperature: float = 0.3
+    """Divides distances to class centres, by which meta-training scores, too."""
     contrast_temperature: float = 0.3
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
@@ -136,7 +138,7 @@ class HypDFSConfig:
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
-        require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature")
+        require_positive(self, "feature_scale", "max_norm", "temperature", "center_temperature", "contrast_temperature")
         require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight", "density")
         require_at_least(
             self, 0, "penalty", "spread_penalty", "adapter_penalty", "ode_penalty", "ode_steps", "steps", "adapter_rank"
@@ -441,9 +443,8 @@ class HypDFS(nn.Module):
         core, classes = self.fitted, self.classes
         h = self.to_ball(core, self.adapted(core, self.tangents(query, core)))
         if "centers" in classes:
-            scores = -geometry.pairwise_dist(h, classes["centers"], self.scoring_c(core))
-        else:
-            scores = hyperplane_scores(h, classes["normal"], classes["offset"], self.scoring_c(core))
+            return -geometry.pairwise_dist(h, classes["centers"], self.scoring_c(core)) / self.config.center_temperature
+        scores = hyperplane_scores(h, classes["normal"], classes["offset"], self.scoring_c(core))
         return scores / self.config.temperature
 
     def export(self) -> dict[str, Tensor]:
@@ -738,7 +739,7 @@ class HypDFS(nn.Module):
         h = self.to_ball(core, torch.cat(groups))
         if head is None:
             centers = self.centers(core, tangents, labels, evolved, offset)
-            scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.temperature
+            scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.center_temperature
         else:
             scores = head(h, self.scoring_c(core)) / config.temperature
         ways = torch.arange(n_way, device=labels.device).repeat_interleave((len(scores) - len(targets)) // n_way)
@@ -859,7 +860,7 @@ def flat_twin(
             tangents = model.scaled(rows, model.origin_of(rows, batch.labels, n_way))
             points = model.to_ball(model.core, tangents)
             sums.append(float(geometry.pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
-    lengths = ("temperature", "contrast_temperature")
+    lengths = ("temperature", "center_temperature", "contrast_temperature")
     return replace(flat, **{name: getattr(config, name) * sums[0] / sums[1] for name in lengths})
 
 
