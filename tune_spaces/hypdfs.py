@@ -5,7 +5,7 @@ import optuna
 from tune_spaces import FIRST_FEATURES, of_features
 
 METHOD = "hypdfs"
-FIRST = FIRST_FEATURES
+FIRST = [*FIRST_FEATURES, {"transform.whitening": None, "method.penalty": 10.0}, {"method.spread_penalty": 200.0}]
 
 
 def space(trial: optuna.Trial) -> None:
@@ -17,8 +17,8 @@ def space(trial: optuna.Trial) -> None:
 def of_fit(trial: optuna.Trial) -> None:
     """How strongly each part acts; none is switched off."""
     trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
-    trial.suggest_float("method.penalty", 0.1, 10.0, log=True)
-    trial.suggest_float("method.spread_penalty", 10.0, 1000.0, log=True)
+    trial.suggest_float("method.penalty", 0.3, 30.0, log=True)
+    trial.suggest_float("method.spread_penalty", 3.0, 300.0, log=True)
     trial.suggest_float("method.alpha", 1e-2, 1.0, log=True)
     trial.suggest_float("method.beta", 1e-2, 1.0, log=True)
     trial.suggest_float("method.margin", 0.5, 2.0, log=True)

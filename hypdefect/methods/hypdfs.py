@@ -17,8 +17,9 @@ Deviations, each an option; docs/experiments.md says what each is worth:
 - The ball's origin is the mean of the task's class means (`origin="features"`: where the transform leaves it).
 - Classes are scored by the signed distance to Poincare hyperplanes (Ganea et al., NeurIPS 2018, eq. 25;
   `head="centers"`: by the distance to class centres, as printed).
-- A task is one batch, and its fit is run to convergence by L-BFGS on fixed noise, where the paper takes AdamW steps of
-  1e-4. Penalties on hyperplanes, adapter and ODE keep them near where they start.
+- A normal is penalised more along directions in which points of one class differ (`spread_penalty=0`: alike).
+- A task is one batch, fitted by L-BFGS on noise drawn once, where the paper takes AdamW steps of 1e-4, which hardly move
+  anything. Penalties on hyperplanes, adapter and ODE keep them near where they start.
 - The covariance is that of the rows round their prototypes, shared between the classes in part, and not diagonal
   (`covariance="diagonal"`): its factor are the rows themselves.
 - The margin counts in units of the class's own spread: a length of 1 means nothing where points lie 3 to 6 apart.
@@ -73,10 +74,10 @@ class HypDFSConfig:
     """Midpoint of a class: closed-form, or iterated Karcher mean."""
     head: Literal["hyperplanes", "centers"] = "hyperplanes"
     """What a class is scored by: the signed distance to its Poincare hyperplane, or minus that to its centre."""
-    penalty: float = 1.0
+    penalty: float = 2.0
     """Weight of half the squared length of the hyperplanes' normals (of the centres' offsets), against the sum of the
     rows' cross-entropies: few rows are held more."""
-    spread_penalty: float = 200.0
+    spread_penalty: float = 20.0
     """How much more a normal's length counts along directions in which points of one class differ: its square is
     <a, (1 + spread_penalty S / tr S) a>, S the pooled covariance of the rows round their prototypes."""
     match_radius: bool = True
@@ -132,7 +133,7 @@ class HypDFSConfig:
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
     """Count other images of the same class as negatives in the contrast."""
-    steps: int = 25
+    steps: int = 10
     """Most L-BFGS iterations of a task; 0 uses the starting weights as they are."""
     seed: int = 0
 
