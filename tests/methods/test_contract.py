@@ -214,8 +214,6 @@ def test_starting_weights_need_a_method_that_has_some() -> None:
 
 # ---- search spaces -------------------------------------------------------------------------------------------------
 
-NOT_YET = ("hypdfs", "hypdfs_meta")
-"""Spaces left out."""
 WITH_TEXT = {("clip_protonet", "method.text_share"): "it mixes the text prototypes in"}
 """Parameters that act only where the backbone has a text tower, and why."""
 
@@ -225,7 +223,7 @@ def searched() -> list[Any]:
     found = []
     for path in sorted(Path(tune_spaces.__file__).parent.glob("[a-z]*.py")):
         space = tune_spaces.get_space(path.stem)
-        if path.stem in NOT_YET or get_method(space.METHOD).family != "few_shot":
+        if get_method(space.METHOD).family != "few_shot":
             continue
         trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
         space.space(trial)
