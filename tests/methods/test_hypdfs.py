@@ -356,9 +356,7 @@ def test_flat_and_bare_it_is_logistic_regression(
     (1 + s S / tr S)^(-1/2) of its rows. L-BFGS stops where the loss changes by 1e-9.
     """
     support, queries = (toy_batch(k_shot=k, dim=dim, spread=0.8, seed=seed) for k, seed in ((6, 0), (40, 4)))
-    model = hypdfs(
-        dim, curvature=0.0, penalty=penalty, temperature=temperature, spread_penalty=spread_penalty, **LIGHT
-    )
+    model = hypdfs(dim, curvature=0.0, penalty=penalty, temperature=temperature, spread_penalty=spread_penalty, **LIGHT)
     model.adapt(support, N_WAY)
     assert model.fitted is not None
     x, asked = (model.tangents(b, model.fitted).flatten(1) for b in (support, queries))
