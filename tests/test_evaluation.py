@@ -15,19 +15,22 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from hypdefect.errors import DataError
-from hypdefect.evaluation import RunConfig, candidates, choose, stratified
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig, candidates, choose, stratified, usual_copies
+from hypdefect.families import few_shot
 from hypdefect.families.episodes import first_support
-from hypdefect.families.few_shot import MetaStart, twin
+from hypdefect.families.few_shot import MetaStart, Reported, Setting, twin
 from hypdefect.geometry import pairwise_dist
+from hypdefect.methods.baselines import NearestPrototype
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
+from hypdefect.types import Batch
 from tests.toy_features import DIM, toy_fitting, toy_pool
 from tune_spaces import get_space
 
 
 def space_of(*first: dict[str, Any], curvature: bool = True) -> ModuleType:
     def space(trial: optuna.Trial) -> None:
-        trial.suggest_categorical("support_copies", [0, 2])
+        trial.suggest_categorical("support_copies", [None, 0])
         if curvature:
             trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
 
@@ -42,9 +45,9 @@ def counts(values: list[Any]) -> list[int]:
 
 def test_the_base_and_the_first_points_are_tried_before_others() -> None:
     base = RunConfig()
-    space = space_of({"transform.whitening": None}, {"support_copies": 2})
+    space = space_of({"transform.whitening": None}, {"support_copies": None})
     found = candidates(base, space, 6, seed=3)
-    assert found[0] == base  # support_copies is 2 already: that point is no second trial
+    assert found[0] == base  # support_copies is None already: that point is no second trial
     assert found[1].transform.whitening is None
     assert len(set(map(repr, found))) == 6
     assert all(1e-3 <= c.method.curvature <= 1 and c.transform == base.transform for c in found[2:])
@@ -102,13 +105,13 @@ def test_few_trials_search_a_methods_own_parameters() -> None:
     found = candidates(RunConfig(), get_space("hypdfs"), 11, seed=0)
     sampled = found[3:]  # after the defaults and two whitenings
     assert len(sampled) == 8
-    for name, low, high in (("curvature", 1e-3, 1.0), ("temperature", 0.1, 3.0), ("lr", 1e-5, 1e-3)):
+    for name, low, high in (("curvature", 1e-3, 1.0), ("penalty", 0.1, 10.0), ("spread_penalty", 10.0, 1000.0)):
         strata = [math.floor(8 * math.log(getattr(c.method, name) / low) / math.log(high / low)) for c in sampled]
         assert sorted(strata) == list(range(8))
-    assert counts([c.method.adapter for c in sampled]) == [2, 3, 3]
+    assert sorted(math.floor(8 * c.method.shrinkage) for c in sampled) == list(range(8))
+    assert counts([c.method.prototypes for c in sampled]) == [2, 3, 3]
     assert counts([c.transform.whitening for c in sampled]) == [2, 3, 3]
     assert counts([c.method.ode for c in sampled]) == counts([c.support_copies for c in sampled]) == [4, 4]
-    assert len({c.method.ode_steps for c in sampled}) == 8
 
 
 def test_a_parameter_that_only_some_points_have_is_drawn_where_it_is_asked_for() -> None:
@@ -132,13 +135,45 @@ def test_a_parameter_that_only_some_points_have_is_drawn_where_it_is_asked_for()
 
 def test_a_small_space_is_tried_once() -> None:
     found = candidates(RunConfig(), space_of(curvature=False), 8, seed=0)
-    assert [c.support_copies for c in found] == [2, 0]
+    assert [c.support_copies for c in found] == [None, 0]
 
 
 def test_a_space_without_parameters_is_tried_once() -> None:
     module = ModuleType("space")
     vars(module).update(space=lambda trial: None)
     assert candidates(RunConfig(), module, 8, seed=0) == (RunConfig(),)
+
+
+# ---- augmented copies ----------------------------------------------------------------------------------------------
+
+
+def test_copies_are_as_many_as_help_at_each_k_and_an_explicit_number_wins() -> None:
+    assert [usual_copies(k) for k in (1, 2, 3, 5, 10)] == [4, 2, 2, 2, 2]
+    assert [RunConfig().copies(k) for k in (1, 5)] == [4, 2]
+    for number in (0, 1, 3):
+        assert [RunConfig(support_copies=number).copies(k) for k in (1, 5)] == [number, number]
+    with pytest.raises(ConfigError, match="support_copies must not be negative, got -1"):
+        RunConfig(support_copies=-1)
+
+
+@pytest.mark.parametrize(("k_shot", "number", "rows"), [(1, None, 5), (5, None, 3), (1, 0, 1), (1, 2, 3), (5, 4, 5)])
+def test_a_fit_sees_each_support_image_with_its_copies(
+    k_shot: int, number: int | None, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[int, int]] = []
+    adapt = NearestPrototype.adapt
+
+    def recorded(self: NearestPrototype, support: Batch, n_way: int) -> None:
+        seen.append((len(support), len(set(support.image_ids))))
+        adapt(self, support, n_way)
+
+    monkeypatch.setattr(NearestPrototype, "adapt", recorded)
+    fitting, reported = toy_fitting(per_class=16, copies=4), Reported(queries=toy_pool())
+    run, setting = RunConfig(name="prototype", support_copies=number), Setting(k_shot=k_shot)
+    list(few_shot.validation_scores(run, fitting, setting, range(2)))
+    few_shot.score(run, fitting, reported, setting, 0)
+    few_shot.fit(run, fitting, setting, 0)
+    assert seen == [(rows * 4 * k_shot, 4 * k_shot)] * 4
 
 
 # ---- the choice ----------------------------------------------------------------------------------------------------

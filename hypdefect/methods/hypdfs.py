@@ -298,13 +298,7 @@ class Core(nn.Module):
 
 
 def joint_frame(tangents: Float[Tensor, "R V D"]) -> Float[Tensor, "D r"]:
-    """Orthonormal principal directions of the rows of all views together, by decreasing variance.
-
-    Raises:
-        NumericsError: a row is not finite.
-    """
-    if not torch.isfinite(tangents).all():
-        raise NumericsError("features of the support are not finite")
+    """Orthonormal principal directions of the rows of all views together, by decreasing variance."""
     frame = span_basis(tangents.flatten(0, 1).double())
     largest = frame.abs().argmax(0, keepdim=True)
     return (frame * frame.gather(0, largest).sign()).to(tangents)  # one sign, on every machine
@@ -548,8 +542,13 @@ class HypDFS(nn.Module):
 
         What is fitted lies in the span of the support rows. Where these are fewer than the features and no weights were
         trained for the features' own axes, the task is fitted in coordinates of that span.
+
+        Raises:
+            NumericsError: a row is not finite.
         """
         rows = self.projected(support)
+        if not torch.isfinite(rows).all():
+            raise NumericsError("features of the support are not finite")
         origin = self.origin_of(rows, support.labels, n_way)
         if self.config.axes == "span" and 2 * len(rows) + 1 < rows.shape[2] and self.core.is_fresh():
             core = self.framed(joint_frame(self.scaled(rows, origin)))

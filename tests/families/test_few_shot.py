@@ -98,6 +98,19 @@ def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> N
     assert capped.partition.query == whole.partition.query
 
 
+@pytest.mark.parametrize("k_shot", [1, 2, 3])
+@pytest.mark.parametrize("copies", [None, 0, 1, 7])
+def test_supports_are_extracted_with_as_many_copies_as_a_task_of_their_k_uses(
+    mtd: pa.Table, k_shot: int, copies: int | None
+) -> None:
+    plan = few_shot.plan(config(k_shot=k_shot, copies=copies), mtd)
+    requests = {r.image_id: r.copies for r in plan.requests()}
+    expected = RunConfig(support_copies=copies).copies(k_shot)
+    assert expected == ((4 if k_shot == 1 else 2) if copies is None else copies)
+    assert {requests[i] for i in plan.pool_ids} == {expected}
+    assert {requests[i] for i in (*plan.normal_ids, *plan.partition.query)} == {0}
+
+
 def test_normals_are_capped_and_alike_in_all_partitions(mtd: pa.Table) -> None:
     """What is learned from normals alone is then learned once."""
     a, b = (few_shot.plan(config(max_normals=3, partition=p), mtd) for p in (0, 1))

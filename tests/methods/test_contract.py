@@ -214,26 +214,33 @@ def test_starting_weights_need_a_method_that_has_some() -> None:
 
 # ---- search spaces -------------------------------------------------------------------------------------------------
 
-NOT_YET = ("hypdfs", "hypdfs_meta")
-"""Spaces left out."""
 WITH_TEXT = {("clip_protonet", "method.text_share"): "it mixes the text prototypes in"}
 """Parameters that act only where the backbone has a text tower, and why."""
 
 
+TO_ITS_END = {"hypdfs": {"steps": 100}}
+"""A fit that stops early moves by up to 4e-3 with any change, as small as it is; one to its end by 2e-4."""
+TOO_LITTLE = {("hypdfs", "method.ode_steps"): "RK4 solves so short a path exactly: 1e-4 here, 3e-4 on real features"}
+"""Parameters that are searched and do not act."""
+
+
 def searched() -> list[Any]:
     """(space, parameter, what it may be: the ends of a range, every choice), of the methods' own parameters."""
-    found = []
+    found: dict[tuple[Any, ...], Any] = {}
     for path in sorted(Path(tune_spaces.__file__).parent.glob("[a-z]*.py")):
         space = tune_spaces.get_space(path.stem)
-        if path.stem in NOT_YET or get_method(space.METHOD).family != "few_shot":
+        if get_method(space.METHOD).family != "few_shot":
             continue
         trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
         space.space(trial)
         for parameter, values in trial.distributions.items():
             if parameter.startswith("method."):
                 choices = getattr(values, "choices", None) or (values.low, values.high)  # type: ignore[attr-defined]
-                found.append(pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}"))
-    return found
+                reason = TOO_LITTLE.get((space.METHOD, parameter))
+                marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
+                case = pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}", marks=marks)
+                found.setdefault((space.METHOD, parameter, choices), case)  # spaces of one method share most
+    return list(found.values())
 
 
 @pytest.mark.parametrize(("space", "parameter", "choices"), searched())
@@ -247,8 +254,9 @@ def test_what_a_search_varies_of_a_method_changes_what_it_answers(
     if (space, parameter) in WITH_TEXT:
         support = replace(support, text=torch.randn(5, pool.dim, generator=torch.Generator().manual_seed(1)))
     answers = []
+    name = tune_spaces.get_space(space).METHOD
     for choice in choices:
-        run = override(RunConfig(name=tune_spaces.get_space(space).METHOD), {parameter: choice})
+        run = override(RunConfig(name=name, method=TO_ITS_END.get(name)), {parameter: choice})
         classifier = run.model(pool.dim)
         classifier.adapt(support, 5)
         answers.append(classifier.logits(queries).softmax(1))

@@ -26,6 +26,7 @@ from hypdefect.methods.hypdfs import (
     Noise,
     ResidualAdapter,
     class_means,
+    hyperplane_scores,
     in_frame,
     joint_frame,
     minimize,
@@ -80,7 +81,7 @@ def terms_of(
     noise = Noise.draw(moments, model.config.n_syn, rng(seed))
     flat = tangents.flatten(1).detach()
     if model.config.head == "hyperplanes" and "head" not in given:
-        given["head"] = Hyperplanes(class_means(flat, batch.labels, N_WAY))
+        given["head"] = model.hyperplanes(flat, batch.labels, N_WAY)
     offset = given.pop("offset", torch.zeros(N_WAY, flat.shape[1], dtype=torch.float64))
     return model.terms(core, tangents, batch.labels, moments, noise, offset, **given)
 
@@ -232,10 +233,11 @@ def test_a_shift_of_all_features_changes_nothing_where_the_origin_is_the_classes
 
 
 def planes(seed: int = 0, ways: int = 4, width: int = 5) -> Hyperplanes:
-    head = Hyperplanes(torch.randn(ways, width, generator=rng(seed), dtype=torch.float64))
+    means, rows = (torch.randn(n, width, generator=rng(seed + 2 + n), dtype=torch.float64) for n in (ways, 3))
+    head = Hyperplanes(means, rows, 2.0)
     with torch.no_grad():
         head.offset_W.copy_(0.5 * torch.randn(ways, generator=rng(seed + 1), dtype=torch.float64))
-        head.normal_WE.mul_(10)
+        head.free_WE.mul_(10)
     return head
 
 
@@ -245,7 +247,7 @@ def test_logits_are_signed_distances_to_hyperplanes_times_the_lengths_of_their_n
     h = G.expmap0(torch.randn(7, 5, generator=rng(5), dtype=torch.float64), c)
     found = head(h, c)
     for k in range(4):
-        normal, offset = head.normal_WE[k], float(head.offset_W[k])
+        normal, offset = head.normals()[k], float(head.offsets()[k])
         length = normal.norm()
         foot = G.expmap0(offset * normal / length, c)
         assert float(G.dist0(foot, c)) == pytest.approx(2 * abs(offset), rel=1e-6)
@@ -263,39 +265,116 @@ def test_logits_are_signed_distances_to_hyperplanes_times_the_lengths_of_their_n
 def test_flat_hyperplanes_are_linear_scores() -> None:
     head = planes()
     h = torch.randn(7, 5, generator=rng(5), dtype=torch.float64)
-    expected = 2 * (h @ head.normal_WE.T - head.offset_W * head.normal_WE.norm(dim=1))
+    expected = 2 * (h @ head.normals().T - head.offsets() * head.normals().norm(dim=1))
     torch.testing.assert_close(head(h, 0.0), expected, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(head(h, 1e-9), expected, rtol=1e-6, atol=1e-6)
 
 
-def test_hyperplanes_start_between_the_class_means() -> None:
-    means = torch.randn(4, 5, generator=rng(), dtype=torch.float64)
-    head = Hyperplanes(means)
-    torch.testing.assert_close(head.normal_WE.detach(), 0.1 * (means - means.mean(0)))
+def root_inverse(rows: Tensor, spread_penalty: float) -> Tensor:
+    """(1 + s S / tr S)^(-1/2) of the covariance of rows round their means, written out."""
+    covariance = rows.T @ rows / len(rows)
+    metric = torch.eye(rows.shape[1], dtype=rows.dtype) + spread_penalty * covariance / covariance.trace()
+    values, vectors = torch.linalg.eigh(metric)
+    return vectors @ torch.diag(values**-0.5) @ vectors.T
+
+
+@pytest.mark.parametrize("n_rows", [3, 9])
+@pytest.mark.parametrize("spread_penalty", [0.0, 1.0, 200.0])
+def test_hyperplanes_start_between_the_class_means(n_rows: int, spread_penalty: float) -> None:
+    """Fewer rows than coordinates, and more: their normals shrink along directions in which rows differ."""
+    means, rows = (torch.randn(n, 5, generator=rng(n), dtype=torch.float64) for n in (4, n_rows))
+    head = Hyperplanes(means, rows, spread_penalty).requires_grad_(False)
+    free = 0.1 * (means - means.mean(0))
+    torch.testing.assert_close(head.free_WE.data, free)
     assert not head.offset_W.any()
-    assert float(head.size().detach()) == pytest.approx(float(head.normal_WE.detach().square().sum()))
+    normals = head.normals()
+    torch.testing.assert_close(normals, free @ root_inverse(rows, spread_penalty), rtol=1e-9, atol=1e-12)
+    assert torch.equal(normals, free) == (spread_penalty == 0)
+    covariance = rows.T @ rows / rows.square().sum()
+    counted = (normals.square() + spread_penalty * normals * (normals @ covariance)).sum()
+    assert float(head.size()) == pytest.approx(float(counted), rel=1e-9)  # <a, (1 + s S / tr S) a>
 
 
-@pytest.mark.parametrize("penalty", [1e-3, 1e-1])
+def test_normals_have_no_part_along_a_class_s_spread_where_this_counts_most() -> None:
+    means, rows = (torch.randn(n, 8, generator=rng(n), dtype=torch.float64) for n in (4, 3))
+    free = 0.1 * (means - means.mean(0))
+    inside = torch.linalg.svd(rows, full_matrices=False)[2]
+    along = []
+    for spread_penalty in (0.0, 200.0, 1e12):
+        normals = Hyperplanes(means, rows, spread_penalty).normals().detach()
+        along.append(float((normals @ inside.T).norm()))
+        torch.testing.assert_close(normals - normals @ inside.T @ inside, free - free @ inside.T @ inside)
+    assert along[0] > 5 * along[1]
+    assert along[2] < 1e-4 * along[0]
+
+
+def test_of_one_row_a_class_normals_are_free() -> None:
+    """Nothing is known of what varies within a class."""
+    means = torch.randn(4, 5, generator=rng(), dtype=torch.float64)
+    head = Hyperplanes(means, torch.zeros_like(means), 200.0)
+    assert torch.equal(head.normals(), head.free_WE)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.05, 1.0])
+def test_offsets_have_mean_0_because_a_common_one_steepens_logits_at_no_penalty(c: float) -> None:
+    head = planes().requires_grad_(False)
+    h = G.expmap0(torch.randn(7, 5, generator=rng(5), dtype=torch.float64), c)
+    assert float(head.offsets().mean()) == pytest.approx(0, abs=1e-15)
+    before = head(h, c)
+    head.offset_W += 3.0
+    torch.testing.assert_close(head(h, c), before)
+
+    # Two hyperplanes at right angles: a point on the first normal, at 2r from the origin, lies 2r - 2b off the first
+    # one and, by the second one's equidistant, asinh(sinh(2b) cosh(2r)) behind the other; up to 2r more in all.
+    k, r, gaps = c**0.5, 0.9, []
+    for b in (-1.0, 0.0, 1.0, 2.5):
+        point = G.expmap0(torch.tensor([[r, 0.0]], dtype=torch.float64), c)
+        first, second = hyperplane_scores(point, torch.eye(2).double(), torch.full((2,), b).double(), c)[0].tolist()
+        gaps.append(first - second)
+        behind = math.asinh(math.sinh(2 * k * b) * math.cosh(2 * k * r)) / k if c else 2 * b
+        assert gaps[-1] == pytest.approx(2 * r - 2 * b + behind, rel=1e-9)
+    if c:
+        assert gaps == sorted(gaps)
+        assert gaps[-1] - gaps[1] > (1e-2 if c < 1 else 1.0)
+    else:
+        assert max(gaps) - min(gaps) < 1e-12
+
+
+LIGHT: dict[str, Any] = {"synthesis": False, "adapter": False, "beta": 0.0, "steps": 500}
+
+
+@pytest.mark.parametrize("penalty", [0.02, 2.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_flat_and_bare_it_is_logistic_regression(penalty: float, temperature: float) -> None:
+@pytest.mark.parametrize("spread_penalty", [0.0, 30.0])
+@pytest.mark.parametrize("dim", [DIM, WIDE])
+def test_flat_and_bare_it_is_logistic_regression(
+    penalty: float, temperature: float, spread_penalty: float, dim: int
+) -> None:
     """P |a|^2 / 2 and the sum of the rows' cross-entropies at logits 2 <a, h> / tau, w = 2 a / tau: C is 4 / (P tau^2).
 
-    scikit-learn minimises |w|^2 / 2 + C times the sum of cross-entropies. L-BFGS stops where the loss changes by 1e-9.
+    scikit-learn minimises |w|^2 / 2 + C times the sum of cross-entropies; what `spread_penalty` does is the same as
+    (1 + s S / tr S)^(-1/2) of its rows. L-BFGS stops where the loss changes by 1e-9.
     """
-    support, queries = toy_batch(k_shot=6, spread=0.8), toy_batch(k_shot=40, spread=0.8, seed=4)
-    values: dict[str, Any] = {"synthesis": False, "adapter": False, "beta": 0.0, "steps": 500, "spread_penalty": 0.0}
-    model = hypdfs(curvature=0.0, penalty=penalty, temperature=temperature, **values)
+    support, queries = (toy_batch(k_shot=k, dim=dim, spread=0.8, seed=seed) for k, seed in ((6, 0), (40, 4)))
+    model = hypdfs(dim, curvature=0.0, penalty=penalty, temperature=temperature, spread_penalty=spread_penalty, **LIGHT)
     model.adapt(support, N_WAY)
     assert model.fitted is not None
-    x, asked = (model.tangents(b, model.fitted).flatten(1).numpy() for b in (support, queries))
+    x, asked = (model.tangents(b, model.fitted).flatten(1) for b in (support, queries))
+    root = root_inverse(x - class_means(x, support.labels, N_WAY)[support.labels], spread_penalty)
     strength = 4 / (penalty * temperature**2)
-    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000).fit(x, support.labels.numpy())
-    expected = torch.from_numpy(reference.predict_proba(asked))
+    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+    reference.fit((x @ root).numpy(), support.labels.numpy())
+    expected = torch.from_numpy(reference.predict_proba((asked @ root).numpy()))
     found = model.logits(queries).softmax(1)
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-3)
-    assert torch.equal(found.argmax(1), expected.argmax(1))
+    top = expected.topk(2, dim=1).values
+    sure = top[:, 0] - top[:, 1] > 6e-3
+    assert sure.double().mean() > 0.95
+    assert torch.equal(found.argmax(1)[sure], expected.argmax(1)[sure])
     assert found.max(1).values.std() > 0.05
+    if spread_penalty:
+        plain = reference.fit(x.numpy(), support.labels.numpy()).predict_proba(asked.numpy())
+        assert abs(plain - found.numpy()).max() > 0.05  # another answer than without it
 
 
 # ---- every field does something and nothing breaks -----------------------------------------------------------------
@@ -324,13 +403,14 @@ NUMBERS: dict[str, Any] = {
     "feature_scale": 2.0,
     "max_norm": 0.3,
     "penalty": 0.1,
+    "spread_penalty": 10.0,
     "n_syn": 5,
     "synthesis_weight": 0.3,
     "noise_scale": 0.5,
     "shrinkage": 0.9,
     "ode_hidden": 7,
-    "ode_penalty": 1.0,
-    "adapter_penalty": 1.0,
+    "ode_penalty": 0.1,
+    "adapter_penalty": 0.1,
     "alpha": 1.0,
     "beta": 1.0,
     "margin": 2.0,
@@ -339,6 +419,8 @@ NUMBERS: dict[str, Any] = {
     "steps": 3,
     "seed": 1,
 }
+IN_TRAINING = {"density"}
+"""What acts in meta-training alone."""
 
 
 def pairwise_cases() -> list[dict[str, Any]]:
@@ -410,7 +492,7 @@ def test_no_option_is_without_effect(name: str, value: Any) -> None:
 
 
 def test_every_field_is_among_the_options() -> None:
-    assert OPTIONS.keys() - {"k_shot"} | NUMBERS.keys() == {f.name for f in fields(HypDFSConfig)}
+    assert OPTIONS.keys() - {"k_shot"} | NUMBERS.keys() | IN_TRAINING == {f.name for f in fields(HypDFSConfig)}
 
 
 @pytest.mark.parametrize("covariance", ["rows", "diagonal"])
@@ -1030,12 +1112,16 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic() -> None:
     assert len(counted) <= 6
 
 
+HELD_LIGHTLY = {"penalty": 0.015, "adapter_penalty": 0.1, "ode_penalty": 0.01}
+"""So that what is fitted is the loss."""
+
+
 @pytest.mark.parametrize("loss", ["euclidean", "hyperbolic", "hdcl"])
 @pytest.mark.parametrize("head", ["hyperplanes", "centers"])
 @pytest.mark.parametrize("values", [{}, {"synthesis": False}, {"synthesis": False, "adapter": False}])
 def test_a_fit_lowers_its_loss(loss: Any, head: Any, values: dict[str, Any]) -> None:
     batch = toy_batch(k_shot=5, spread=0.8)
-    values = {"loss": loss, "n_syn": 16, "head": head} | values
+    values = {"loss": loss, "n_syn": 16, "head": head, **HELD_LIGHTLY} | values
     losses = []
     for steps in (1, 30):
         model = hypdfs(**values | {"steps": steps})
@@ -1084,7 +1170,7 @@ def test_an_adapter_held_at_its_start_is_none() -> None:
 def test_the_penalty_keeps_what_scores_the_classes_small(head: Any) -> None:
     values: dict[str, Any] = {"adapter": False, "synthesis": False, "head": head}
     spreads = []
-    for penalty, steps in ((1e-3, 30), (1.0, 30), (1.0, 0)):
+    for penalty, steps in ((0.01, 30), (10.0, 30), (10.0, 0)):
         model = hypdfs(penalty=penalty, steps=steps, **values)
         model.adapt(toy_batch(), N_WAY)
         spreads.append(model.classes["normal" if head == "hyperplanes" else "centers"])
@@ -1131,6 +1217,107 @@ def test_episode_loss_judges_the_queries() -> None:
     torch.testing.assert_close(both, mean)
 
 
+# ---- likelihood in meta-training -----------------------------------------------------------------------------------
+
+
+def surprise_of(model: HypDFS, core: Core, support: Batch, query: Batch) -> Tensor:
+    tangents = model.tangents(support, core)
+    moments = model.moments(core, tangents, support.labels, N_WAY)
+    return model.surprise(core, moments, model.tangents(query, core), query.labels)
+
+
+@pytest.mark.parametrize("c", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("prototypes", [1, 3])
+def test_the_surprise_is_a_slow_loop_over_queries_and_prototypes_of_their_class(c: float, prototypes: int) -> None:
+    model, support, query = stirred(hypdfs(curvature=c, prototypes=prototypes)), toy_batch(k_shot=6), toy_batch(seed=1)
+    core, _, moments = begun(model, support)
+    evolved = model.evolve(core, moments)
+    assert not torch.allclose(evolved.log_scale_WPE, moments.log_scale_WPE)
+    z = G.expmap0(model.tangents(query, core).flatten(1), c)
+    expected, nearest = 0.0, set()
+    for i, way in enumerate(query.labels.tolist()):
+        each = []
+        for p in range(prototypes):
+            h, mu, log_scale = (x[way, p] for x in (evolved.proto_WPE, evolved.mu_WPE, evolved.log_scale_WPE))
+            normal = G.WrappedNormal(h=h, mu=mu, log_scale=log_scale, c=c)
+            each.append(float(normal.log_prob(z[i]).detach()))
+        nearest.add(each.index(max(each)))
+        expected -= max(each) / (len(query) * 2 * DIM)
+    assert len(nearest) == prototypes
+    found = surprise_of(model, core, support, query)
+    assert float(found.detach()) == pytest.approx(expected, rel=1e-9)
+    wrong = surprise_of(model, core, support, replace(query, labels=(query.labels + 1) % N_WAY))
+    assert float(wrong.detach()) != pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("ode", ["fc", "sa"])
+def test_the_surprise_reaches_every_weight_of_the_ode_its_means_and_its_scales(ode: Any) -> None:
+    support, query = toy_batch(), toy_batch(seed=1)
+    for model, behind in ((hypdfs(ode=ode), False), (stirred(hypdfs(ode=ode)), True)):
+        core = begun(model, support)[0]
+        surprise_of(model, core, support, query).backward()
+        assert core.ode is not None
+        found = {k: 0.0 if p.grad is None else float(p.grad.abs().max()) for k, p in core.ode.named_parameters()}
+        if not behind:  # of the zero of the last layer
+            found = {k: x for k, x in found.items() if k.startswith("leave")}
+        assert min(found.values()) > 1e-6, found
+        gradient = core.ode.leave.bias.grad
+        assert gradient is not None
+        assert min(float(half.abs().max()) for half in gradient.chunk(2)) > 1e-6
+        assert core.adapter is not None
+        assert all(p.grad is None for p in core.adapter.parameters())
+
+
+def test_the_ode_learns_a_spread_that_one_row_does_not_show() -> None:
+    """At c = 0, with one row a class: what all queries say of it, -log p at the variances round these rows."""
+    model = hypdfs(curvature=0.0)
+    support = toy_batch(k_shot=1)
+    core, tangents, moments = begun(model, support)
+    rows = torch.arange(N_WAY).repeat(40)
+    labels = support.labels[rows]
+    sizes = torch.linspace(0.05, 0.5, 2 * DIM, dtype=torch.float64).view(2, DIM)
+    apart = sizes * torch.randn(len(labels), 2, DIM, generator=rng(), dtype=torch.float64)
+    assert core.ode is not None
+
+    def objective() -> LossTerms:
+        value = model.surprise(core, moments, tangents[rows] + apart, labels)
+        return LossTerms(value, {"total": float(value.detach())})
+
+    before = objective().parts["total"]
+    minimize(list(core.ode.parameters()), objective, 200)
+    v = 2 * apart.flatten(1)  # coordinates round a point are twice as long as on the ball
+    best = float((0.5 * torch.log(2 * math.pi * math.e * v.var(0, correction=0))).mean())
+    assert before > 100
+    assert best - 0.05 < objective().parts["total"] < best + 0.05
+    evolved = model.evolve(core, moments)
+    torch.testing.assert_close(evolved.log_scale_WPE[:, 0].exp(), v.std(0).expand(N_WAY, -1), rtol=0.1, atol=0)
+    assert moments.log_scale_WPE.exp().max() < 0.1 * v.std(0).min()
+
+
+def test_the_density_weighs_the_surprise_in_meta_training_and_nowhere_else() -> None:
+    support, query = toy_batch(), toy_batch(k_shot=3)
+    episode = Episode(support=support, query=query, class_names=("a", "b", "c"))
+    weighed, ignored = stirred(hypdfs(density=0.7)), stirred(hypdfs(density=0.0))
+    with_it, without = weighed.loss(episode, rng()), ignored.loss(episode, rng())
+    origin = weighed.origin_of(weighed.projected(support), support.labels, N_WAY)
+    rows, asked = (weighed.scaled(weighed.projected(b), origin) for b in (support, query))
+    moments = weighed.moments(weighed.core, rows, support.labels, N_WAY)
+    expected = float(weighed.surprise(weighed.core, moments, asked, query.labels).detach())
+    assert with_it.parts["density"] == pytest.approx(expected, rel=1e-6)
+    assert "density" not in without.parts
+    total = without.parts["total"] + 0.7 * expected
+    assert with_it.parts["total"] == pytest.approx(total, rel=1e-5)
+    assert float(with_it.total.detach()) == pytest.approx(total, rel=1e-5)
+    for name in ("ce", "synthesis", "contrast"):
+        assert with_it.parts[name] == without.parts[name]
+    bare = hypdfs(density=0.7, ode="none").loss(episode, rng())
+    assert "density" not in bare.parts  # no ODE to learn from it
+    assert torch.equal(logits_of(density=0.7), logits_of(density=0.0))
+
+
+# ---- views ---------------------------------------------------------------------------------------------------------
+
+
 def test_views_are_not_interchangeable() -> None:
     batch = toy_batch()
     swapped = replace(batch, views={"whole": batch.views["crop"], "crop": batch.views["whole"]})
@@ -1155,8 +1342,8 @@ def test_views_are_not_interchangeable() -> None:
             "feature_scale", "max_norm", "temperature", "contrast_temperature")),
         *(({n: math.nan}, f"method.{n} must") for n in ("feature_scale", "alpha", "margin", "penalty")),
         *(({n: -1.0}, f"method.{n} must be at least 0, got -1.0") for n in (
-            "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight", "penalty", "adapter_penalty",
-            "ode_penalty")),
+            "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight", "density", "penalty",
+            "spread_penalty", "adapter_penalty", "ode_penalty")),
         *(({n: -1}, f"method.{n} must be at least") for n in (
             "prototypes", "n_syn", "ode_steps", "ode_hidden", "steps")),
         *(({n: 0}, f"method.{n} must be at least 1, got 0") for n in ("prototypes", "n_syn", "ode_hidden")),

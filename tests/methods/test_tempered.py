@@ -117,7 +117,7 @@ def test_a_calibrated_run_is_likelier_and_as_right(name: str) -> None:
     assert few_shot.calibrated(replace(run, temperature=9.0), fitting, SETTING, numbers) == found
     episodes: Episodes = []
     for number in numbers:
-        episode = build_episode(fitting.pool, SETTING.episodes, number, copies=run.support_copies)
+        episode = build_episode(fitting.pool, SETTING.episodes, number, copies=run.copies(SETTING.k_shot))
         model = run.model(DIM)
         model.adapt(episode.support, 4)
         episodes.append((model.logits(episode.query), episode.query.labels))

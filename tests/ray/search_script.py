@@ -61,9 +61,9 @@ def make_task(per_class: int = 12) -> tuple[Fitting, Reported]:
 
 def small_space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
-    trial.suggest_categorical("support_copies", [0, 2])
+    trial.suggest_categorical("support_copies", [None, 0])
     trial.suggest_float("method.curvature", 1e-3, 1.0, log=True)
-    trial.suggest_float("method.penalty", 1e-5, 1e-1, log=True)
+    trial.suggest_float("method.penalty", 0.1, 10.0, log=True)
 
 
 def as_space(function: Any, method: str = "hypdfs") -> ModuleType:
