@@ -18,8 +18,8 @@ Deviations, each an option; docs/experiments.md says what each is worth:
 - Classes are scored by the signed distance to Poincare hyperplanes (Ganea et al., NeurIPS 2018, eq. 25;
   `head="centers"`: by the distance to class centres, as printed).
 - A normal is penalised more along directions in which points of one class differ (`spread_penalty=0`: alike).
-- A task is one batch, fitted by L-BFGS on noise drawn once, where the paper takes AdamW steps of 1e-4, which hardly move
-  anything. Penalties on hyperplanes, adapter and ODE keep them near where they start.
+- A task is one batch, fitted by L-BFGS on noise drawn once, where the paper takes AdamW steps of 1e-4, which hardly
+  move anything. Penalties on hyperplanes, adapter and ODE keep them near where they start.
 - The covariance is that of the rows round their prototypes, shared between the classes in part, and not diagonal
   (`covariance="diagonal"`): its factor are the rows themselves.
 - The margin counts in units of the class's own spread: a length of 1 means nothing where points lie 3 to 6 apart.
@@ -419,7 +419,8 @@ class HypDFS(nn.Module):
             else:
                 evolved = self.evolve(core, self.moments(core, tangents, labels, n_way))
                 classes = {"centers": self.centers(core, tangents, labels, evolved, offset)}
-        if not all(bool(torch.isfinite(x).all()) for x in (*core.parameters(), *classes.values())):
+        total = torch.zeros(()) if self.last_loss is None else self.last_loss.total
+        if not all(bool(torch.isfinite(x).all()) for x in (total, *core.parameters(), *classes.values())):
             raise NumericsError(
                 f"the fit left the finite numbers (loss {self.last_loss and self.last_loss.parts}); curvature "
                 f"{config.curvature}, config {digest(config)[:12]}: lower feature_scale or noise_scale"
@@ -785,7 +786,7 @@ def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], s
         return float(total.detach()), torch.cat([g.flatten() for g in flat]).double().cpu().numpy()
 
     start = torch.cat([p.detach().flatten() for p in parameters]).double().cpu().numpy()
-    options = {"maxiter": steps, "maxfun": 2 * steps + 1}
+    options = {"maxiter": steps, "maxfun": 2 * steps + 1, "ftol": 1e-12, "gtol": 1e-8}
     with blas().limit(limits=1):  # its vectors are short: threads would spend three times the CPU time
         found = scipy.optimize.minimize(value_and_slope, start, jac=True, method="L-BFGS-B", options=options)
     put(found.x)

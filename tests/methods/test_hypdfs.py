@@ -415,6 +415,7 @@ NUMBERS: dict[str, Any] = {
     "beta": 1.0,
     "margin": 2.0,
     "temperature": 0.5,
+    "center_temperature": 1.0,
     "contrast_temperature": 1.0,
     "steps": 3,
     "seed": 1,
@@ -556,7 +557,7 @@ def test_flat_and_untrained_centres_are_the_cosine_nearest_prototype() -> None:
 
 @pytest.mark.parametrize("head", ["hyperplanes", "centers"])
 def test_logits_are_distances_of_adapted_points_over_the_temperature(head: Any) -> None:
-    model = stirred(hypdfs(temperature=0.5, curvature=0.2, head=head))
+    model = stirred(hypdfs(temperature=0.5, center_temperature=0.5, curvature=0.2, head=head))
     model.adapt(toy_batch(), N_WAY)
     queries = toy_batch(k_shot=3, seed=4)
     fitted = model.fitted
@@ -1011,7 +1012,7 @@ def test_the_contrast_is_a_slow_loop_over_pairs(same_class: bool, c: float) -> N
 @pytest.mark.parametrize("head", ["hyperplanes", "centers"])
 def test_the_loss_is_the_weighted_sum_of_its_parts(alpha: float, beta: float, asked: bool, head: Any) -> None:
     model = stirred(
-        hypdfs(alpha=alpha, beta=beta, margin=8.0, temperature=0.7, synthesis_weight=0.3, noise_scale=0.8, head=head)
+        hypdfs(alpha=alpha, beta=beta, margin=8.0, temperature=0.7, center_temperature=0.7, synthesis_weight=0.3, noise_scale=0.8, head=head)
     )
     batch, query = toy_batch(), toy_batch(k_shot=2, seed=1)
     core, tangents, moments = begun(model, batch)
