@@ -85,9 +85,10 @@ def fitted_points(
     made, _ = model.synthesize(core, moments, evolved, noise)
     made = geometry.logmap0(made, c).flatten(0, 1).unflatten(1, (2, -1))
     adapted = model.adapted(core, torch.cat([tangents[clean], model.tangents(asked, core), made]))
-    middles = model.centers(
-        core, tangents, support.labels, evolved, tangents.new_zeros(pool.n_way, tangents[0].numel())
-    )
+    middles = model.classes.get("centers")
+    if middles is None:
+        still = tangents.new_zeros(pool.n_way, tangents[0].numel())
+        middles = model.centers(core, tangents, support.labels, evolved, still)
     centres = geometry.logmap0(middles, model.scoring_c(core)).unflatten(1, (2, -1))
     rows = torch.cat([model.projected(support)[clean], model.projected(asked)]).double()
     plain = model.scaled(rows, core.origin)

@@ -109,7 +109,8 @@ def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_
         seen = few_shot.transformed(fitting, few_shot.transform_of(config, fitting))
         return float(np.mean(list(few_shot.validation_scores(config, seen, Setting(k_shot=1), range(12)))))
 
-    base = RunConfig(name=name, method={"steps": 2} if name == "hypdfs" else None)
+    # HypDFS takes the origin of its supports by itself, unless told otherwise
+    base = RunConfig(name=name, method={"steps": 2, "origin": "features"} if name == "hypdfs" else None)
     tried = candidates(base, with_parts(get_space(name), plan.searched_parts), 8, seed=0)
     values = [value(config) for config in tried]
     best = tried[int(np.argmax(values))].transform

@@ -215,7 +215,7 @@ def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(r
 
 def test_the_twin_of_a_sweep_has_a_temperature_of_its_own(ray_local: Any, data: Fitting) -> None:
     job = SweepJob(k_shot=SETTING.k_shot, episodes=3, rungs=1)
-    only = TrialResult(0, {"support_copies": 2}, 0.5, 1, 1.0)
+    only = TrialResult(0, {"support_copies": None}, 0.5, 1, 1.0)
     choice = select(job, get_family("hypdfs"), data, BASE, [only], [RunConfig(name="prototype")], None)
     seen = few_shot.transformed(data, few_shot.transform_of(BASE, data))
     flat = few_shot.twin(BASE, seen)

@@ -305,7 +305,7 @@ def test_differences_are_paired_by_draw_and_told_over_partition_means() -> None:
         error = means.std(ddof=1) * (1 / 3 + 1) ** 0.5  # as many queries as support candidates
         assert result.paired.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
         told += 1
-    assert told == 2 + 4 * 5
+    assert told == 2 + 4 * 8
     (absent,) = Measured().results(experiments[-1:])
     assert (absent.ours, absent.paired) == (None, None)
 
@@ -322,12 +322,12 @@ def test_parts_are_told_on_a_set_of_ones_own(
     fill_store(hypdefect_home, TaskConfig(dataset="folder", root=root, backbone="tiny_random", copies=1, k_shot=1))
     before = ledger.read(hypdefect_home).num_rows
     words = ("--studies", "parts", "--datasets", "folder", "--root", root, "--draws", 2, "--shots", 1)
-    result = run(monkeypatch, tmp_path, *TINY, *words, "--method.center-lr", 1)
+    result = run(monkeypatch, tmp_path, *TINY, *words, "--method.penalty", 0.5)
     out = " ".join(capsys.readouterr().out.split())
     assert "what each part is worth: accuracy" in out
     assert "minus full method: over the same draws" in out
     assert "published" not in out.lower()
-    assert "synthesis and L_s go with it" in out
+    assert "L_s and the ODE go with it" in out
     rows = ledger.read(hypdefect_home).slice(before).to_pylist()
     assert {(row["study"], row["dataset"]) for row in rows} == {("ablation/parts", "folder")}
     acc = {(row["variant"], row["draw"]): dict(row["metrics"])["acc"] for row in rows}
