@@ -24,7 +24,6 @@ def of_fit(trial: optuna.Trial) -> None:
     trial.suggest_float("method.margin", 0.5, 2.0, log=True)
     trial.suggest_float("method.adapter_penalty", 0.1, 10.0, log=True)
     trial.suggest_float("method.ode_penalty", 0.1, 10.0, log=True)
-    trial.suggest_int("method.ode_steps", 1, 4)
     trial.suggest_int("method.prototypes", 1, 3)
     trial.suggest_float("method.noise_scale", 0.5, 2.0, log=True)
     trial.suggest_float("method.synthesis_weight", 0.25, 4.0, log=True)

@@ -800,7 +800,7 @@ def spread_loss(
     unit: Float[Tensor, "W P"],
     c: float | Tensor,
     margin: float,
-    max_spread: float = 2.0,
+    max_spread: float = 0.0,
 ) -> Float[Tensor, ""]:
     """L_s (eq. 9): hinges that keep synthetic points off their prototype (at distance `reach`) and off one another and,
     with `max_spread`, not too far out.

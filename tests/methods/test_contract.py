@@ -220,8 +220,6 @@ WITH_TEXT = {("clip_protonet", "method.text_share"): "it mixes the text prototyp
 
 TO_ITS_END = {"hypdfs": {"steps": 100}}
 """A fit that stops early moves by up to 4e-3 with any change, as small as it is; one to its end by 2e-4."""
-TOO_LITTLE = {("hypdfs", "method.ode_steps"): "RK4 solves so short a path exactly: 1e-4 here, 3e-4 on real features"}
-"""Parameters that are searched and do not act."""
 
 
 def searched() -> list[Any]:
@@ -236,9 +234,7 @@ def searched() -> list[Any]:
         for parameter, values in trial.distributions.items():
             if parameter.startswith("method."):
                 choices = getattr(values, "choices", None) or (values.low, values.high)  # type: ignore[attr-defined]
-                reason = TOO_LITTLE.get((space.METHOD, parameter))
-                marks = [] if reason is None else [pytest.mark.xfail(strict=True, reason=reason)]
-                case = pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}", marks=marks)
+                case = pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}")
                 found.setdefault((space.METHOD, parameter, choices), case)  # spaces of one method share most
     return list(found.values())
 

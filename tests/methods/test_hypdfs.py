@@ -485,7 +485,7 @@ def test_no_option_is_without_effect(name: str, value: Any) -> None:
     base: dict[str, Any] = {"steps": 6, "curvature": 0.05}
     if name == "max_spread":
         base |= {"alpha": 1.0, "margin": 0.5}
-    if name == "match_radius":
+    if name in ("match_radius", "center_temperature"):
         base |= {"head": "centers"}
     dim = WIDE if name == "axes" else DIM
     found = logits_of(dim=dim, **base | {name: value})
@@ -531,7 +531,7 @@ BARE: dict[str, Any] = {"adapter": False, "synthesis": False, "steps": 0, "head"
 
 def test_the_euclidean_loss_scores_in_flat_space() -> None:
     batch, queries = toy_batch(), toy_batch(k_shot=9, seed=4)
-    model = hypdfs(loss="euclidean", curvature=0.3, match_radius=False, **BARE)
+    model = hypdfs(loss="euclidean", curvature=0.3, match_radius=False, center_temperature=1.0, **BARE)
     model.adapt(batch, N_WAY)
     assert model.fitted is not None
     f, own = (model.tangents(b, model.fitted).flatten(1) for b in (queries, batch))
@@ -1012,7 +1012,16 @@ def test_the_contrast_is_a_slow_loop_over_pairs(same_class: bool, c: float) -> N
 @pytest.mark.parametrize("head", ["hyperplanes", "centers"])
 def test_the_loss_is_the_weighted_sum_of_its_parts(alpha: float, beta: float, asked: bool, head: Any) -> None:
     model = stirred(
-        hypdfs(alpha=alpha, beta=beta, margin=8.0, temperature=0.7, center_temperature=0.7, synthesis_weight=0.3, noise_scale=0.8, head=head)
+        hypdfs(
+            alpha=alpha,
+            beta=beta,
+            margin=8.0,
+            temperature=0.7,
+            center_temperature=0.7,
+            synthesis_weight=0.3,
+            noise_scale=0.8,
+            head=head,
+        )
     )
     batch, query = toy_batch(), toy_batch(k_shot=2, seed=1)
     core, tangents, moments = begun(model, batch)

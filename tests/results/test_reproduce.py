@@ -88,7 +88,7 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "backbone": [52.5, 69.5],
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
-        "parts": [None] * 10,
+        "parts": [None] * 11,
     }
     full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
