@@ -305,7 +305,7 @@ def test_differences_are_paired_by_draw_and_told_over_partition_means() -> None:
         error = means.std(ddof=1) * (1 / 3 + 1) ** 0.5  # as many queries as support candidates
         assert result.paired.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
         told += 1
-    assert told == 2 + 4 * 8
+    assert told == 2 + 4 * 9
     (absent,) = Measured().results(experiments[-1:])
     assert (absent.ours, absent.paired) == (None, None)
 
