@@ -102,10 +102,10 @@ def test_every_stratum_is_visited_once_and_every_value_as_often_as_any_other(n: 
 
 
 def test_few_trials_search_a_methods_own_parameters() -> None:
-    found = candidates(RunConfig(), get_space("hypdfs"), 11, seed=0)
-    sampled = found[3:]  # after the defaults and two whitenings
+    found = candidates(RunConfig(), get_space("hypdfs"), 13, seed=0)
+    sampled = found[5:]  # after the defaults and four first points
     assert len(sampled) == 8
-    for name, low, high in (("curvature", 1e-3, 1.0), ("penalty", 0.1, 10.0), ("spread_penalty", 10.0, 1000.0)):
+    for name, low, high in (("curvature", 1e-3, 1.0), ("penalty", 0.3, 30.0), ("spread_penalty", 3.0, 300.0)):
         strata = [math.floor(8 * math.log(getattr(c.method, name) / low) / math.log(high / low)) for c in sampled]
         assert sorted(strata) == list(range(8))
     assert sorted(math.floor(8 * c.method.shrinkage) for c in sampled) == list(range(8))
@@ -248,6 +248,9 @@ def mean_distance(config: RunConfig) -> float:
     return float(pairwise_dist(points, points, config.method.curvature).mean())
 
 
+LENGTHS = ("temperature", "center_temperature", "contrast_temperature")
+
+
 @pytest.mark.parametrize("c", [0.01, 0.5])
 def test_the_twin_sees_distances_of_the_same_size(c: float) -> None:
     config = RunConfig(method={"curvature": c, "temperature": 0.7, "margin": 2.0})
@@ -256,9 +259,9 @@ def test_the_twin_sees_distances_of_the_same_size(c: float) -> None:
     assert flat.method.curvature == 0
     before, after = mean_distance(config), mean_distance(flat)
     assert before > after  # curvature stretches
-    for length in ("temperature", "contrast_temperature"):
+    for length in LENGTHS:
         assert after / getattr(flat.method, length) == pytest.approx(before / getattr(config.method, length), rel=1e-5)
-    back = {k: getattr(config.method, k) for k in ("curvature", "temperature", "contrast_temperature")}
+    back = {k: getattr(config.method, k) for k in ("curvature", *LENGTHS)}
     assert replace(flat, method=replace(flat.method, **back)) == config  # nothing else differs
 
 
