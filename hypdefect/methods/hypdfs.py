@@ -12,7 +12,7 @@
 | L_hdcl = L_ce + alpha L_s + beta L_cl (eq. 10) | `HypDFS.terms`, `alpha`, `beta` |
 | L_cl, tau (eq. 11) | `whole_crop_contrast`, `contrast_temperature` |
 
-Deviations, each an option; docs/experiments.md says what each is worth:
+Deviations. Those with a field in brackets can be undone; docs/experiments.md says what each is worth:
 - The conformal factor has a minus sign and the volume term the exponent n-1 (`geometry`): the document's are slips.
 - The ball's origin is the mean of the task's class means (`origin="features"`: where the transform leaves it).
 - Classes are scored by the signed distance to Poincare hyperplanes (Ganea et al., NeurIPS 2018, eq. 25;
@@ -50,7 +50,7 @@ from hypdefect import geometry
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
-from hypdefect.methods.support import by_image, check_every_class, span_basis
+from hypdefect.methods.support import by_image, check_every_class, class_means, span_basis
 from hypdefect.types import VIEWS, Batch, Episode, LossTerms, Method, Needs
 
 
@@ -79,7 +79,7 @@ class HypDFSConfig:
     rows' cross-entropies: few rows are held more."""
     spread_penalty: float = 20.0
     """How much more a normal's length counts along directions in which points of one class differ: its square is
-    <a, (1 + spread_penalty S / tr S) a>, S the pooled covariance of the rows round their prototypes."""
+    <a, (1 + spread_penalty S / tr S) a>, S the pooled covariance of the rows round their class means."""
     match_radius: bool = True
     """Of centres: put each at the mean radius of its real points. A midpoint of K scattered points sinks towards the
     origin, by an amount that depends on K and on the scatter, and then attracts too few or too many queries."""
@@ -331,10 +331,10 @@ class Hyperplanes(nn.Module):
             rows_RE: rows round the means of their classes, whose covariance `spread_penalty` counts.
         """
         super().__init__()
-        values, vectors = torch.linalg.eigh(rows_RE @ rows_RE.T)
-        kept = values > 1e-10 * values[-1].clamp_min(1e-30)
-        self.register_buffer("axes", rows_RE.T @ (vectors[:, kept] / values[kept].sqrt()))
-        self.register_buffer("shrink", 1 - (1 + spread_penalty * values[kept] / values.sum()).rsqrt())
+        _, lengths, axes = torch.linalg.svd(rows_RE, full_matrices=False)
+        share = lengths.square() / lengths.square().sum().clamp_min(1e-30)  # of S in tr S; single rows do not vary
+        self.register_buffer("axes", axes.T)
+        self.register_buffer("shrink", 1 - (1 + spread_penalty * share).rsqrt())
         self.free_WE = nn.Parameter(0.1 * (means_WE - means_WE.mean(0)))
         self.offset_W = nn.Parameter(means_WE.new_zeros(len(means_WE)))
 
@@ -728,40 +728,33 @@ class HypDFS(nn.Module):
         evolved = self.evolve(core, moments)
         spread = contrast = torch.zeros((), dtype=tangents.dtype, device=tangents.device)
         scored, targets = (tangents, labels) if queries is None else queries
-        groups, shares = [self.adapted(core, scored)], [1.0]
+        adapted, made = self.adapted(core, scored), scored[:0]
         if config.synthesis:
             z, reach = self.synthesize(core, moments, evolved, noise)
             made = geometry.logmap0(z, self.c(core)).flatten(0, 1).unflatten(1, (2, -1))  # f_sd
-            groups.append(self.adapted(core, made))
-            shares.append(config.synthesis_weight)
+            made = self.adapted(core, made)
             if config.loss == "hdcl" and config.alpha and config.noise_scale:
                 unit = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()  # W P
                 spread = spread_loss(z, reach, unit, self.c(core), config.margin, config.max_spread)
-        h = self.to_ball(core, torch.cat(groups))
+        h = self.to_ball(core, torch.cat([adapted, made]))
         if head is None:
             centers = self.centers(core, tangents, labels, evolved, offset)
             scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.center_temperature
         else:
             scores = head(h, self.scoring_c(core)) / config.temperature
-        ways = torch.arange(n_way, device=labels.device).repeat_interleave((len(scores) - len(targets)) // n_way)
-        losses = [
-            share * F.cross_entropy(part, truth)
-            for share, part, truth in zip(shares, scores.split([len(g) for g in groups]), (targets, ways), strict=False)
-        ]
-        cross_entropy = torch.stack(losses).sum() / sum(shares)
+        cross_entropy = F.cross_entropy(scores[: len(targets)], targets)
+        if config.synthesis:
+            ways = torch.arange(n_way, device=labels.device).repeat_interleave(config.n_syn)
+            synthetic = config.synthesis_weight * F.cross_entropy(scores[len(targets) :], ways)
+            cross_entropy = (cross_entropy + synthetic) / (1 + config.synthesis_weight)
         if config.loss == "hdcl" and config.beta:
-            both = geometry.expmap0(groups[0] if queries is None else self.adapted(core, tangents), self.c(core))
+            both = geometry.expmap0(adapted if queries is None else self.adapted(core, tangents), self.c(core))
             contrast = whole_crop_contrast(
                 both[:, 0], both[:, 1], labels, self.c(core), config.contrast_temperature, config.contrast_same_class
             )
         total = cross_entropy + config.alpha * spread + config.beta * contrast
         parts = {"ce": cross_entropy, "synthesis": spread, "contrast": contrast, "total": total}
         return LossTerms(total, {name: float(value.detach()) for name, value in parts.items()})
-
-
-def class_means(rows: Float[Tensor, "R *D"], labels: Int[Tensor, "R"], n_way: int) -> Float[Tensor, "W *D"]:
-    share = F.one_hot(labels, n_way).T.to(rows)
-    return torch.einsum("wr,r...->w...", share / share.sum(1, keepdim=True), rows)
 
 
 @cache

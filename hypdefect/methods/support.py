@@ -28,6 +28,12 @@ def check_every_class(support: Batch, n_way: int) -> None:
         raise DataError(f"support rows per class are {counts.tolist()}; every one of {n_way} classes needs at least 1")
 
 
+def class_means(rows: Float[Tensor, "N *D"], labels: Int[Tensor, "N"], n_way: int) -> Float[Tensor, "W *D"]:
+    """Mean of the rows of each class."""
+    share = F.one_hot(labels, n_way).T.to(rows)
+    return torch.einsum("wn,n...->w...", share / share.sum(1, keepdim=True), rows)
+
+
 def by_image(rows: Batch) -> Batch:
     """The rows sorted by image and copy."""
     order = np.lexsort((rows.aug_index.cpu().numpy(), np.array(rows.image_ids)))
@@ -77,8 +83,7 @@ class SupportRows:
         return cls(f[order], support.labels[order], image[order], n_way, _class_text(support, f.shape[1]))
 
     def class_means(self) -> Float[Tensor, "W E"]:
-        share = F.one_hot(self.labels_N, self.n_way).T.to(self.f_NE)
-        return share @ self.f_NE / share.sum(1, keepdim=True)
+        return class_means(self.f_NE, self.labels_N, self.n_way)
 
     def image_means(self) -> tuple[Float[Tensor, "I E"], Int[Tensor, "I"]]:
         """Mean over the copies of each image, and the images' labels."""

@@ -25,7 +25,6 @@ from hypdefect.methods.hypdfs import (
     Moments,
     Noise,
     ResidualAdapter,
-    class_means,
     hyperplane_scores,
     in_frame,
     joint_frame,
@@ -33,6 +32,7 @@ from hypdefect.methods.hypdfs import (
     spread_loss,
     whole_crop_contrast,
 )
+from hypdefect.methods.support import class_means
 from hypdefect.training import MeanLoss
 from hypdefect.types import VIEWS, Batch, Episode, LossTerms
 from tests.toy_features import DIM, permuted, toy_batch, unit
