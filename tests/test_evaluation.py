@@ -248,7 +248,7 @@ def mean_distance(config: RunConfig) -> float:
     return float(pairwise_dist(points, points, config.method.curvature).mean())
 
 
-LENGTHS = ("temperature", "center_temperature", "contrast_temperature")
+LENGTHS = ("temperature", "contrast_temperature")
 
 
 @pytest.mark.parametrize("c", [0.01, 0.5])
@@ -261,7 +261,8 @@ def test_the_twin_sees_distances_of_the_same_size(c: float) -> None:
     assert before > after  # curvature stretches
     for length in LENGTHS:
         assert after / getattr(flat.method, length) == pytest.approx(before / getattr(config.method, length), rel=1e-5)
-    back = {k: getattr(config.method, k) for k in ("curvature", *LENGTHS)}
+    assert after**2 / flat.method.penalty == pytest.approx(before**2 / config.method.penalty, rel=1e-5)
+    back = {k: getattr(config.method, k) for k in ("curvature", "penalty", *LENGTHS)}
     assert replace(flat, method=replace(flat.method, **back)) == config  # nothing else differs
 
 

@@ -125,10 +125,9 @@ class HypDFSConfig:
     density: float = 0.1
     """Weight, in meta-training alone, of the queries' negative log likelihood a coordinate under their class's evolved
     wrapped normal: how the ODE learns what a few rows do not show of a class's spread."""
-    temperature: float = 1.0
-    """Divides the hyperplanes' scores."""
-    center_temperature: float = 0.3
-    """Divides distances to class centres, by which meta-training scores, too."""
+    temperature: float = 0.3
+    """Divides distances to class centres, by which meta-training scores whatever `head` is. Hyperplanes have their
+    `penalty` instead."""
     contrast_temperature: float = 0.3
     """tau of the contrast (eq. 11)."""
     contrast_same_class: bool = False
@@ -139,7 +138,7 @@ class HypDFSConfig:
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
-        require_positive(self, "feature_scale", "max_norm", "temperature", "center_temperature", "contrast_temperature")
+        require_positive(self, "feature_scale", "max_norm", "temperature", "contrast_temperature")
         require_at_least(self, 0, "noise_scale", "alpha", "beta", "margin", "max_spread", "synthesis_weight", "density")
         require_at_least(
             self, 0, "penalty", "spread_penalty", "adapter_penalty", "ode_penalty", "ode_steps", "steps", "adapter_rank"
@@ -349,10 +348,6 @@ class Hyperplanes(nn.Module):
         """Distances with mean 0: hyperplanes that all move out alike would steepen their logits at no penalty."""
         return self.offset_W - self.offset_W.mean()
 
-    def size(self) -> Tensor:
-        """What the penalty counts."""
-        return self.free_WE.square().sum()
-
 
 def hyperplane_scores(
     h: Float[Tensor, "N E"], normal: Float[Tensor, "W E"], offset: Float[Tensor, "W"], c: float | Tensor
@@ -396,29 +391,29 @@ class HypDFS(nn.Module):
             tangents = self.tangents(support, core)
             moments = self.moments(core, tangents, labels, n_way)
             noise = Noise.draw(moments, config.n_syn, generator)
-        head = self.hyperplanes(tangents.flatten(1), labels, n_way) if config.head == "hyperplanes" else None
-        offset = torch.zeros(n_way, tangents[0].numel(), dtype=torch.float64, device=device, requires_grad=True)
+        f = tangents.flatten(1)
+        head: Hyperplanes | Tensor = torch.zeros(n_way, f.shape[1], dtype=f.dtype, device=device, requires_grad=True)
+        if config.head == "hyperplanes":
+            means = class_means(f, labels, n_way)
+            head = Hyperplanes(means, f - means[labels], config.spread_penalty)
         start = [(p, p.detach().clone(), weight) for p, weight in self.penalised(core)]
-        parameters = [
-            *(p for p in core.parameters() if p.requires_grad),
-            *([offset] if head is None else head.parameters()),
-        ]
+        parameters = [*core.parameters(), *(head.parameters() if isinstance(head, Hyperplanes) else [head])]
 
         def objective() -> LossTerms:
             now = self.moments(core, tangents, labels, n_way) if config.learn_curvature else moments
-            terms = self.terms(core, tangents, labels, now, noise, offset, head)
-            size = offset.square().sum() if head is None else head.size()
+            terms = self.terms(core, tangents, labels, now, noise, head)
+            size = (head.free_WE if isinstance(head, Hyperplanes) else head).square().sum()
             held = sum((weight * (p - p0).square().sum() for p, p0, weight in start), torch.zeros_like(size))
             return LossTerms(terms.total + (config.penalty / len(tangents) * size + held) / 2, terms.parts)
 
         if config.steps:
             self.last_loss = minimize(parameters, objective, config.steps)
         with torch.no_grad():
-            if head is not None:
-                classes = {"normal": head.normals().detach(), "offset": head.offsets().detach()}
+            if isinstance(head, Hyperplanes):
+                classes = {"normal": head.normals(), "offset": head.offsets()}
             else:
                 evolved = self.evolve(core, self.moments(core, tangents, labels, n_way))
-                classes = {"centers": self.centers(core, tangents, labels, evolved, offset)}
+                classes = {"centers": self.centers(core, tangents, labels, evolved, head)}
         total = torch.zeros(()) if self.last_loss is None else self.last_loss.total
         if not all(bool(torch.isfinite(x).all()) for x in (total, *core.parameters(), *classes.values())):
             raise NumericsError(
@@ -429,7 +424,7 @@ class HypDFS(nn.Module):
 
     @torch.no_grad()
     def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
-        """Scores over tau in float64 (the rule the loss trains).
+        """Scores in float64, by the rule the loss trains.
 
         Raises:
             RuntimeError: called before `adapt`.
@@ -439,9 +434,8 @@ class HypDFS(nn.Module):
         core, classes = self.fitted, self.classes
         h = self.to_ball(core, self.adapted(core, self.tangents(query, core)))
         if "centers" in classes:
-            return -geometry.pairwise_dist(h, classes["centers"], self.scoring_c(core)) / self.config.center_temperature
-        scores = hyperplane_scores(h, classes["normal"], classes["offset"], self.scoring_c(core))
-        return scores / self.config.temperature
+            return -geometry.pairwise_dist(h, classes["centers"], self.scoring_c(core)) / self.config.temperature
+        return hyperplane_scores(h, classes["normal"], classes["offset"], self.scoring_c(core))
 
     def export(self) -> dict[str, Tensor]:
         """Every tensor a fitted classifier needs, for `restore`."""
@@ -482,7 +476,7 @@ class HypDFS(nn.Module):
         moments = self.moments(self.core, tangents, labels, n_way)
         noise = Noise.draw(moments, self.config.n_syn, generator)
         offset = tangents.new_zeros(n_way, tangents[0].numel())
-        terms = self.terms(self.core, tangents, labels, moments, noise, offset, None, queries)
+        terms = self.terms(self.core, tangents, labels, moments, noise, offset, queries)
         if self.core.ode is None or not self.config.density:
             return terms
         unlikely = self.surprise(self.core, moments, *queries)
@@ -625,10 +619,6 @@ class HypDFS(nn.Module):
         rows = centred if config.covariance == "rows" else None
         return Moments(proto, mu.view(shape), 0.5 * variance.log().view(shape), rows, shares.view(shape))
 
-    def hyperplanes(self, f: Float[Tensor, "R E"], labels: Int[Tensor, "R"], n_way: int) -> Hyperplanes:
-        means = class_means(f, labels, n_way)
-        return Hyperplanes(means, f - means[labels], self.config.spread_penalty)
-
     def floor(self, v: Float[Tensor, "_ E"]) -> float:
         """Variance that every coordinate has at least: of all together a hundredth of a feature's length, squared."""
         return 1e-4 * self.config.feature_scale**2 / v.shape[1]
@@ -716,15 +706,15 @@ class HypDFS(nn.Module):
         labels: Int[Tensor, "R"],
         moments: Moments,
         noise: Noise,
-        offset: Float[Tensor, "W E"],
-        head: Hyperplanes | None = None,
+        head: Hyperplanes | Float[Tensor, "W E"],
         queries: tuple[Float[Tensor, "Q V D"], Int[Tensor, "Q"]] | None = None,
     ) -> LossTerms:
-        """L = L_ce + alpha L_s + beta L_cl (eq. 10), scored by the hyperplanes or, without any, by class centres.
+        """L = L_ce + alpha L_s + beta L_cl (eq. 10). With `queries`, their cross-entropy replaces the support's own.
 
-        With `queries`, their cross-entropy replaces the support's own.
+        Args:
+            head: what classes are scored by: hyperplanes, or centres moved by these offsets.
         """
-        config, n_way = self.config, len(offset)
+        config, n_way = self.config, len(moments.mu_WPE)
         evolved = self.evolve(core, moments)
         spread = contrast = torch.zeros((), dtype=tangents.dtype, device=tangents.device)
         scored, targets = (tangents, labels) if queries is None else queries
@@ -737,11 +727,11 @@ class HypDFS(nn.Module):
                 unit = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()  # W P
                 spread = spread_loss(z, reach, unit, self.c(core), config.margin, config.max_spread)
         h = self.to_ball(core, torch.cat([adapted, made]))
-        if head is None:
-            centers = self.centers(core, tangents, labels, evolved, offset)
-            scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.center_temperature
+        if isinstance(head, Hyperplanes):
+            scores = head(h, self.scoring_c(core))
         else:
-            scores = head(h, self.scoring_c(core)) / config.temperature
+            centers = self.centers(core, tangents, labels, evolved, head)
+            scores = -geometry.pairwise_dist(h, centers, self.scoring_c(core)) / config.temperature
         cross_entropy = F.cross_entropy(scores[: len(targets)], targets)
         if config.synthesis:
             ways = torch.arange(n_way, device=labels.device).repeat_interleave(config.n_syn)
@@ -837,7 +827,8 @@ def flat_twin(
 
     At c = 0 distances are 2|u - v| of the tangents; curvature stretches them, more so away from the origin. The
     temperatures are therefore multiplied by the ratio of mean distances between the rows of a batch at c = 0 and at c,
-    before anything is fitted: both see distances of the same size.
+    before anything is fitted, and the penalty on hyperplanes by its square: normals that are longer by as much score
+    alike. Both see distances of the same size.
 
     Args:
         weights: what a task starts from, as `HypDFS.start_from` takes them.
@@ -854,8 +845,13 @@ def flat_twin(
             tangents = model.scaled(rows, model.origin_of(rows, batch.labels, n_way))
             points = model.to_ball(model.core, tangents)
             sums.append(float(geometry.pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
-    lengths = ("temperature", "center_temperature", "contrast_temperature")
-    return replace(flat, **{name: getattr(config, name) * sums[0] / sums[1] for name in lengths})
+    ratio = sums[0] / sums[1]
+    return replace(
+        flat,
+        temperature=config.temperature * ratio,
+        contrast_temperature=config.contrast_temperature * ratio,
+        penalty=config.penalty * (ratio**2 if config.head == "hyperplanes" else 1),
+    )
 
 
 METHODS = {"hypdfs": Method(config=HypDFSConfig, build=HypDFS, hyperbolic=True, flat_twin=flat_twin)}

@@ -80,10 +80,12 @@ def terms_of(
     """The terms on a draw of noise, scored by hyperplanes where the configuration says so."""
     noise = Noise.draw(moments, model.config.n_syn, rng(seed))
     flat = tangents.flatten(1).detach()
-    if model.config.head == "hyperplanes" and "head" not in given:
-        given["head"] = model.hyperplanes(flat, batch.labels, N_WAY)
-    offset = given.pop("offset", torch.zeros(N_WAY, flat.shape[1], dtype=torch.float64))
-    return model.terms(core, tangents, batch.labels, moments, noise, offset, **given)
+    if "head" not in given:
+        given["head"] = torch.zeros(N_WAY, flat.shape[1], dtype=torch.float64)
+        if model.config.head == "hyperplanes":
+            means = class_means(flat, batch.labels, N_WAY)
+            given["head"] = Hyperplanes(means, flat - means[batch.labels], model.config.spread_penalty)
+    return model.terms(core, tangents, batch.labels, moments, noise, **given)
 
 
 def logits_of(batch: Batch | None = None, dim: int = DIM, **values: Any) -> Tensor:
@@ -292,7 +294,7 @@ def test_hyperplanes_start_between_the_class_means(n_rows: int, spread_penalty: 
     assert torch.equal(normals, free) == (spread_penalty == 0)
     covariance = rows.T @ rows / rows.square().sum()
     counted = (normals.square() + spread_penalty * normals * (normals @ covariance)).sum()
-    assert float(head.size()) == pytest.approx(float(counted), rel=1e-9)  # <a, (1 + s S / tr S) a>
+    assert float(head.free_WE.square().sum()) == pytest.approx(float(counted), rel=1e-9)  # <a, (1 + s S / tr S) a>
 
 
 def test_normals_have_no_part_along_a_class_s_spread_where_this_counts_most() -> None:
@@ -344,25 +346,21 @@ LIGHT: dict[str, Any] = {"synthesis": False, "adapter": False, "beta": 0.0, "ste
 
 
 @pytest.mark.parametrize("penalty", [0.02, 2.0])
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
 @pytest.mark.parametrize("spread_penalty", [0.0, 30.0])
 @pytest.mark.parametrize("dim", [DIM, WIDE])
-def test_flat_and_bare_it_is_logistic_regression(
-    penalty: float, temperature: float, spread_penalty: float, dim: int
-) -> None:
-    """P |a|^2 / 2 and the sum of the rows' cross-entropies at logits 2 <a, h> / tau, w = 2 a / tau: C is 4 / (P tau^2).
+def test_flat_and_bare_it_is_logistic_regression(penalty: float, spread_penalty: float, dim: int) -> None:
+    """P |a|^2 / 2 and the sum of the rows' cross-entropies at logits 2 <a, h>, w = 2 a: C is 4 / P.
 
     scikit-learn minimises |w|^2 / 2 + C times the sum of cross-entropies; what `spread_penalty` does is the same as
     (1 + s S / tr S)^(-1/2) of its rows. L-BFGS stops where the loss changes by 1e-9.
     """
     support, queries = (toy_batch(k_shot=k, dim=dim, spread=0.8, seed=seed) for k, seed in ((6, 0), (40, 4)))
-    model = hypdfs(dim, curvature=0.0, penalty=penalty, temperature=temperature, spread_penalty=spread_penalty, **LIGHT)
+    model = hypdfs(dim, curvature=0.0, penalty=penalty, spread_penalty=spread_penalty, **LIGHT)
     model.adapt(support, N_WAY)
     assert model.fitted is not None
     x, asked = (model.tangents(b, model.fitted).flatten(1) for b in (support, queries))
     root = root_inverse(x - class_means(x, support.labels, N_WAY)[support.labels], spread_penalty)
-    strength = 4 / (penalty * temperature**2)
-    reference = LogisticRegression(C=strength, tol=1e-10, max_iter=10_000)
+    reference = LogisticRegression(C=4 / penalty, tol=1e-10, max_iter=10_000)
     reference.fit((x @ root).numpy(), support.labels.numpy())
     expected = torch.from_numpy(reference.predict_proba((asked @ root).numpy()))
     found = model.logits(queries).softmax(1)
@@ -415,7 +413,6 @@ NUMBERS: dict[str, Any] = {
     "beta": 1.0,
     "margin": 2.0,
     "temperature": 0.5,
-    "center_temperature": 1.0,
     "contrast_temperature": 1.0,
     "steps": 3,
     "seed": 1,
@@ -485,7 +482,7 @@ def test_no_option_is_without_effect(name: str, value: Any) -> None:
     base: dict[str, Any] = {"steps": 6, "curvature": 0.05}
     if name == "max_spread":
         base |= {"alpha": 1.0, "margin": 0.5}
-    if name in ("match_radius", "center_temperature"):
+    if name in ("match_radius", "temperature"):
         base |= {"head": "centers"}
     dim = WIDE if name == "axes" else DIM
     found = logits_of(dim=dim, **base | {name: value})
@@ -531,7 +528,7 @@ BARE: dict[str, Any] = {"adapter": False, "synthesis": False, "steps": 0, "head"
 
 def test_the_euclidean_loss_scores_in_flat_space() -> None:
     batch, queries = toy_batch(), toy_batch(k_shot=9, seed=4)
-    model = hypdfs(loss="euclidean", curvature=0.3, match_radius=False, center_temperature=1.0, **BARE)
+    model = hypdfs(loss="euclidean", curvature=0.3, match_radius=False, temperature=1.0, **BARE)
     model.adapt(batch, N_WAY)
     assert model.fitted is not None
     f, own = (model.tangents(b, model.fitted).flatten(1) for b in (queries, batch))
@@ -556,8 +553,8 @@ def test_flat_and_untrained_centres_are_the_cosine_nearest_prototype() -> None:
 
 
 @pytest.mark.parametrize("head", ["hyperplanes", "centers"])
-def test_logits_are_distances_of_adapted_points_over_the_temperature(head: Any) -> None:
-    model = stirred(hypdfs(temperature=0.5, center_temperature=0.5, curvature=0.2, head=head))
+def test_logits_are_distances_of_adapted_points(head: Any) -> None:
+    model = stirred(hypdfs(temperature=0.5, curvature=0.2, head=head))
     model.adapt(toy_batch(), N_WAY)
     queries = toy_batch(k_shot=3, seed=4)
     fitted = model.fitted
@@ -568,7 +565,7 @@ def test_logits_are_distances_of_adapted_points_over_the_temperature(head: Any) 
     else:
         normal, offset = model.classes["normal"], model.classes["offset"]
         feet = G.expmap0(F.normalize(normal, dim=1) * offset[:, None], 0.2)
-        expected = G.hyperplane_dist(h, feet, normal, 0.2) * normal.norm(dim=1) / 0.5
+        expected = G.hyperplane_dist(h, feet, normal, 0.2) * normal.norm(dim=1)
     torch.testing.assert_close(model.logits(queries), expected, rtol=1e-6, atol=1e-6)
 
 
@@ -788,7 +785,12 @@ def test_features_that_are_not_finite_do_not_become_a_model(values: dict[str, An
 
 
 @pytest.mark.parametrize(
-    "values", [{"temperature": 1e-320}, {"contrast_temperature": 1e-310}, {"noise_scale": 1e200, "curvature": 0.0}]
+    "values",
+    [
+        {"temperature": 1e-320, "head": "centers"},
+        {"contrast_temperature": 1e-310},
+        {"noise_scale": 1e200, "curvature": 0.0},
+    ],
 )
 @pytest.mark.parametrize("ode", ["fc", "none"])
 def test_numbers_beyond_float64_do_not_become_a_model(values: dict[str, Any], ode: Any) -> None:
@@ -1017,7 +1019,6 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(alpha: float, beta: float, as
             beta=beta,
             margin=8.0,
             temperature=0.7,
-            center_temperature=0.7,
             synthesis_weight=0.3,
             noise_scale=0.8,
             head=head,
@@ -1026,9 +1027,11 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(alpha: float, beta: float, as
     batch, query = toy_batch(), toy_batch(k_shot=2, seed=1)
     core, tangents, moments = begun(model, batch)
     offset = 0.1 * torch.randn(3, 12, generator=rng(), dtype=torch.float64)
-    plane = planes(ways=3, width=12) if head == "hyperplanes" else None
+    plane = planes(ways=3, width=12)
     queries = (model.tangents(query, core), query.labels) if asked else None
-    terms = terms_of(model, core, tangents, moments, batch, 5, offset=offset, head=plane, queries=queries)
+    terms = terms_of(
+        model, core, tangents, moments, batch, 5, head=plane if head == "hyperplanes" else offset, queries=queries
+    )
     parts = terms.parts
     assert (parts["synthesis"] > 0) == (alpha > 0)
     assert (parts["contrast"] > 0) == (beta > 0)
@@ -1051,8 +1054,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(alpha: float, beta: float, as
 
     def logits(f: Tensor) -> Tensor:
         h = G.expmap0(f.flatten(1), 0.05)
-        if plane is not None:
-            return plane(h, 0.05) / 0.7
+        if head == "hyperplanes":
+            return plane(h, 0.05)
         centers = model.centers(core, tangents, batch.labels, evolved, offset)
         return -torch.stack([G.dist(h, center, 0.05) for center in centers], 1) / 0.7
 

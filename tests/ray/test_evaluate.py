@@ -114,7 +114,7 @@ def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
 
 def entrants() -> list[Entrant]:
     """The second candidate of the first diverges, that of the next gains by chance, that of the third for sure."""
-    broken = override(CONFIGS["curved"], {"method.temperature": 1e-320})
+    broken = override(CONFIGS["curved"], {"method.contrast_temperature": 1e-310})
     cosine = CONFIGS["prototype"]
     return [
         Entrant(candidates=(CONFIGS["curved"], broken)),
@@ -224,7 +224,7 @@ def test_validation_is_that_of_plain_calls(ray_local: Any, task: Task, start: di
 
 
 def test_a_numerical_failure_counts_as_zero_and_has_no_temperature(ray_local: Any, task: Task) -> None:
-    broken = override(BASE, {"method.temperature": 1e-320})
+    broken = override(BASE, {"method.contrast_temperature": 1e-310})
     assert calibrate(task[0], [broken], SETTING, range(3)) == [broken]
     scores = validate(task[0], [broken, CONFIGS["prototype"]], SETTING, range(3))
     assert scores[0] == [0.0] * 3

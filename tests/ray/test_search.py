@@ -126,17 +126,17 @@ def test_early_stopping_is_recorded_and_full_trials_come_first(ray_local: Any, d
 
 
 def exploding_space(trial: optuna.Trial) -> None:
-    trial.suggest_categorical("method.temperature", [1.0, 1e-320])
+    trial.suggest_categorical("method.contrast_temperature", [0.3, 1e-310])
 
 
 def test_a_numerical_failure_scores_zero(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     base = override(BASE, {"method.steps": 8})
     results = run(tmp_path, data, as_space(exploding_space), base, trials=8, episodes=4, rungs=2)
     assert len(results) == 8
-    exploded = [r for r in results if r.params["method.temperature"] == 1e-320]
+    exploded = [r for r in results if r.params["method.contrast_temperature"] == 1e-310]
     assert exploded
     assert [r.value for r in exploded] == [0.0] * len(exploded)
-    assert all(r.value > 0 for r in results if r.params["method.temperature"] == 1.0)
+    assert all(r.value > 0 for r in results if r.params["method.contrast_temperature"] == 0.3)
 
 
 def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
