@@ -32,6 +32,7 @@ Shapes: R rows, S synthetic points of a class, W ways, P prototypes a class, D f
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -133,7 +134,7 @@ class HypDFSConfig:
     contrast_same_class: bool = False
     """Count other images of the same class as negatives in the contrast."""
     steps: int = 10
-    """Most L-BFGS iterations of a task; 0 uses the starting weights as they are."""
+    """Most L-BFGS iterations of the head alone, and as many of all parts; 0 uses the starting weights as they are."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -397,7 +398,7 @@ class HypDFS(nn.Module):
             means = class_means(f, labels, n_way)
             head = Hyperplanes(means, f - means[labels], config.spread_penalty)
         start = [(p, p.detach().clone(), weight) for p, weight in self.penalised(core)]
-        parameters = [*core.parameters(), *(head.parameters() if isinstance(head, Hyperplanes) else [head])]
+        own = list(head.parameters()) if isinstance(head, Hyperplanes) else [head]
 
         def objective() -> LossTerms:
             now = self.moments(core, tangents, labels, n_way) if config.learn_curvature else moments
@@ -407,7 +408,8 @@ class HypDFS(nn.Module):
             return LossTerms(terms.total + (config.penalty / len(tangents) * size + held) / 2, terms.parts)
 
         if config.steps:
-            self.last_loss = minimize(parameters, objective, config.steps)
+            minimize(own, objective, config.steps)  # alone first: the ODE runs ahead of a head that is still on its way
+            self.last_loss = minimize([*core.parameters(), *own], objective, config.steps)
         with torch.no_grad():
             if isinstance(head, Hyperplanes):
                 classes = {"normal": head.normals(), "offset": head.offsets()}
@@ -647,7 +649,7 @@ class HypDFS(nn.Module):
             raise NumericsError(f"the neural ODE failed (rk4, {options}): {error}") from error
         if not torch.isfinite(end).all():
             raise NumericsError(
-                f"the neural ODE left the finite numbers (rk4, {options}, started at norm {float(start.norm()):.3g}, "
+                f"the neural ODE left the finite numbers (rk4, {options}, started at norm {float(start.detach().norm()):.3g}, "
                 f"config {digest(self.config)[:12]}): raise ode_penalty, or lower feature_scale"
             )
         mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
@@ -753,7 +755,11 @@ def blas() -> ThreadpoolController:
 
 
 def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], steps: int) -> LossTerms:
-    """L-BFGS in place (scipy's L-BFGS-B, whose line search does not run away), in float64; the terms at its end."""
+    """L-BFGS in place (scipy's L-BFGS-B, whose line search does not run away), in float64; the terms at its end.
+
+    Raises:
+        NumericsError: the objective raises it where it ends, as it does where it starts there.
+    """
     sizes = [p.numel() for p in parameters]
 
     def put(x: np.ndarray) -> None:
@@ -763,7 +769,12 @@ def minimize(parameters: Sequence[Tensor], objective: Callable[[], LossTerms], s
 
     def value_and_slope(x: np.ndarray) -> tuple[float, np.ndarray]:
         put(x)
-        total = objective().total
+        try:
+            total = objective().total
+        except NumericsError:
+            total = torch.tensor(math.nan)
+        if not torch.isfinite(total):  # a step too far: the line search comes back from there
+            return 1e10, np.zeros_like(x)
         slopes = torch.autograd.grad(total, list(parameters), allow_unused=True)
         flat = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, slopes, strict=True)]
         return float(total.detach()), torch.cat([g.flatten() for g in flat]).double().cpu().numpy()

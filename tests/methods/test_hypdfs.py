@@ -1125,6 +1125,25 @@ def test_lbfgs_finds_the_minimum_of_a_quadratic() -> None:
     assert len(counted) <= 6
 
 
+@pytest.mark.parametrize("raises", [True, False])
+def test_a_step_to_where_nothing_is_finite_is_taken_back(raises: bool) -> None:
+    """x - log(x - 1) has its minimum at 2 and is not a number below 1."""
+    x = torch.tensor([6.0], dtype=torch.float64, requires_grad=True)
+    beyond: list[float] = []
+
+    def objective() -> LossTerms:
+        value = (30 * (x - (x - 1).log())).sum()
+        if not torch.isfinite(value):
+            beyond.append(float(x.detach()))
+            if raises:
+                raise NumericsError("too far")
+        return LossTerms(value, {})
+
+    minimize([x], objective, 40)
+    assert beyond
+    assert float(x.detach()) == pytest.approx(2, abs=1e-3)
+
+
 HELD_LIGHTLY = {"penalty": 0.015, "adapter_penalty": 0.1, "ode_penalty": 0.01}
 """So that what is fitted is the loss."""
 

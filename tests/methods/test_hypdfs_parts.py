@@ -79,9 +79,9 @@ def nudged(cells: Episode, share: float, **values: Any) -> list[Tensor]:
 
 
 def test_what_rounding_makes_of_a_fit_is_next_to_nothing(cells: Episode, default: Tensor) -> None:
-    """A weight off by 1e-12 stands for rounding: 3e-11 measured; one off by 1e-6: 3e-5."""
+    """A weight off by 1e-12 stands for rounding: 7e-13 measured; one off by 1e-6: 7e-7."""
     assert max(float((x - default).abs().max()) for x in nudged(cells, 1e-12)) < 1e-8
-    assert max(float((x - default).abs().max()) for x in nudged(cells, 1e-6)) < 1e-3
+    assert max(float((x - default).abs().max()) for x in nudged(cells, 1e-6)) < 1e-5
 
 
 WITHOUT: dict[str, dict[str, Any]] = {
@@ -99,10 +99,10 @@ WITHOUT: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("part", WITHOUT)
 def test_every_part_acts_by_default(part: str, cells: Episode, default: Tensor) -> None:
-    """A thousand times what a weight off by 1e-6 makes of a fit, or more."""
+    """Thousands of times what a weight off by 1e-6 makes of a fit. L_s acts least: 0.015 and 0.005 measured."""
     change = (log_probabilities(cells, **WITHOUT[part]) - default).abs()
-    assert float(change.max()) > 0.015
-    assert float(change.mean()) > 0.005
+    assert float(change.max()) > 0.005
+    assert float(change.mean()) > 0.002
 
 
 def spread_of(cells: Episode, model: HypDFS, core: Core) -> float:
