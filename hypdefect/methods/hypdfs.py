@@ -649,8 +649,9 @@ class HypDFS(nn.Module):
             raise NumericsError(f"the neural ODE failed (rk4, {options}): {error}") from error
         if not torch.isfinite(end).all():
             raise NumericsError(
-                f"the neural ODE left the finite numbers (rk4, {options}, started at norm {float(start.detach().norm()):.3g}, "
-                f"config {digest(self.config)[:12]}): raise ode_penalty, or lower feature_scale"
+                f"the neural ODE left the finite numbers (rk4, {options}, started at norm "
+                f"{float(start.detach().norm()):.3g}, config {digest(self.config)[:12]}): "
+                "raise ode_penalty, or lower feature_scale"
             )
         mu, log_scale = end.view(*moments.mu_WPE.shape[:2], -1).chunk(2, dim=-1)
         return replace(moments, mu_WPE=mu * scale, log_scale_WPE=log_scale)
