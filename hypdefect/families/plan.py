@@ -21,6 +21,7 @@ from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, d
 from hypdefect.features.imported import Imported, is_imported, read_import
 from hypdefect.features.spec import FeatureKey, ImageRequest
 from hypdefect.files import home
+from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.progress import progress
 from hypdefect.types import VIEWS
 
@@ -98,6 +99,10 @@ class Plan(ABC):
     def requests(self) -> list[ImageRequest]:
         """Every image to extract, once."""
 
+    def pseudo(self) -> tuple[pa.Table, SynthesisConfig] | None:
+        """Images that pseudo-defects are painted on before anything is learned, and how; None: on none."""
+        return None
+
     @property
     def num_parts(self) -> int:
         """Parts of a feature, which `transform.parts` numbers: its blocks but that of the region's shape."""
@@ -153,6 +158,12 @@ def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) 
                 row["mask_id"] = FULL_REGION
             requests.append(ImageRequest(**row, copies=copies[row["image_id"]]))
     return requests
+
+
+def unmasked_requests(manifest: pa.Table) -> list[ImageRequest]:
+    """Extraction requests for every image of a manifest, seen without its mask."""
+    columns = ("uri", "image_id", "file_id", "intensity")
+    return [ImageRequest(**row, mask_uri="", mask_id="", copies=0) for row in manifest.select(columns).to_pylist()]
 
 
 def of_product(config: DataConfig, manifest: pa.Table) -> pa.Table:
