@@ -93,7 +93,7 @@ def show(result: Sweep, job: Any, dashboard: str) -> None:
     else:
         task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"
         title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"
-    table_console(120).print(outcome_table(title, result.outcomes, result.metric))
+    table_console(140).print(outcome_table(title, result.outcomes, result.metric))
     print(f"times: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in result.seconds.items())}")
     for name in ("sweep.png", "pictures.png"):
         if (result.folder / name).exists():

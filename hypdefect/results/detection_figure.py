@@ -44,8 +44,7 @@ def chosen(units: Mapping[str, str], scores: Mapping[str, float]) -> list[tuple[
         units: class of each image.
     """
     pairs = []
-    classes = sorted(set(units.values()))
-    for name in classes[:MOST_CLASSES]:
+    for name in sorted(set(units.values()))[:MOST_CLASSES]:
         ranked = sorted((i for i, unit in units.items() if unit == name), key=lambda i: (-scores[i], i))
         for what, image_id in zip(("highest", "lowest"), dict.fromkeys((ranked[0], ranked[-1])), strict=False):
             pairs.append((f"{name or 'good'}, {what} score", image_id))
@@ -57,14 +56,14 @@ def plot_examples(path: Path, examples: Sequence[Example]) -> None:
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(11, 1.9 * len(examples)), layout="constrained")
         rows = figure.subplots(len(examples), len(PANELS), squeeze=False)
-        for row, example in zip(rows, examples, strict=True):
+        for place, (row, example) in enumerate(zip(rows, examples, strict=True)):
             found = cleaned(example.anomaly_map > 1)
             pictures = (example.image, example.marked, example.anomaly_map, found, example.image)
             for axes, title, picture in zip(row, PANELS, pictures, strict=True):
                 limits = {"vmin": 0, "vmax": 2, "cmap": "magma"} if title == "map" else {"vmin": 0, "vmax": 1}
                 axes.imshow(picture, **({"cmap": "gray"} | limits))
                 axes.set_axis_off()
-                if row is rows[0]:
+                if place == 0:
                     axes.set_title(title)
             for mask, colour in ((example.marked, "#3566a8"), (found, "#d9822b")):
                 if mask.any() and not mask.all():

@@ -1,14 +1,19 @@
 """What every detector promises, and PatchCore's own formulas."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 import torch
 from torch import Tensor
 
+import tune_spaces
 from hypdefect import geometry
+from hypdefect.config import override
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig
 from hypdefect.methods import build, get_method, methods_of
 from hypdefect.methods.anomaly_maps import STRIDE, blurred, pixel_maps, top_mean
 from hypdefect.methods.normal_patches import sample_patches, standardisation
@@ -273,3 +278,39 @@ def test_simplenets_loss_is_equation_6() -> None:
     expected = (0.5 - clean).clamp_min(0).mean() + (0.5 + noisy).clamp_min(0).mean()
     assert loss == pytest.approx(float(expected), rel=1e-5)
     assert float(clean.mean()) > 0.2 > -0.2 > float(noisy.mean())
+
+
+def searched() -> list[Any]:
+    """(space, parameter, choices) of the detectors' spaces, but for sizes that these few patches do not reach."""
+    found = []
+    for path in sorted(Path(tune_spaces.__file__).parent.glob("[a-z]*.py")):
+        space = tune_spaces.get_space(path.stem)
+        if space.METHOD not in NAMES:
+            continue
+        trial = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0)).ask()
+        space.space(trial)
+        for parameter, values in trial.distributions.items():
+            if not parameter.endswith("bank_size"):
+                choices = getattr(values, "choices", None) or (values.low, values.high)  # type: ignore[attr-defined]
+                found.append(pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}"))
+    return found
+
+
+@pytest.mark.parametrize(("space", "parameter", "choices"), searched())
+def test_what_a_search_varies_of_a_detector_changes_what_it_answers(
+    space: str, parameter: str, choices: tuple[Any, ...]
+) -> None:
+    name = tune_spaces.get_space(space).METHOD
+    method = dict(VARIANTS.get(name, {})) | (
+        {"score": "top"} if parameter == "method.top" and "patchcore" in name else {}
+    )
+    method.pop(parameter.removeprefix("method."), None)
+    answers = []
+    for choice in choices:
+        run = override(RunConfig(name=name, method=get_method(name).config(**method)), {parameter: choice})
+        model = run.model(DIM)
+        model.fit([images(8, 0), images(8, 1)], [painted(16, seed) for seed in range(20, 24)])
+        answers.append(model.anomaly(images(6, 3, odd=3)).score)
+    for i, answer in enumerate(answers):
+        for other in answers[:i]:
+            assert (answer - other).abs().max() > 1e-4 * answer.abs().max()
