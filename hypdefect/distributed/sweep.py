@@ -65,7 +65,7 @@ class SweepConfig:
     resume: bool = False
     """Continue the newest unfinished sweep of this data set (or the one given by --name)."""
     model: str = ""
-    """Name under which the winner is published; default: hypdefect-<dataset>."""
+    """Name under which the winner is published; default: hypdefect-<dataset>, of a detector with -detection behind."""
     alias: str = "champion"
     """Alias moved to the published version."""
 
@@ -323,7 +323,7 @@ def publish_model(
     }
     return publish(
         home(),
-        job.model or f"hypdefect-{plan.label}",
+        job.model or plan.model_name,
         lambda folder: save_model(
             folder,
             run_config=run,

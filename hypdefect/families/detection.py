@@ -99,6 +99,10 @@ class DetectionPlan(Plan):
     """What a normal image must not be parted from: its file or its group."""
 
     @property
+    def model_name(self) -> str:
+        return f"hypdefect-{self.label}-detection"
+
+    @property
     def split(self) -> str:
         return self.kind
 

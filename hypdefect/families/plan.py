@@ -87,6 +87,11 @@ class Plan(ABC):
         return task_label(self.config)
 
     @property
+    def model_name(self) -> str:
+        """What the task's published models are called, where a job names them not otherwise."""
+        return f"hypdefect-{self.label}"
+
+    @property
     def split(self) -> str:
         """How images were parted."""
         return ""
