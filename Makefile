@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 
 # Options of the targets. Set them behind make: `make sweep DATASET=mtd K=5 TRIALS=20`.
+TASK :=
 DATASET :=
 ROOT :=
 K :=
@@ -12,7 +13,7 @@ ARGS :=
 
 BIN := .venv/bin
 LOCAL := $(BIN)/python -m cluster.local
-SWEEP := $(if $(DATASET),--dataset '$(DATASET)') $(if $(ROOT),--root '$(ROOT)') $(if $(K),--k-shot '$(K)') \
+SWEEP := $(if $(TASK),--task '$(TASK)') $(if $(DATASET),--dataset '$(DATASET)') $(if $(ROOT),--root '$(ROOT)') $(if $(K),--k-shot '$(K)') \
          $(if $(TRIALS),--trials '$(TRIALS)') $(if $(filter-out 0,$(RESUME)),--resume) $(ARGS)
 
 .DEFAULT_GOAL := help
@@ -32,7 +33,7 @@ setup: .venv/.installed ## make .venv with the exact versions of constraints.txt
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev,dashboard]'
 	@touch $@
 
-sweep: .venv/.installed ## search hyperparameters as a Ray job on a local head or on RAY_ADDRESS (DATASET ROOT K TRIALS RESUME ARGS)
+sweep: .venv/.installed ## search hyperparameters as a Ray job on a local head or on RAY_ADDRESS (TASK DATASET ROOT K TRIALS RESUME ARGS)
 	@$(LOCAL) submit -- python jobs/sweep.py $(SWEEP)
 	@$(LOCAL) dashboard
 

@@ -102,7 +102,8 @@ class Entrant:
 class Score:
     """Result of one draw: metrics by name, times in seconds; of a classifier also what it predicted for which image.
 
-    `probabilities` is `[Q W]`; the rows of the `confusion` matrix `[W W]` are the true classes.
+    `probabilities` is `[Q W]`; the rows of the `confusion` matrix `[W W]` are the true classes. `anomaly` are a
+    detector's scores of the images.
     """
 
     number: int
@@ -111,6 +112,7 @@ class Score:
     predicted: np.ndarray | None = None
     probabilities: np.ndarray | None = None
     confusion: np.ndarray | None = None
+    anomaly: np.ndarray | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,12 @@
-"""Summary statistics of repeated draws, and how far a confidence can be trusted."""
+"""How far a confidence can be trusted, and how well anomalies are told from good parts.
+
+Shapes: Q queries, N images, H W pixels, B bins.
+"""
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
+from scipy import ndimage
+from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from hypdefect.errors import DataError
 
@@ -18,3 +23,130 @@ def calibration_error(confidence: Float[np.ndarray, "Q"], correct: Bool[np.ndarr
     own = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
     gaps = np.bincount(own, correct.astype(np.float64) - confidence, bins)
     return float(np.abs(gaps).sum() / len(confidence))
+
+
+def image_metrics(scores: Float[np.ndarray, "N"], anomalous: Bool[np.ndarray, "N"]) -> dict[str, float]:
+    """AUROC, average precision and the highest F1 over all thresholds, of image scores.
+
+    Raises:
+        DataError: only one of good and anomalous images, or a score that is not finite.
+    """
+    if anomalous.all() or not anomalous.any():
+        raise DataError("image metrics need good images and anomalous ones")
+    if not np.isfinite(scores).all():
+        raise DataError(f"the score of image {int(np.argmin(np.isfinite(scores)))} is not finite")
+    precision, recall, _ = precision_recall_curve(anomalous, scores)
+    return {
+        "auroc": float(roc_auc_score(anomalous, scores)),
+        "aupr": float(average_precision_score(anomalous, scores)),
+        "f1_max": float((2 * precision * recall / np.maximum(precision + recall, 1e-12)).max()),
+    }
+
+
+AUPRO_LIMIT = 0.3
+"""False positive rate up to which AUPRO is integrated (Bergmann et al., MVTec AD, IJCV 2021)."""
+AUPIMO_LIMITS = (1e-5, 1e-4)
+"""Mean false positive rates of normal images between which AUPIMO is integrated (Bertoldo et al., 2024)."""
+_DROPPED_BITS = 12
+BINS = 2 ** (32 - _DROPPED_BITS)
+
+
+class PixelMetrics:
+    """Pixel AUROC and average precision, AUPRO and AUPIMO of maps that are seen one by one and not kept.
+
+    Every value is sorted into one of 2^20 bins by the upper bits of its float32: sign, exponent and 11 bits of the
+    mantissa. Values of any range are told apart down to 2^-11 of their size; closer ones count as equal. What is kept
+    are histograms: of good and of marked pixels, of marked pixels weighted by 1 / area of their region, of the pixels
+    of normal images weighted by 1 / their number, and of the marked pixels of each image, which is sparse.
+    """
+
+    def __init__(self) -> None:
+        self.good, self.marked, self.regions, self.normals = (np.zeros(BINS) for _ in range(4))
+        self.num_regions = self.num_normals = 0
+        self.images: list[tuple[np.ndarray, np.ndarray]] = []
+        """Of each image with a mask: the bins of its marked pixels, rising, and the share of them in each."""
+
+    def update(self, anomaly_map: Float[np.ndarray, "H W"], mask: Bool[np.ndarray, "H2 W2"]) -> None:
+        """See an image; a mask without a pixel says that it is normal.
+
+        Raises:
+            DataError: map and mask of different sizes, or a value that is not finite.
+        """
+        number = len(self.images) + self.num_normals
+        if anomaly_map.shape != mask.shape:
+            raise DataError(f"image {number}: a map of {anomaly_map.shape} beside a mask of {mask.shape}")
+        if not np.isfinite(anomaly_map).all():
+            raise DataError(f"image {number}: its map is not finite")
+        bins = _bins(anomaly_map)
+        own = np.bincount(bins[~mask], minlength=BINS)
+        self.good += own
+        if not mask.any():
+            self.normals += own / mask.size
+            self.num_normals += 1
+            return
+        values, counts = np.unique(bins[mask], return_counts=True)
+        self.marked[values] += counts
+        self.images.append((values, counts / mask.sum()))
+        labels, found = ndimage.label(mask, np.ones((3, 3)))
+        weights = 1 / np.bincount(labels.ravel())[labels[mask]]
+        self.regions += np.bincount(bins[mask], weights, minlength=BINS)
+        self.num_regions += found
+
+    def merge(self, other: "PixelMetrics") -> None:
+        """Add what another has seen."""
+        for name in ("good", "marked", "regions", "normals", "num_regions", "num_normals"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.images += other.images
+
+    def compute(self) -> dict[str, float]:
+        """`pixel_auroc`, `pixel_aupr`, `aupro` and, where there were normal images, `aupimo`.
+
+        Raises:
+            DataError: no mask had a pixel, or no pixel was good.
+        """
+        if not self.images or not self.good.any():
+            raise DataError("pixel metrics need marked pixels and good ones")
+        false, true = _shares_above(self.good), _shares_above(self.marked)
+        positives = true * self.marked.sum()
+        precision = positives / np.maximum(positives + false * self.good.sum(), 1)
+        metrics = {
+            "pixel_auroc": float(np.trapezoid(true, false)),
+            "pixel_aupr": float((np.diff(true) * precision[1:]).sum()),
+            "aupro": area_up_to(false, _shares_above(self.regions), AUPRO_LIMIT),
+        }
+        if self.num_normals:
+            metrics["aupimo"] = self._aupimo()
+        return metrics
+
+    def _aupimo(self) -> float:
+        """Mean over images of the area under the true positive rate, over the logarithm of the mean false positive
+        rate of normal images."""
+        low, high = np.log(AUPIMO_LIMITS)
+        false = _shares_above(self.normals)[1:][::-1]  # of every bin, rising: the share of pixels in it or above it
+        areas = []
+        for bins, shares in self.images:
+            # the true positive rate falls by `share` where the threshold passes above a bin
+            rates = np.maximum(false[bins], 1e-300)
+            begin = np.clip(np.log(rates), low, high)  # from this rate on a bin's pixels are found
+            areas.append(float((shares * (high - begin)).sum() / (high - low)))
+        return float(np.mean(areas))
+
+
+def _bins(values: Float[np.ndarray, "H W"]) -> Int[np.ndarray, "H W"]:
+    """The bin of each float32, in the order of the values: negative ones have their bits turned round."""
+    bits = (np.ascontiguousarray(values, np.float32) + 0.0).view(np.uint32).astype(np.int64)  # -0.0 becomes 0.0
+    ordered = np.where(bits >> 31, 0xFFFFFFFF - bits, bits + 0x80000000)
+    return ordered >> _DROPPED_BITS
+
+
+def _shares_above(histogram: Float[np.ndarray, "B"]) -> Float[np.ndarray, "B+1"]:
+    """Share of what a histogram holds above each threshold, from the highest threshold (0) to the lowest (1)."""
+    above = np.concatenate([[0.0], np.cumsum(histogram[::-1])])
+    return above / above[-1]
+
+
+def area_up_to(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], limit: float) -> float:
+    """Area under a curve that rises in x from 0, up to x = `limit`, where it is cut by interpolation; divided by it."""
+    inside = x <= limit
+    end = np.interp(limit, x, y)
+    return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)

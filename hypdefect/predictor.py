@@ -8,6 +8,7 @@ Shapes: H W pixels, W classes.
 """
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -31,12 +32,14 @@ from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
 from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
+from hypdefect.images.regions import as_png, regions_of, resized
 from hypdefect.methods import get_method
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
+from hypdefect.statistics import p_values
 from hypdefect.types import VIEWS, Batch, Published
 
 FORMAT_VERSION = 2
-Region = Literal["mask", "whole image"]
+Seen = Literal["mask", "whole image"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,7 +75,32 @@ class Prediction:
 
     label: str
     probabilities: dict[str, float]
-    region: Region
+    region: Seen
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """A connected region that the map marks: corners (x, y) of its outline in pixels of the image, and its area."""
+
+    polygon: list[list[float]]
+    area: int
+
+
+@dataclass(frozen=True, slots=True)
+class Detection:
+    """Whether a part is good, and where it is not."""
+
+    anomalous: bool
+    """Whether the p-value is at most the model's false-alarm rate."""
+    p_value: float
+    """Conformal p-value of "this part is good"; 1 / (n + 1) of n calibration images is the lowest there is."""
+    false_alarms: float
+    """That rate."""
+    score: float
+    regions: list[Region]
+    """Where the map exceeds what calibration images reach, largest first."""
+    map_png: str
+    """The map as a grey PNG of the image's size, base64: 0 is 0, 128 the threshold of a region, 255 twice that."""
 
 
 def save_model(
@@ -272,6 +300,38 @@ class ClassPredictor(Predictor):
         if scores.shape != (1, len(self.card.class_names)) or not torch.isfinite(scores).all():
             names = len(self.card.class_names)
             raise ArtifactError(f"{folder}: scores {tuple(scores.shape)} for {names} classes, or not finite ones")
+
+
+class DetectionPredictor(Predictor):
+    """Anomaly detection: a verdict, its p-value, and the regions that raise it."""
+
+    def answer(self, image: np.ndarray, mask: np.ndarray | None) -> Detection:
+        found = self.model.anomaly(self.batch(image, None))
+        score, rate = float(found.score[0]), self.card.details["false_alarms"]
+        if not math.isfinite(score):
+            raise NumericsError(f"the score {score} of a {image.shape} image is not finite")
+        p_value = float(p_values(np.array([score]), np.array(self.card.details["calibration"]))[0])
+        threshold = self.card.details["pixel_threshold"]
+        anomaly_map = resized(found.map[0].numpy(), image.shape[:2])
+        return Detection(
+            anomalous=p_value <= rate,
+            p_value=p_value,
+            false_alarms=rate,
+            score=score,
+            regions=[Region(polygon=outline, area=area) for outline, area in regions_of(anomaly_map > threshold)],
+            map_png=as_png(anomaly_map / max(2 * threshold, 1e-12)),
+        )
+
+    def check(self, folder: Path) -> None:
+        """Look at one grey image."""
+        wanted = {"calibration", "false_alarms", "pixel_threshold"}
+        if missing := wanted - self.card.details.keys():
+            raise ArtifactError(f"{folder}: details lack {', '.join(sorted(missing))}; publish the model again")
+        try:
+            self.probe()
+        except (KeyError, RuntimeError, NumericsError) as error:
+            name = self.card.run.name
+            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
 
 
 def _blocks(block_dims: tuple[int, ...], shape_dims: int) -> str:

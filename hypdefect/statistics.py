@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from jaxtyping import Float
 from scipy import stats
 
 from hypdefect.errors import DataError
@@ -129,3 +130,13 @@ def holm(p_values: Sequence[float]) -> list[float]:
     order = np.argsort(p, kind="stable")
     adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1.0)
     return adjusted[np.argsort(order, kind="stable")].tolist()
+
+
+def p_values(scores: Float[np.ndarray, "N"], calibration: Float[np.ndarray, "n"]) -> Float[np.ndarray, "N"]:
+    """Conformal p-value of each score: (1 + #{calibration >= score}) / (n + 1); 1 / (n + 1) is the lowest there is.
+
+    Where an image is exchangeable with those of the calibration, its p-value is at most a with probability at most a
+    (Vovk et al., "Algorithmic Learning in a Random World", 2005, proposition 2.4).
+    """
+    below = np.searchsorted(np.sort(calibration), scores, side="left")
+    return (1 + len(calibration) - below) / (len(calibration) + 1)

@@ -157,7 +157,9 @@ class FewShotClassifier(Published, Protocol):
 class AnomalyDetector(Published, Protocol):
     """Learns from images of good parts, then says how anomalous an image and its pixels are."""
 
-    def fit(self, normals: Batches) -> None: ...
+    def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
+        """`pseudo` are pseudo-defects on these images, with `targets`, for methods that learn from some."""
+        ...
 
     def anomaly(self, batch: Batch) -> AnomalyMaps: ...
 

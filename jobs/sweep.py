@@ -4,16 +4,22 @@ python jobs/sweep.py: few-shot classification of solar cells, the data that came
 
 python jobs/sweep.py --dataset mtd --k-shot 5: magnetic tiles under $HYPDEFECT_DATA
 
+python jobs/sweep.py --task detection --dataset mtd: is a tile good, and where not? Learned from good ones alone
+
 Selection sees only episodes drawn inside the support pool: the best trials meet the defaults again on fresh ones, and
 win only by more than one standard error of the paired difference. The temperature of the logits is fitted on the same.
-The queries are scored once, at the end.
+The queries are scored once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
 """
 
+import sys
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal
 
 from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
+from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.episodic import starting_point
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.files import home, write_json
@@ -23,14 +29,50 @@ from tune_spaces import get_space
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob(TaskConfig, SweepConfig):
+    task: Literal["few_shot", "detection"] = "few_shot"
+    """few_shot: which defect is it? detection: is it good, and where not? (--task detection --help lists its flags)"""
+
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         SweepConfig.__post_init__(self)
 
 
+@dataclass(frozen=True, kw_only=True)
+class DetectionJob(DetectionConfig, SweepConfig):
+    task: Literal["few_shot", "detection"] = "detection"
+    """few_shot: which defect is it? detection: is it good, and where not?"""
+    space: str = "patchcore"
+    """Module of tune_spaces/ to search."""
+    trials: int | None = 6
+    """Configurations to try, the defaults first."""
+    episodes: int = 3
+    """Validation problems of a full trial: normals parted anew, pseudo-defects on those that are not learned from."""
+    rungs: int = 1
+    """A trial may be stopped after each of this many shares of its problems."""
+    finalists: int = 2
+    """The best full trials are compared with the defaults on as many fresh validation problems; the defaults are left
+    only for a gain beyond one standard error."""
+    draws: int = 5
+    """Times that a detector is fitted and tested; each parts the normals anew into those learned from and others."""
+
+    def __post_init__(self) -> None:
+        DetectionConfig.__post_init__(self)
+        SweepConfig.__post_init__(self)
+
+
+JOBS: dict[str, type[Any]] = {"few_shot": SweepJob, "detection": DetectionJob}
+
+
+def job_of(words: list[str]) -> type[Any]:
+    """The config class of the task that a command line names; it decides which other flags there are."""
+    pairs = pairwise([*words, ""])
+    named = [word.partition("=")[2] or following for word, following in pairs if word.partition("=")[0] == "--task"]
+    return JOBS.get(named[-1] if named else "few_shot", SweepJob)
+
+
 def main() -> None:
     configure_logging()
-    job, options = parse_job(SweepJob, description=__doc__)
+    job, options = parse_job(job_of(sys.argv[1:]), description=__doc__)
     job = named(job)
     space = get_space(job.space)
     start, base = starting_point(space.METHOD, job.init)
@@ -42,14 +84,20 @@ def main() -> None:
     show(result, job, dashboard)
 
 
-def show(result: Sweep, job: SweepJob, dashboard: str) -> None:
+def show(result: Sweep, job: Any, dashboard: str) -> None:
     plan = result.plan
     table_console(width=200).print(trial_table(result.trials, result.choice.trial))
-    task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.partition.kind} split {job.partition}"
-    title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"
-    table_console().print(outcome_table(title, result.outcomes, result.metric))
+    if job.task == "detection":
+        images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
+        title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} draws"
+    else:
+        task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"
+        title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"
+    table_console(140).print(outcome_table(title, result.outcomes, result.metric))
     print(f"times: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in result.seconds.items())}")
-    print(f"picture: {result.folder / 'sweep.png'}")
+    for name in ("sweep.png", "pictures.png"):
+        if (result.folder / name).exists():
+            print(f"picture: {result.folder / name}")
     if result.entry:
         print(f"serve it: make serve MODEL={result.entry.name}@{job.alias}")
     else:

@@ -27,9 +27,9 @@ from starlette.responses import JSONResponse, Response
 import hypdefect
 from hypdefect.errors import DataError
 from hypdefect.images import FORMATS
-from hypdefect.predictor import Prediction
+from hypdefect.predictor import Detection, Prediction
 from serve.models import Model
-from serve.schemas import Classification, Health, ModelInfo, Predicted, Problem, ServedModel
+from serve.schemas import Classification, Detected, Health, ModelInfo, Predicted, Problem, Region, ServedModel
 from serve.uploads import MiB, Refusal, decode, read_upload
 
 logger = logging.getLogger("ray.serve")
@@ -173,6 +173,24 @@ class Ingress:
             probability=answer.probabilities[answer.label],
             probabilities=answer.probabilities,
             region=answer.region,
+            notes=notes,
+            model=model,
+            request_id=_request_id(request),
+        )
+
+    @api.post("/v1/detect", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    async def detect(self, request: Request, map: bool = False) -> Detected:
+        """Whether the part on an image is good, and where it is not; the image is given as for /v1/classify."""
+        answer, notes, model = await self._answer(request)
+        if not isinstance(answer, Detection):
+            raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no detector: ask it at /v1/classify, see /v1/model")
+        return Detected(
+            verdict="anomalous" if answer.anomalous else "good",
+            p_value=answer.p_value,
+            false_alarms=answer.false_alarms,
+            score=answer.score,
+            regions=[Region(polygon=region.polygon, area=region.area) for region in answer.regions],
+            map_png=answer.map_png if map else None,
             notes=notes,
             model=model,
             request_id=_request_id(request),

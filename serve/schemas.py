@@ -33,6 +33,30 @@ class Classification(Answer):
     request_id: str
 
 
+class Region(Answer):
+    polygon: list[list[float]]
+    """Corners [x, y] of the closed outline, in pixels of the image."""
+    area: int
+    """Pixels."""
+
+
+class Detected(Answer):
+    verdict: Literal["good", "anomalous"]
+    """anomalous where the p-value is at most `false_alarms`."""
+    p_value: float
+    """Of "this part is good"; 1 / (n + 1) of the n images it was calibrated on is the lowest there is."""
+    false_alarms: float
+    """The share of good parts that are called anomalous, as it was chosen."""
+    score: float
+    regions: list[Region]
+    """Where the map exceeds what good parts reach, largest first."""
+    map_png: str | None
+    """With ?map=1 the anomaly map: a grey PNG of the image's size in base64, 128 where a region begins."""
+    notes: list[str]
+    model: ServedModel
+    request_id: str
+
+
 class Predicted(Answer):
     answer: dict[str, Any]
     """What the model's family says of an image, such as `label`, `probabilities` and `region`."""

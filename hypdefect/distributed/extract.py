@@ -17,8 +17,9 @@ import torch
 from ray.data import ActorPoolStrategy, DataContext
 
 from hypdefect.distributed.cluster import num_workers
+from hypdefect.distributed.synthesize import made_or_stored
 from hypdefect.errors import DataError
-from hypdefect.families.plan import Plan, image_requests
+from hypdefect.families.plan import Plan, image_requests, unmasked_requests
 from hypdefect.features.backbones import BackboneSpec, compute_on_one_thread
 from hypdefect.features.extract import FULL_REGION, Prepared, extractor_for
 from hypdefect.features.prompts import embed_prompts
@@ -183,6 +184,10 @@ def fill(plan: Plan, *others: Plan, workers: int = 0, everything: bool = False) 
         copies = dict.fromkeys(plan.manifest["image_id"].to_pylist(), 0)
         copies |= {r.image_id: r.copies for r in requests}
         requests = image_requests(plan.manifest, copies, plan.uses_mask)
+    if (painted := plan.pseudo()) is not None:
+        made = made_or_stored(*painted, plan.label)
+        what = "features of pseudo-defects"
+        extract_all(unmasked_requests(made.manifest), plan, f"{what} of {plan.label}", what, workers)
     return extract_all(requests, plan, f"features of {plan.config.dataset}", "features", workers)
 
 

@@ -10,9 +10,10 @@ from typing import Any, Literal, cast
 import pyarrow as pa
 
 from hypdefect.config import digest, to_mapping
+from hypdefect.datasets.synthetic import sources, stored
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract_all
-from hypdefect.distributed.synthesize import pseudo_classes, sources, stored
+from hypdefect.distributed.synthesize import pseudo_classes
 from hypdefect.distributed.train import check_workers, train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig

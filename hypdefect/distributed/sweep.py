@@ -29,6 +29,7 @@ from hypdefect.progress import progress
 from hypdefect.registry import ModelEntry, publish
 from hypdefect.results import ledger
 from hypdefect.results.comparison import display_name
+from hypdefect.results.detection_figure import plot_detections
 from hypdefect.results.sweep_figure import plot_sweep
 from hypdefect.statistics import Interval, interval, paired
 
@@ -64,7 +65,7 @@ class SweepConfig:
     resume: bool = False
     """Continue the newest unfinished sweep of this data set (or the one given by --name)."""
     model: str = ""
-    """Name under which the winner is published; default: hypdefect-<dataset>."""
+    """Name under which the winner is published; default: hypdefect-<dataset>, of a detector with -detection behind."""
     alias: str = "champion"
     """Alias moved to the published version."""
 
@@ -140,7 +141,8 @@ def named(job: Job) -> Job:
 
 
 def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
-    return stored["dataset"] == task.dataset and stored.get("product", "") == task.product
+    known = (stored["dataset"], stored.get("product", ""), stored.get("task", "few_shot"))
+    return known == (task.dataset, task.product, getattr(task, "task", "few_shot"))
 
 
 def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sweep:
@@ -168,6 +170,9 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     choice = select(job, family, fitting, base, trials, family.references(plan, job), start)
     outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
     entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
+    first = outcomes[choice.run.name].scored.draws[0]
+    if entry is not None and first.anomaly is not None:
+        plot_detections(plan, entry, first, folder / "pictures.png")
     seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
     metric = metric_name(family.METRIC)
     summary = record(job, plan, folder, metric, trials, choice, outcomes, entry, seconds)
@@ -318,7 +323,7 @@ def publish_model(
     }
     return publish(
         home(),
-        job.model or f"hypdefect-{plan.label}",
+        job.model or plan.model_name,
         lambda folder: save_model(
             folder,
             run_config=run,
@@ -330,7 +335,7 @@ def publish_model(
             uses_mask=plan.uses_mask,
             provenance=provenance,
             intensities=plan.intensities,
-            details=family.details(run, fitting, model),
+            details=family.details(run, fitting, setting, 0, model),
         ),
         job.alias,
     )
@@ -371,6 +376,8 @@ def record(
     write_json(folder / "result.json", summary)
     if plan.classes:
         write_table(predictions(plan.classes, outcomes), folder / "predictions.parquet")
+    if next(iter(outcomes.values())).scored.draws[0].anomaly is not None:
+        write_table(anomaly_scores(outcomes), folder / "scores.parquet")
     truth = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["defect"].to_pylist(), strict=True))
     plot_sweep(
         folder / "sweep.png", trials, {n: o.scored.draws for n, o in outcomes.items()}, plan.classes, truth, metric
@@ -392,4 +399,17 @@ def predictions(classes: tuple[str, ...], outcomes: dict[str, Outcome]) -> pa.Ta
             rows["image_id"] += draw.image_ids
             rows["predicted"] += [classes[i] for i in draw.predicted]
             rows["probability"] += draw.probabilities.max(1).tolist()
+    return pa.table(rows)
+
+
+def anomaly_scores(outcomes: dict[str, Outcome]) -> pa.Table:
+    """One row per detector, draw and image: its anomaly score."""
+    rows: dict[str, list[Any]] = {"method": [], "draw": [], "image_id": [], "score": []}
+    for name, outcome in outcomes.items():
+        for draw in outcome.scored.draws:
+            assert draw.anomaly is not None
+            rows["method"] += [name] * len(draw.image_ids)
+            rows["draw"] += [draw.number] * len(draw.image_ids)
+            rows["image_id"] += draw.image_ids
+            rows["score"] += draw.anomaly.tolist()
     return pa.table(rows)

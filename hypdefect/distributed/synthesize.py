@@ -4,7 +4,6 @@ import hashlib
 import io
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,17 @@ import ray
 from jaxtyping import Bool, UInt8
 from PIL import Image
 
-from hypdefect.config import digest, to_mapping
-from hypdefect.datasets.manifest import MANIFEST_SCHEMA, manifest_digest, read_manifest, write_manifest
-from hypdefect.errors import ConfigError, DataError
+from hypdefect.datasets.manifest import MANIFEST_SCHEMA, write_manifest
+from hypdefect.datasets.synthetic import SyntheticSet, set_folder, sources, stored
+from hypdefect.errors import ConfigError
 from hypdefect.families.plan import Plan
 from hypdefect.files import home, replaced_file
 from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
 from hypdefect.images.intensity import Intensity
-from hypdefect.images.pseudo_defects import VERSION, Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
+from hypdefect.images.pseudo_defects import Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
 from hypdefect.progress import progress
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class SyntheticSet:
-    """Pseudo classes as a manifest: `group_id` is the image_id of the picture that a pseudo-defect was put on."""
-
-    manifest: pa.Table
-    folder: Path
-    cached: bool
-
-
-def sources(manifest: pa.Table) -> list[dict[str, Any]]:
-    """The images pseudo-defects are put on: good parts; without any, the parts of defect images beside the marked
-    region.
-
-    Raises:
-        DataError: neither is there.
-    """
-    rows = manifest.to_pylist()
-    good = [row for row in rows if not row["is_defect"]]
-    chosen = good or [row for row in rows if row["mask_id"]]
-    if not chosen:
-        raise DataError("pseudo-defects need images of good parts, or masks that say where a part is good")
-    return sorted(chosen, key=lambda row: str(row["image_id"]))
 
 
 def synthesize(
@@ -68,7 +43,7 @@ def synthesize(
     named, textures = load_textures(config)
     classes = [(law, texture) for texture in textures for law in draw_laws(config.seed)]
     chosen = sources(manifest)
-    folder = _folder(manifest, label, home, config, named)
+    folder = set_folder(manifest, label, home, config, named)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng([config.seed, 1]).permutation(len(chosen)).tolist()
     waiting = []
@@ -86,18 +61,6 @@ def synthesize(
     table = pa.Table.from_pylist(sorted(rows, key=lambda row: str(row["uri"])), schema=MANIFEST_SCHEMA)
     write_manifest(table, folder / "manifest.parquet")
     return SyntheticSet(table, folder, False)
-
-
-def stored(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig) -> SyntheticSet | None:
-    """The set that `synthesize` made of these settings and images, if it did."""
-    folder = _folder(manifest, label, home, config, load_textures(config)[0])
-    path = folder / "manifest.parquet"
-    return SyntheticSet(read_manifest(path), folder, True) if path.is_file() else None
-
-
-def _folder(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig, named: str) -> Path:
-    identity = [VERSION, to_mapping(config) | {"texture_folder": named}, manifest_digest(manifest)]
-    return home / "synthetic" / f"{label}-{digest(identity)[:12]}"
 
 
 def _make(
@@ -178,8 +141,13 @@ def pseudo_classes(plan: Plan, config: SynthesisConfig) -> SyntheticSet:
     """
     if plan.imported:
         raise ConfigError(f"{plan.config.dataset} has features and no images: nothing to put pseudo-defects on")
-    with progress(f"pseudo-defects of {plan.label}") as advance:
-        made = synthesize(plan.manifest, plan.label, home(), config, advance)
+    return made_or_stored(plan.manifest, config, plan.label)
+
+
+def made_or_stored(manifest: pa.Table, config: SynthesisConfig, label: str) -> SyntheticSet:
+    """The pseudo-defects on these images, stored or made now behind a progress bar."""
+    with progress(f"pseudo-defects of {label}") as advance:
+        made = synthesize(manifest, label, home(), config, advance)
     state = "cached" if made.cached else "made"
     logger.info("pseudo-defects: %d images %s in %s", made.manifest.num_rows, state, made.folder)
     return made

@@ -84,8 +84,8 @@ class Family(Protocol):
         """Ids of the images that the model of a draw is fitted on."""
         ...
 
-    def details(self, run: RunConfig, fitting: Any, model: Any) -> dict[str, Any]:
-        """What a published model needs beside its tensors, such as a threshold; plain JSON."""
+    def details(self, run: RunConfig, fitting: Any, setting: Any, number: int, model: Any) -> dict[str, Any]:
+        """What the published model of a draw needs beside its tensors, such as a threshold; plain JSON."""
         ...
 
     def score(self, run: RunConfig, fitting: Any, reported: Any, setting: Any, number: int, start: Any) -> Score:

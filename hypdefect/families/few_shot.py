@@ -397,7 +397,9 @@ def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...
     return tuple(fitting.pool.image_ids[supports_of(fitting, setting, number)].tolist())
 
 
-def details(run: RunConfig, fitting: Fitting, model: FewShotClassifier) -> dict[str, Any]:
+def details(
+    run: RunConfig, fitting: Fitting, setting: Setting, number: int, model: FewShotClassifier
+) -> dict[str, Any]:
     """A few-shot classifier needs nothing beside its tensors."""
     return {}
 

@@ -21,6 +21,7 @@ from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, d
 from hypdefect.features.imported import Imported, is_imported, read_import
 from hypdefect.features.spec import FeatureKey, ImageRequest
 from hypdefect.files import home
+from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.progress import progress
 from hypdefect.types import VIEWS
 
@@ -86,6 +87,11 @@ class Plan(ABC):
         return task_label(self.config)
 
     @property
+    def model_name(self) -> str:
+        """What the task's published models are called, where a job names them not otherwise."""
+        return f"hypdefect-{self.label}"
+
+    @property
     def split(self) -> str:
         """How images were parted."""
         return ""
@@ -97,6 +103,10 @@ class Plan(ABC):
     @abstractmethod
     def requests(self) -> list[ImageRequest]:
         """Every image to extract, once."""
+
+    def pseudo(self) -> tuple[pa.Table, SynthesisConfig] | None:
+        """Images that pseudo-defects are painted on before anything is learned, and how; None: on none."""
+        return None
 
     @property
     def num_parts(self) -> int:
@@ -153,6 +163,12 @@ def image_requests(manifest: pa.Table, copies: dict[str, int], uses_mask: bool) 
                 row["mask_id"] = FULL_REGION
             requests.append(ImageRequest(**row, copies=copies[row["image_id"]]))
     return requests
+
+
+def unmasked_requests(manifest: pa.Table) -> list[ImageRequest]:
+    """Extraction requests for every image of a manifest, seen without its mask."""
+    columns = ("uri", "image_id", "file_id", "intensity")
+    return [ImageRequest(**row, mask_uri="", mask_id="", copies=0) for row in manifest.select(columns).to_pylist()]
 
 
 def of_product(config: DataConfig, manifest: pa.Table) -> pa.Table:

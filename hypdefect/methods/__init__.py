@@ -10,7 +10,17 @@ from typing import Any
 from hypdefect.errors import ConfigError
 from hypdefect.types import Method
 
-_MODULES = ("hypdfs", "baselines", "adapters", "relation_head", "hyperbolic_prototype")
+_MODULES = (
+    "hypdfs",
+    "baselines",
+    "adapters",
+    "relation_head",
+    "hyperbolic_prototype",
+    "patchcore",
+    "simplenet",
+    "patch_discriminator",
+    "bank_and_discriminator",
+)
 
 
 def _collect() -> dict[str, Method]:

@@ -11,7 +11,7 @@ from sklearn.metrics import confusion_matrix
 
 from hypdefect.evaluation import Score, TrialResult
 
-LABELS = {"acc": "accuracy"}
+LABELS = {"acc": "accuracy", "auroc": "AUROC"}
 BLUE, GREY, ORANGE = "#3566a8", "#9aa3ad", "#d9822b"
 
 
@@ -23,7 +23,7 @@ def plot_sweep(
     truth: Mapping[str, str],
     metric: str = "acc",
 ) -> None:
-    """Search history, the metric of every draw and, where there are classes, confusion of the winner.
+    """Search history, the metric of every draw and, of the winner, its confusion or its metric by class of defects.
 
     The winner is the first entry of `scores`.
     """
@@ -35,7 +35,7 @@ def plot_sweep(
         if classes:
             _confusion(confusion, next(iter(scores.values())), classes, truth)
         else:
-            confusion.set_axis_off()
+            _by_class(confusion, next(iter(scores.values())), metric)
         figure.savefig(path, dpi=130)
 
 
@@ -65,6 +65,22 @@ def _draws(axes: Axes, scores: Mapping[str, Sequence[Score]], metric: str) -> No
     axes.set_xticks(range(len(scores)), [name.replace(", ", ",\n") for name in scores])
     axes.set_xlim(-0.5, len(scores) - 0.3)
     axes.set(title="test, same draws (bar: mean)", ylabel=f"{LABELS.get(metric, metric)}, %")
+
+
+def _by_class(axes: Axes, draws: Sequence[Score], metric: str) -> None:
+    """Mean over draws of the metrics called "METRIC CLASS"; nothing where a family has none."""
+    names = sorted(name for name in draws[0].metrics if name.startswith(f"{metric} "))
+    if not names:
+        axes.set_axis_off()
+        return
+    means = [100 * float(np.mean([draw.metrics[name] for draw in draws])) for name in names]
+    axes.barh(range(len(names)), means, color=BLUE)
+    for place, mean in enumerate(means):
+        axes.text(mean - 1, place, f"{mean:.1f}", ha="right", va="center", color="white", fontweight="bold")
+    axes.set_yticks(range(len(names)), [name.removeprefix(f"{metric} ") for name in names])
+    axes.invert_yaxis()
+    axes.set_xlim(min(50.0, min(means) - 5), 100)
+    axes.set(title="the winner, each class against good parts", xlabel=f"{LABELS.get(metric, metric)}, %")
 
 
 def _confusion(axes: Axes, draws: Sequence[Score], classes: Sequence[str], truth: Mapping[str, str]) -> None:

@@ -38,7 +38,18 @@ def _cell(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
-SHOWN = {"acc": "accuracy", "balanced_acc": "class-balanced", "macro_f1": "macro F1", "ece": "ECE"}
+SHOWN = {
+    "acc": "accuracy",
+    "balanced_acc": "class-balanced",
+    "macro_f1": "macro F1",
+    "ece": "ECE",
+    "auroc": "AUROC",
+    "aupro": "AUPRO",
+    "false_alarms": "false alarms",
+    "detected": "detected",
+}
+BESIDE = {"acc": ("balanced_acc",), "auroc": ("aupro", "false_alarms", "detected")}
+"""What a table shows beside a family's metric, where it was measured."""
 
 
 def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table:
@@ -48,10 +59,10 @@ def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table
         outcomes: `distributed.sweep.Outcome` by name.
     """
     *_, reference = outcomes
-    second = "balanced_acc" if metric == "acc" else ""
+    beside = [name for name in BESIDE.get(metric, ()) if name in outcomes[reference].intervals]
     table = Table(title=title)
     columns = ["method", f"{SHOWN.get(metric, metric)} (mean ± 95 %)", "std"]
-    columns += [SHOWN[second]] if second else []
+    columns += [SHOWN[name] for name in beside]
     for column in (*columns, f"paired to {reference}", "fit, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, outcome in outcomes.items():
@@ -60,7 +71,7 @@ def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table
             name,
             value.percent(),
             f"{100 * value.std:.2f}",
-            *([outcome.intervals[second].percent()] if second else []),
+            *(outcome.intervals[name].percent() for name in beside),
             "" if name == reference else signed(outcome.ahead),
             f"{outcome.intervals['fit_seconds'].mean:.3f}",
         )

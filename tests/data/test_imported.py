@@ -98,7 +98,7 @@ def test_a_few_shot_task_runs_on_imported_features(tmp_path: Path) -> None:
     assert fitting.normals["whole"].shape == (6, 10)
 
 
-@pytest.mark.parametrize("name", ["prototype", "hypdfs"])
+@pytest.mark.parametrize("name", ["prototype", pytest.param("hypdfs", marks=pytest.mark.slow)])
 def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_path: Path) -> None:
     imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
     plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)

@@ -162,7 +162,7 @@ def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...
     return fitting.normals.select(drawn(fitting, setting, number)).image_ids
 
 
-def details(run: RunConfig, fitting: Fitting, model: AnomalyDetector) -> dict[str, Any]:
+def details(run: RunConfig, fitting: Fitting, setting: Setting, number: int, model: AnomalyDetector) -> dict[str, Any]:
     return {"threshold": float(model.anomaly(fitting.normals).score.max())}
 
 

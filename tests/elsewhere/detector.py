@@ -37,7 +37,7 @@ class Detector(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.started = False
 
-    def fit(self, normals: Batches) -> None:
+    def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
         patches = torch.cat([batch.views["patch"].flatten(0, 2) for batch in normals])
         self.mean = patches.mean(0)
         if not self.started:

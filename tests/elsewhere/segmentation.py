@@ -154,7 +154,7 @@ def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...
     return fitting.images.image_ids
 
 
-def details(run: RunConfig, fitting: Fitting, model: Segmenter) -> dict[str, Any]:
+def details(run: RunConfig, fitting: Fitting, setting: Setting, number: int, model: Segmenter) -> dict[str, Any]:
     return {}
 
 

@@ -234,7 +234,8 @@ def searched() -> list[Any]:
         for parameter, values in trial.distributions.items():
             if parameter.startswith("method."):
                 choices = getattr(values, "choices", None) or (values.low, values.high)  # type: ignore[attr-defined]
-                case = pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}")
+                marks = [pytest.mark.slow] if space.METHOD in TO_ITS_END else []
+                case = pytest.param(path.stem, parameter, choices, id=f"{path.stem}-{parameter}", marks=marks)
                 found.setdefault((space.METHOD, parameter, choices), case)  # spaces of one method share most
     return list(found.values())
 

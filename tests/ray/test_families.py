@@ -34,7 +34,7 @@ from hypdefect.training import TrainConfig
 from tests.elsewhere import detection, segmentation
 from tests.tiny_dataset import draw, make_mtd_tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]  # test_detection.py goes the same way
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 METHODS = ("small_detector", "small_segmenter")
 

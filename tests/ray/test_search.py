@@ -139,6 +139,7 @@ def test_a_numerical_failure_scores_zero(ray_local: Any, data: Fitting, tmp_path
     assert all(r.value > 0 for r in results if r.params["method.contrast_temperature"] == 0.3)
 
 
+@pytest.mark.slow
 def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     with pytest.raises(HypdefectError, match="class 'crack' has 12 images") as caught:
         run(tmp_path, data, setting=Setting(k_shot=12), trials=2)
@@ -169,6 +170,7 @@ def selected(data: Fitting, trials: list[TrialResult]) -> tuple[Any, dict[str, t
     return (choice.trial.number, choice.run, choice.reference), model.export()
 
 
+@pytest.mark.slow
 def test_a_search_and_a_selection_repeat_themselves(searched: Searched, data: Fitting, tmp_path: Path) -> None:
     """They are handed what may be looked at and nothing else: no query can change them."""
     again = search_alone(data, tmp_path)
@@ -296,6 +298,7 @@ def test_a_killed_search_continues_with_what_is_missing(
     assert {t.state for t in study_of(tmp_path)} <= {TrialState.COMPLETE, TrialState.FAIL}
 
 
+@pytest.mark.slow
 def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     """The driver died before the default point had finished, or even before it was handed out."""
     for state in (TrialState.RUNNING, TrialState.WAITING):
@@ -312,6 +315,7 @@ def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: F
 # --- cost and spaces ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_packed_trials_cost_little(ray_local: Any, data: Fitting, tmp_path: Path) -> None:
     space = importlib.import_module("tune_spaces.prototype")
     times: list[float] = []

@@ -50,6 +50,7 @@ def assert_same(model: Any, losses: list[float], expected: tuple[dict[str, torch
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_workers_learn_what_one_process_does(
     ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path
 ) -> None:
@@ -121,6 +122,7 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_an_error_of_a_worker_is_the_error_of_the_run(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
     config = replace(CONFIG, lr=1e30)
     with pytest.raises(NumericsError, match=r"finite numbers|loss at step"):

@@ -1,0 +1,64 @@
+"""From a map of an image to the regions it marks, as outlines, and to a picture of it."""
+
+import base64
+import io
+from typing import Any
+
+import numpy as np
+import torch
+from contourpy import LineType, contour_generator
+from jaxtyping import Bool, Float
+from PIL import Image
+from scipy import ndimage
+from torch.nn.functional import interpolate
+
+EIGHT = np.ones((3, 3), dtype=bool)
+"""Pixels that touch at a corner belong together."""
+LEAST_AREA = 9
+"""Regions of fewer pixels are noise of the map: a patch stands for 8 x 8 pixels."""
+MOST_REGIONS = 100
+"""Of an image whose map is all noise, the largest are given."""
+
+
+def resized(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "H W"]:
+    """A map at another size, bilinear."""
+    return interpolate(torch.from_numpy(values)[None, None], size=size, mode="bilinear")[0, 0].numpy()
+
+
+def cleaned(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
+    """The marked pixels without holes, and without regions of fewer than `least` pixels."""
+    filled = ndimage.binary_fill_holes(marked)
+    labels, _ = ndimage.label(filled, EIGHT)
+    large = np.bincount(labels.ravel()) >= least
+    large[0] = False
+    return large[labels]
+
+
+def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]], int]]:
+    """Outline and area of each connected region of the cleaned pixels, largest first.
+
+    An outline is a closed polygon of corners (x, y) round the pixels; pixel (row r, column q) covers [q, q + 1] in x.
+    """
+    labels, _ = ndimage.label(cleaned(marked), EIGHT)
+    areas, boxes = np.bincount(labels.ravel())[1:], ndimage.find_objects(labels)
+    found = []
+    for label in np.argsort(-areas, kind="stable")[:MOST_REGIONS] + 1:
+        rows, columns = boxes[label - 1]
+        inside = np.pad(labels[rows, columns] == label, 1)
+        lines: Any = contour_generator(z=inside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
+        outline = max(lines, key=len) + np.array([columns.start - 0.5, rows.start - 0.5])
+        found.append((outline.round(1).tolist(), int(areas[label - 1])))
+    return found
+
+
+def as_png(values: Float[np.ndarray, "H W"]) -> str:
+    """Values from 0 to 1 as a grey PNG in base64; others are clipped."""
+    buffer = io.BytesIO()
+    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def as_values(png: str) -> Float[np.ndarray, "H W"]:
+    """What `as_png` wrote, from 0 to 1."""
+    with Image.open(io.BytesIO(base64.b64decode(png))) as image:
+        return np.asarray(image, dtype=np.float64) / 255

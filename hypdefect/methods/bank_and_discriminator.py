@@ -1,0 +1,93 @@
+"""PatchCore and the discriminator of pseudo-defects together: what looks unlike good parts, or like a defect.
+
+The two miss different defects. The bank finds what no normal image shows, such as a missing edge. The discriminator
+finds small marks that are near some normal patch. Both answers are measured in deviations of the normal images, and
+the answer is their weighted sum.
+
+Shapes: N images, h w rows and columns of the patch grid, H W pixels.
+"""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hypdefect.methods.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
+from hypdefect.methods.patchcore import PatchCore, PatchCoreConfig
+from hypdefect.methods.ranges import require_share
+from hypdefect.types import AnomalyMaps, Batch, Batches, Method, Needs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankAndDiscriminatorConfig:
+    bank: PatchCoreConfig = PatchCoreConfig(score="top")
+    discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig()
+    weight: float = 0.5
+    """Of the discriminator; the bank has the rest."""
+
+    def __post_init__(self) -> None:
+        require_share(self, "weight")
+
+
+class BankAndDiscriminator:
+    """Weighted sum of two detectors' answers, each standardised on the normal images."""
+
+    needs: ClassVar[Needs] = "patches"
+
+    def __init__(self, config: BankAndDiscriminatorConfig, dim: int) -> None:
+        self.config = config
+        self.parts: dict[str, Any] = {
+            "bank": PatchCore(config.bank, dim),
+            "discriminator": PatchDiscriminator(config.discriminator, dim),
+        }
+        self.weights = {"bank": 1 - config.weight, "discriminator": config.weight}
+        self.units: dict[str, Float[Tensor, 4]] = {}
+        """Of each part: median and deviation of the scores, then of the map pixels, of normal images."""
+
+    def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
+        """Fit both, then look at the normal images once more.
+
+        Raises:
+            DataError, NumericsError: as the parts.
+        """
+        for name, part in self.parts.items():
+            part.fit(normals, pseudo)
+            answers = [part.anomaly(batch) for batch in normals]
+            scores = torch.cat([answer.score for answer in answers])
+            pixels = torch.cat([answer.map[:, ::8, ::8].flatten() for answer in answers])
+            self.units[name] = torch.stack([*median_and_deviation(scores), *median_and_deviation(pixels)])
+
+    @torch.no_grad()
+    def anomaly(self, batch: Batch) -> AnomalyMaps:
+        """Raises RuntimeError before `fit`."""
+        score, anomaly_map = torch.zeros(()), torch.zeros(())
+        for name, part in self.parts.items():
+            answer = part.anomaly(batch)
+            middle, deviation, pixel_middle, pixel_deviation = self.units[name]
+            score = score + self.weights[name] * (answer.score - middle) / deviation
+            anomaly_map = anomaly_map + self.weights[name] * (answer.map - pixel_middle) / pixel_deviation
+        return AnomalyMaps(score=score, map=anomaly_map)
+
+    def export(self) -> dict[str, Tensor]:
+        """Raises RuntimeError before `fit`."""
+        tensors = {f"{name}.{key}": x for name, part in self.parts.items() for key, x in part.export().items()}
+        return tensors | {f"{name}.units": x for name, x in self.units.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        for name, part in self.parts.items():
+            own = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
+            self.units[name] = own.pop("units")
+            part.restore(own)
+
+
+def median_and_deviation(x: Float[Tensor, "N"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
+    """Median, and 1.4826 times the median distance from it, as of a normal distribution; at least 1e-6."""
+    middle = x.median()
+    return middle, (1.4826 * (x - middle).abs().median()).clamp_min(1e-6)
+
+
+METHODS = {
+    "bank_and_discriminator": Method(config=BankAndDiscriminatorConfig, build=BankAndDiscriminator, family="detection")
+}

@@ -1,0 +1,70 @@
+"""Regions of a map: what is kept, how it is outlined, and how a map becomes a picture."""
+
+import numpy as np
+import pytest
+from matplotlib.path import Path
+
+from hypdefect.images.regions import as_png, as_values, cleaned, regions_of, resized
+
+
+def field(*boxes: tuple[int, int, int, int]) -> np.ndarray:
+    """Marked boxes (row, column, height, width) on 40 x 60 pixels."""
+    marked = np.zeros((40, 60), dtype=bool)
+    for row, column, height, width in boxes:
+        marked[row : row + height, column : column + width] = True
+    return marked
+
+
+def test_regions_come_largest_first_with_their_areas() -> None:
+    found = regions_of(field((2, 3, 4, 5), (20, 30, 10, 8), (30, 2, 2, 2)))
+    assert [area for _, area in found] == [80, 20]  # 4 pixels are too few
+
+
+def test_an_outline_drawn_again_is_its_region() -> None:
+    marked = field((5, 10, 12, 20))
+    marked |= np.hypot(*np.mgrid[-25:15, -40:20]) < 9
+    for outline, area in regions_of(marked):
+        assert outline[0] == outline[-1]
+        inside = Path(outline).contains_points(np.indices((40, 60)).reshape(2, -1).T[:, ::-1] + 0.5)
+        assert inside.sum() == area
+        assert marked[inside.reshape(40, 60)].all()
+
+
+def test_a_box_is_outlined_in_image_coordinates() -> None:
+    ((outline, _),) = regions_of(field((5, 10, 12, 20)))
+    xs, ys = np.array(outline).T
+    assert (xs.min(), xs.max(), ys.min(), ys.max()) == pytest.approx((10, 30, 5, 17), abs=0.01)
+
+
+def test_corners_belong_together_and_holes_are_filled() -> None:
+    assert len(regions_of(field((0, 0, 5, 5), (5, 5, 5, 5)))) == 1
+    ring = field((5, 5, 10, 10))
+    ring[8:12, 8:12] = False
+    assert cleaned(ring).sum() == 100
+    assert regions_of(np.zeros((4, 4), dtype=bool)) == []
+
+
+def test_a_region_at_the_border_is_closed() -> None:
+    ((outline, area),) = regions_of(np.ones((6, 7), dtype=bool))
+    assert area == 42
+    assert np.array(outline).min() == pytest.approx(0, abs=0.01)
+    assert np.array(outline).max(0).tolist() == pytest.approx([7, 6], abs=0.01)
+
+
+def test_noise_gives_a_bounded_answer() -> None:
+    noise = np.kron(np.indices((60, 60)).sum(0) % 2 == 0, np.eye(4)[::-1].cumsum(0) > 0)
+    assert len(regions_of(noise)) <= 100
+
+
+def test_a_picture_holds_the_values() -> None:
+    values = np.linspace(-0.2, 1.2, 12, dtype=np.float32).reshape(3, 4)
+    seen = as_values(as_png(values))
+    assert seen.shape == (3, 4)
+    assert np.abs(seen - values.clip(0, 1)).max() < 0.003
+
+
+def test_a_resized_map_keeps_its_range() -> None:
+    values = np.random.default_rng(0).random((8, 8), dtype=np.float32)
+    large = resized(values, (33, 50))
+    assert large.shape == (33, 50)
+    assert values.min() <= large.min() <= large.max() <= values.max()
