@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from PIL import Image
 
 from hypdefect.distributed.extract import fill
@@ -110,6 +111,18 @@ def test_pseudo_defects_are_validated_on_images_that_were_not_learned_from(ran: 
         held, painted = detection._held(fitting, Setting(), number)
         assert not learned & {*held.image_ids, *painted.units}
         assert set(painted.units) <= set(held.image_ids)
+
+
+def test_a_detector_learns_from_pseudo_defects_on_its_own_normals_alone(ran: Ran) -> None:
+    fitting, _ = detection.load(ran.result.plan, ran.home)
+    run, learned = RunConfig(name="patch_discriminator"), set(detection.fitted_on(fitting, Setting(), 0))
+    own = [i for i, source in enumerate(fitting.pseudo.units) if source in learned]
+    assert 0 < len(own) < len(fitting.pseudo)
+    normals = fitting.normals.select([i for i, name in enumerate(fitting.normals.image_ids) if name in learned])
+    expected = run.model(sum(fitting.block_dims))
+    expected.fit(normals, fitting.pseudo.select(own))
+    found = detection.fit(run, fitting, Setting(), 0).export()
+    assert all(torch.equal(found[name], value) for name, value in expected.export().items())
 
 
 @pytest.mark.parametrize("name", methods_of("detection"))
