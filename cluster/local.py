@@ -219,7 +219,7 @@ def serve(
         if cluster.head is not None:
             _print_head(cluster.head)
         print(f"serving        {model} at {base}   (status: {cluster.url}/#/serve)")
-        print(f"try            curl -sS -F image=@IMAGE.png {base}/v1/classify")
+        print(f"try            curl -sS -F image=@IMAGE.png {base}/v1/predict")
     return 0
 
 
