@@ -16,6 +16,7 @@ from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.geometry import expmap0
 from hypdefect.images import read_image
+from hypdefect.methods import hypdfs
 from hypdefect.methods.hypdfs import Core, HypDFS, HypDFSConfig, Moments, Noise, spread_loss, whole_crop_contrast
 from hypdefect.methods.support import by_image
 from hypdefect.types import VIEWS, Batch, Episode
@@ -113,6 +114,24 @@ def spread_of(cells: Episode, model: HypDFS, core: Core) -> float:
     z, reach = model.synthesize(core, moments, model.evolve(core, moments), noise)
     length = config.noise_scale * (2 * moments.log_scale_WPE).exp().sum(2).sqrt()
     return float(spread_loss(z, reach, length, config.curvature, config.margin).detach())
+
+
+def test_the_head_is_fitted_alone_before_all_parts_together(cells: Episode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real optimiser, listened to: what it is given, and by how much each call lowers the objective."""
+    calls: list[tuple[int, float, float]] = []
+    real = hypdfs.minimize
+
+    def listened(parameters: Any, objective: Any, steps: int) -> Any:
+        before = float(objective().total.detach())
+        terms = real(parameters, objective, steps)
+        calls.append((len(parameters), before, float(objective().total.detach())))
+        return terms
+
+    monkeypatch.setattr(hypdfs, "minimize", listened)
+    fitted(cells)
+    (alone, start, middle), (together, again, end) = calls
+    assert alone == 2 < together  # normals and offsets
+    assert start > middle == pytest.approx(again) > end
 
 
 def test_the_spread_loss_is_above_0_at_the_start_and_what_a_fit_lowers(cells: Episode) -> None:
