@@ -1,6 +1,7 @@
-"""Intervals against scipy, and the pairing and clustering that honest comparisons need."""
+"""Intervals against scipy, the pairing and clustering that honest comparisons need, and metrics by definition."""
 
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.metrics import calibration_error
+from hypdefect.metrics import BIN_BITS, PixelMetrics, area, calibration_error, image_metrics, pimo_area, value_bins
 from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, paired_p
+from tests.reference import anomaly_metrics as slow
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
 
@@ -168,3 +170,259 @@ def test_calibration_error_by_hand() -> None:
     for wrong in (np.array([]), np.array([1.5]), np.array([math.nan])):
         with pytest.raises(DataError, match="each in"):
             calibration_error(wrong, np.ones(len(wrong), dtype=bool))
+
+
+def test_image_metrics_are_those_of_their_definitions() -> None:
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        scores, anomalous = rng.integers(0, 8, size=30) / 4, rng.random(30) < 0.4  # with ties
+        maps, masks = [scores[:, None]], [anomalous[:, None]]
+        assert image_metrics(scores, anomalous) == pytest.approx(
+            {
+                "auroc": slow.auroc(maps, masks),
+                "aupr": slow.average_precision(maps, masks),
+                "f1_max": slow.best_f1(scores, anomalous),
+            }
+        )
+
+
+def test_image_metrics_by_hand() -> None:
+    anomalous = np.array([True, True, False, False])
+    assert image_metrics(np.array([4.0, 2.0, 3.0, 1.0]), anomalous) == pytest.approx(
+        {"auroc": 3 / 4, "aupr": 1 / 2 + 1 / 2 * 2 / 3, "f1_max": 4 / 5}
+    )
+    assert image_metrics(np.array([9.0, 8.0, 2.0, 1.0]), anomalous) == {"auroc": 1.0, "aupr": 1.0, "f1_max": 1.0}
+    assert image_metrics(np.ones(4), anomalous) == pytest.approx({"auroc": 0.5, "aupr": 0.5, "f1_max": 2 / 3})
+    # the highest threshold finds nothing that is anomalous: precision and recall are both 0 there
+    assert image_metrics(np.array([1.0, 1.0, 3.0, 2.0]), anomalous)["f1_max"] == pytest.approx(2 / 3)
+
+
+def test_scores_without_image_metrics_are_refused() -> None:
+    two = np.array([True, False])
+    for anomalous in (np.ones(2, bool), np.zeros(2, bool), np.zeros(0, bool)):
+        with pytest.raises(DataError, match="both classes"):
+            image_metrics(np.zeros(len(anomalous)), anomalous)
+    for wrong in (math.nan, math.inf):
+        with pytest.raises(DataError, match=f"finite scores, got {wrong}"):
+            image_metrics(np.array([0.0, wrong]), two)
+
+
+Images = list[tuple[np.ndarray, np.ndarray]]
+
+
+def coarse_images(seed: int, side: int = 12, num: int = 4) -> Images:
+    """Maps of few values, which bins hold without loss; every second image is anomalous, of its own size."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for i in range(num):
+        size = (side + i, side)
+        mask = (rng.random(size) < 0.15) & (i % 2 == 1)
+        mask[0, 0] = i % 2 == 1
+        images.append((np.round(8 * (rng.normal(size=size) + mask)).astype(np.float32) / 8, mask))
+    return images
+
+
+def fine_images(seed: int, num: int = 6, side: int = 40) -> Images:
+    """Maps of float32 values, nearly all different."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for i in range(num):
+        mask = np.zeros((side, side), bool)
+        if i % 2:
+            mask[3:12, 5:14] = mask[20:24, 20:39] = True
+        images.append((rng.gamma(2.0, 1.0 + mask, size=mask.shape).astype(np.float32), mask))
+    return images
+
+
+def measured(images: Images) -> PixelMetrics:
+    metrics = PixelMetrics()
+    for values, mask in images:
+        metrics.update(values, mask)
+    return metrics
+
+
+def slow_metrics(images: Images) -> dict[str, float]:
+    maps, masks = zip(*images, strict=True)
+    return {
+        "pixel_auroc": slow.auroc(maps, masks),
+        "pixel_aupr": slow.average_precision(maps, masks),
+        "aupro": slow.aupro(maps, masks),
+        "aupimo": slow.aupimo(maps, masks),
+    }
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_pixel_metrics_are_those_of_their_definitions(seed: int) -> None:
+    images = coarse_images(seed)
+    assert measured(images).compute() == pytest.approx(slow_metrics(images), rel=1e-9, abs=1e-12)
+
+
+@settings(deadline=None, database=None, max_examples=40)
+@given(seed=st.integers(0, 10**6), low=st.sampled_from([0.001, 0.01, 0.1]), ratio=st.sampled_from([1.5, 4.0, 9.0]))
+def test_pimo_area_over_any_range_is_that_of_its_definition(seed: int, low: float, ratio: float) -> None:
+    """Few normal pixels resolve no rate below 1e-3: wider ranges see every line of the curve, and both its ends."""
+    images = coarse_images(seed)
+    maps, masks = zip(*images, strict=True)
+    metrics = measured(images)
+    found = [pimo_area(metrics.normals, image, low, low * ratio) for image in metrics.anomalous]
+    assert np.mean(found) == pytest.approx(slow.aupimo(maps, masks, low, low * ratio), rel=1e-9, abs=1e-12)
+
+
+def test_pimo_area_in_the_published_range() -> None:
+    """400 000 normal pixels: 4 to 40 of them are above the thresholds that count."""
+    rng = np.random.default_rng(0)
+    images = [(np.round(16 * rng.normal(size=(400, 500))).astype(np.float32) / 16, np.zeros((400, 500), bool))] * 2
+    mask = np.zeros((50, 60), bool)
+    mask[10:30, 10:30] = True
+    images += [(np.round(16 * (rng.normal(size=mask.shape) + 3.5 * mask)).astype(np.float32) / 16, mask)]
+    maps, masks = zip(*images, strict=True)
+    found = measured(images).compute()["aupimo"]
+    assert found == pytest.approx(slow.aupimo(maps, masks), rel=1e-9)
+    assert 0.2 < found < 0.6
+
+
+def test_perfect_constant_and_inverted_maps() -> None:
+    mask = np.zeros((20, 20), bool)
+    mask[2:6, 3:13] = True  # 40 of 400
+    good = np.zeros((20, 20), bool)
+
+    def metrics(anomalous: float, normal: float) -> dict[str, float]:
+        return measured([(np.where(m, anomalous, normal), m) for m in (mask, good)]).compute()
+
+    assert metrics(1.0, 0.0) == pytest.approx({"pixel_auroc": 1, "pixel_aupr": 1, "aupro": 1, "aupimo": 1})
+    assert metrics(3.0, 3.0) == pytest.approx({"pixel_auroc": 0.5, "pixel_aupr": 0.05, "aupro": 0.15, "aupimo": 0})
+    assert metrics(-2.0, -1.0) == pytest.approx({"pixel_auroc": 0, "pixel_aupr": 0.05, "aupro": 0, "aupimo": 0})
+
+
+def test_overlap_of_two_regions_by_hand() -> None:
+    """Regions of 4 pixels and of 1, and 10 normal pixels.
+
+    Thresholds 5, 4, 3, 2: the large region is found to 1/2, 1/2, 1, 1, the small one at 4, no normal pixel at 5, one at
+    4, two at 3 and all at 2. Points (0, 0), (0, 1/4), (0.1, 3/4), (0.2, 1), (1, 1): 0.05 + 0.0875 + 0.1 up to 0.3.
+    """
+    values = np.array([[5, 5, 4, 2, 4], [2, 2, 2, 2, 2], [3, 2, 2, 2, 3]], float)
+    mask = np.array([[1, 1, 0, 0, 1], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]], bool)
+    values[1, 2], mask[1, 2] = 3, True  # touches the large region at a corner
+    values[1, 1], mask[1, 1] = 3, True
+    values[2, 0] = 2
+    assert mask.sum() == 5
+    assert measured([(values, mask)]).compute()["aupro"] == pytest.approx((0.05 + 0.0875 + 0.1) / 0.3)
+    assert slow.aupro([values], [mask]) == pytest.approx((0.05 + 0.0875 + 0.1) / 0.3)
+
+
+def test_small_regions_weigh_as_much_as_large_ones() -> None:
+    values, mask = np.zeros((10, 10)), np.zeros((10, 10), bool)
+    mask[:5, :5] = mask[9, 9] = True
+    values[9, 9] = 1  # only the region of one pixel is found
+    found = measured([(values, mask)]).compute()
+    assert found["aupro"] == pytest.approx(0.5 + 0.5 * 0.15)
+    assert "aupimo" not in found  # there is no normal image
+
+
+def test_what_no_false_positive_finds_continues_the_curve_to_the_left() -> None:
+    """One normal image of 100 pixels: no rate between 0 and 0.01 exists."""
+    values, mask = np.zeros((10, 10)), np.zeros((10, 10), bool)
+    mask[0, :4] = True
+    values[0] = [0.2, 0.4, 0.6, 0.8] + [0] * 6
+    normal = np.zeros((10, 10))
+    normal[5, 5] = 0.5
+    assert measured([(values, mask), (normal, np.zeros_like(mask))]).compute()["aupimo"] == pytest.approx(0.5)
+
+
+def test_area_ends_within_a_line() -> None:
+    x, y = np.array([0.0, 0.2, 0.2, 1.0]), np.array([0.0, 0.4, 0.6, 1.0])
+    assert area(x, y, 0.0, 1.0) == pytest.approx(0.04 + 0.64)
+    assert area(x, y, 0.1, 0.4) == pytest.approx(0.1 * 0.3 + 0.2 * 0.65)
+
+
+@settings(deadline=None, database=None, max_examples=100)
+@given(values=st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=30))
+def test_bins_keep_the_order_of_any_float32(values: list[float]) -> None:
+    ordered = np.sort(np.array([[*values, 0.0, -0.0]], np.float32))
+    bins = value_bins(ordered)[0]
+    assert (np.diff(bins) >= 0).all()
+    assert 0 <= bins[0] <= bins[-1] < 1 << BIN_BITS
+    assert len(np.unique(bins[ordered[0] == 0])) == 1
+    near = np.flatnonzero((np.diff(bins) == 0) & (np.abs(ordered[0, 1:]) > np.finfo(np.float32).tiny))
+    assert (ordered[0, near + 1] - ordered[0, near] <= 2**-11 * np.abs(ordered[0, near + 1]) * (1 + 2**-10)).all()
+
+
+def rounded(values: np.ndarray) -> np.ndarray:
+    """To 12 significant bits, towards zero."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.trunc(mantissa * 2**12) / 2**12, exponent)
+
+
+def test_quantisation_costs_what_ties_cost() -> None:
+    """Metrics are those of rounded values, to the last digit, and near those of the values themselves."""
+    images = fine_images(0)
+    found = measured(images).compute()
+    assert found == pytest.approx(slow_metrics([(rounded(v), m) for v, m in images]), rel=1e-9, abs=1e-12)
+    exact = slow_metrics(images)
+    assert found == pytest.approx(exact, abs=2e-4)
+    metrics = measured(
+        images
+    )  # a tie of an anomalous with a normal pixel moves their share of the auroc by 1/2 at most
+    ties = metrics.positives @ metrics.negatives / metrics.positives.sum() / metrics.negatives.sum()
+    assert abs(found["pixel_auroc"] - exact["pixel_auroc"]) <= ties / 2 < 1e-3
+
+
+@pytest.mark.parametrize("scale", [2.0**40, 2.0**-40, 1e6, 1e-6, 1e30, 1e-30])
+def test_metrics_do_not_depend_on_the_scale(scale: float) -> None:
+    """Values far outside float16; a power of two moves bins as a whole, another scale moves their edges."""
+    images = fine_images(1)
+    tolerance = 1e-12 if math.frexp(scale)[0] == 0.5 else 5e-4
+    scaled = measured([(values * np.float32(scale), mask) for values, mask in images]).compute()
+    assert scaled == pytest.approx(measured(images).compute(), abs=tolerance)
+    wide = measured([(values.astype(np.float64) * scale, mask) for values, mask in images]).compute()
+    assert wide == pytest.approx(scaled, abs=tolerance)
+
+
+def test_metrics_do_not_depend_on_the_order_of_images() -> None:
+    images = fine_images(2)
+    assert measured(images[::-1]).compute() == pytest.approx(measured(images).compute(), rel=1e-12)
+
+
+def test_merged_shares_are_the_whole() -> None:
+    images = coarse_images(3, num=7)
+    first, second = measured(images[:3]), pickle.loads(pickle.dumps(measured(images[3:])))
+    alone = second.compute()
+    first.merge(second)
+    first.merge(PixelMetrics())
+    whole = measured(images)
+    assert first.compute() == pytest.approx(whole.compute(), rel=1e-12)
+    assert (first.num_images, first.num_regions) == (whole.num_images, whole.num_regions)
+    first.update(*images[1])
+    assert second.compute() == alone  # it shares nothing with what it was merged into
+
+
+def test_memory_does_not_grow_with_the_images() -> None:
+    def dense(metrics: PixelMetrics) -> int:
+        return sum(x.nbytes for x in vars(metrics).values() if isinstance(x, np.ndarray))
+
+    images = fine_images(3)
+    few, many = measured(images), measured(images * 10)
+    assert dense(few) == dense(many) == 4 * 8 << BIN_BITS
+    assert len(many.anomalous) == sum(mask.any() for _, mask in images * 10)  # a normal image leaves nothing behind
+    for sparse, mask in zip(few.anomalous, [mask for _, mask in images if mask.any()], strict=True):
+        assert sparse.bins.nbytes + sparse.counts.nbytes <= 8 * mask.sum()
+        assert sparse.counts.sum() == mask.sum()
+
+
+def test_maps_that_cannot_be_measured_are_refused() -> None:
+    metrics = measured([(np.zeros((4, 5)), np.zeros((4, 5), bool))])
+    with pytest.raises(DataError, match=r"need anomalous and normal pixels: 1 images have 0 and 20"):
+        metrics.compute()
+    with pytest.raises(DataError, match=r"image 1: map \(4, 5\) and mask \(5, 4\)"):
+        metrics.update(np.zeros((4, 5)), np.zeros((5, 4), bool))
+    with pytest.raises(DataError, match="image 1: .* not empty"):
+        metrics.update(np.zeros((0, 5)), np.zeros((0, 5), bool))
+    for wrong in (math.nan, math.inf, -1e39):  # the last is finite in float64 only
+        with pytest.raises(DataError, match="image 1: the map has 1 values that are not finite"):
+            metrics.update(np.array([[0.0, wrong]]), np.ones((1, 2), bool))
+    with pytest.raises(DataError, match="0 images have 0 and 0"):
+        PixelMetrics().compute()
+    with pytest.raises(DataError, match="1 images have 4 and 0"):
+        measured([(np.zeros((2, 2)), np.ones((2, 2), bool))]).compute()
+    metrics.update(np.ones((4, 5)), np.ones((4, 5), bool))  # what was refused left no trace
+    assert metrics.compute() == {"pixel_auroc": 1.0, "pixel_aupr": 1.0, "aupro": 1.0, "aupimo": 1.0}
