@@ -1,107 +1,76 @@
-"""Metrics of anomaly maps by their definitions: every value is a threshold, every threshold looks at every pixel."""
+"""Anomaly metrics by their definitions, slowly: every value of the maps is a threshold, regions by flood fill."""
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-Point = tuple[float, float]
 
-
-def thresholds(maps: Sequence[np.ndarray]) -> list[float]:
-    """Every value that occurs, descending; first one that nothing reaches."""
-    return [math.inf, *sorted({float(x) for values in maps for x in values.ravel()}, reverse=True)]
-
-
-def line_area(points: Sequence[Point], low: float, high: float) -> float:
-    """Area under straight lines from point to point, between low and high."""
-    total = 0.0
-    for (x0, y0), (x1, y1) in zip(points, points[1:], strict=False):
-        if x1 == x0:
-            continue
-
-        def y(x: float, x0: float = x0, y0: float = y0, x1: float = x1, y1: float = y1) -> float:
-            return y0 * (x1 - x) / (x1 - x0) + y1 * (x - x0) / (x1 - x0)
-
-        a, b = max(x0, low), min(x1, high)
-        if a < b:
-            total += (b - a) * (y(a) + y(b)) / 2
-    return total
-
-
-def flood_regions(mask: np.ndarray) -> list[list[tuple[int, int]]]:
-    """8-connected regions as lists of pixels."""
-    left = {(int(y), int(x)) for y, x in np.argwhere(mask)}
-    regions = []
+def regions(mask: np.ndarray) -> list[list[tuple[int, int]]]:
+    """Pixels of each 8-connected region."""
+    left = {(int(r), int(c)) for r, c in np.argwhere(mask)}
+    found = []
     while left:
-        todo, region = [left.pop()], []
+        todo = [left.pop()]
+        region = list(todo)
         while todo:
-            y, x = todo.pop()
-            region.append((y, x))
-            for neighbour in [(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)]:
+            r, c = todo.pop()
+            for neighbour in [(r + dr, c + dc) for dr in (-1, 0, 1) for dc in (-1, 0, 1)]:
                 if neighbour in left:
                     left.remove(neighbour)
                     todo.append(neighbour)
-        regions.append(region)
-    return regions
+                    region.append(neighbour)
+        found.append(region)
+    return found
 
 
-def auroc(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
-    """Share of (anomalous, normal) pairs of pixels in the right order; a tie counts half."""
+def area(x: list[float], y: list[float], limit: float) -> float:
+    """Trapezoids from 0 to the limit, the last one cut."""
+    total = 0.0
+    for (x0, y0), (x1, y1) in zip(zip(x, y, strict=True), list(zip(x, y, strict=True))[1:], strict=False):
+        if x0 >= limit:
+            break
+        if x1 > limit:
+            y1 = y0 + (y1 - y0) * (limit - x0) / (x1 - x0)
+            x1 = limit
+        total += (x1 - x0) * (y0 + y1) / 2
+    return total / limit
+
+
+def pixel_metrics(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> dict[str, float]:
+    thresholds = sorted({float(v) for one in maps for v in one.ravel()}, reverse=True)
     values, truth = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
-    normal = values[~truth]
-    wins = [(normal < x).sum() + 0.5 * (normal == x).sum() for x in values[truth]]
-    return float(sum(wins) / len(wins) / len(normal))
+    false, true, pro, precision = [0.0], [0.0], [0.0], [1.0]
+    every = [[one[p] for p in region] for one, mask in zip(maps, masks, strict=True) for region in regions(mask)]
+    for threshold in thresholds:
+        marked = values >= threshold
+        false.append(float((marked & ~truth).sum() / (~truth).sum()))
+        true.append(float((marked & truth).sum() / truth.sum()))
+        precision.append(float((marked & truth).sum() / marked.sum()))
+        pro.append(float(np.mean([np.mean([v >= threshold for v in region]) for region in every])))
+    steps = zip(true, true[1:], precision[1:], strict=False)
+    metrics = {
+        "pixel_auroc": area(false, true, 1.0),
+        "pixel_aupr": sum((b - a) * p for a, b, p in steps),
+        "aupro": area(false, pro, 0.3),
+    }
+    normal = [one for one, mask in zip(maps, masks, strict=True) if not mask.any()]
+    if normal:
+        found = [aupimo(one[mask], normal) for one, mask in zip(maps, masks, strict=True) if mask.any()]
+        metrics["aupimo"] = float(np.mean(found))
+    return metrics
 
 
-def average_precision(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray]) -> float:
-    values, truth = np.concatenate([m.ravel() for m in maps]), np.concatenate([m.ravel() for m in masks])
-    total, last = 0.0, 0.0
-    for t in thresholds(maps)[1:]:
-        found = values >= t
-        recall = (found & truth).sum() / truth.sum()
-        total += (recall - last) * (found & truth).sum() / found.sum()
-        last = recall
-    return float(total)
+def aupimo(marked: np.ndarray, normal: Sequence[np.ndarray], low: float = 1e-5, high: float = 1e-4) -> float:
+    """The share of marked pixels found at each of many mean false positive rates, logarithmically spaced.
 
-
-def best_f1(scores: np.ndarray, anomalous: np.ndarray) -> float:
-    best = 0.0
-    for t in scores:
-        found = scores >= t
-        hit = (found & anomalous).sum()
-        best = max(best, 2 * hit / (found.sum() + anomalous.sum()))
-    return float(best)
-
-
-def aupro(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], limit: float = 0.3) -> float:
-    regions = [(values, region) for values, mask in zip(maps, masks, strict=True) for region in flood_regions(mask)]
-    num_normal = sum((~mask).sum() for mask in masks)
-    points = []
-    for t in thresholds(maps):
-        false = sum(((values >= t) & ~mask).sum() for values, mask in zip(maps, masks, strict=True))
-        shares = [sum(values[p] >= t for p in region) / len(region) for values, region in regions]
-        points.append((false / num_normal, sum(shares) / len(shares)))
-    return line_area(points, 0.0, limit) / limit
-
-
-def aupimo(maps: Sequence[np.ndarray], masks: Sequence[np.ndarray], low: float = 1e-5, high: float = 1e-4) -> float:
-    """Every value of a normal image is a threshold, at it and just above it."""
-    normal = [values for values, mask in zip(maps, masks, strict=True) if not mask.any()]
-    scores = []
-    for values, mask in zip(maps, masks, strict=True):
-        if not mask.any():
-            continue
-        points: list[Point] = []
-        for t in thresholds(normal)[1:]:
-            for at in (False, True):
-                rate = float(np.mean([np.mean(n >= t if at else n > t) for n in normal]))
-                found = float(np.mean(values[mask] >= t if at else values[mask] > t))
-                if rate > 0:
-                    if not points:  # log 0 is infinitely far to the left: flat up to the first rate
-                        points += [(-1000.0, without_any), (math.log10(rate), without_any)]
-                    points.append((math.log10(rate), found))
-                else:
-                    without_any = found
-        scores.append(line_area(points, math.log10(low), math.log10(high)) / (math.log10(high) - math.log10(low)))
-    return sum(scores) / len(scores)
+    At a rate, the threshold is the lowest of which the mean rate of the normal images does not exceed it.
+    """
+    thresholds = np.unique(np.concatenate([marked, *[one.ravel() for one in normal]]))
+    rates = np.array([np.mean([(one >= t).mean() for one in normal]) for t in thresholds])
+    total = 0.0
+    steps = 4000
+    for i in range(steps):
+        rate = np.exp(np.log(low) + (i + 0.5) / steps * np.log(high / low))
+        allowed = thresholds[rates <= rate]
+        total += float((marked >= allowed.min()).mean()) if len(allowed) else 0.0
+    return total / steps
