@@ -7,7 +7,8 @@ import os
 import shlex
 import sys
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -109,6 +110,13 @@ def parse_job(cls: type[T], argv: list[str] | None = None, description: str | No
         print(yaml.safe_dump(to_mapping(job), sort_keys=False), end="")
         raise SystemExit(0)
     return job, options
+
+
+def job_of(words: Sequence[str], flag: str, jobs: Mapping[str, type[Any]], usual: type[Any]) -> type[Any]:
+    """The config class that a flag of the command line names; it decides which other flags there are."""
+    pairs = pairwise([*words, ""])
+    named = [word.partition("=")[2] or following for word, following in pairs if word.partition("=")[0] == flag]
+    return jobs.get(named[-1], usual) if named else usual
 
 
 def _default(cls: type[T], args: list[str]) -> T:

@@ -7,7 +7,7 @@ stream, and averaging the ranks' gradients (DDP) gives the same step.
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -32,7 +32,7 @@ class TrainConfig:
     items_per_step: int = 4
     """B, episodes or batches of a step, shared out over the workers: must be a multiple of their number."""
     lr: float = 3e-4
-    """AdamW, cosine schedule to 0 over all steps."""
+    """AdamW, cosine schedule to 0 over all steps (`rate`)."""
     weight_decay: float = 1e-2
     report_every: int = 20
     """Steps between reports; each is also a checkpoint."""
@@ -44,6 +44,31 @@ class TrainConfig:
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if not self.lr > 0:
             raise ConfigError(f"train.lr must be positive, got {self.lr}")
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step."""
+        return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+
+    def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
+        """What the loss is computed within."""
+        return nullcontext()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SteppedConfig(TrainConfig):
+    """Of networks trained from scratch on images: the rate falls once, and a GPU computes in bfloat16."""
+
+    fall_after: float = 0.95
+    """Share of the steps after which the rate is a tenth."""
+    mixed: bool = True
+    """bfloat16 where it is safe, on a GPU; a CPU computes in float32."""
+
+    def rate(self, step: int) -> float:
+        return self.lr if step < self.fall_after * self.steps else self.lr / 10
+
+    def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
+        on_gpu = self.mixed and torch.device(device).type == "cuda"
+        return torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
 
 
 @runtime_checkable
@@ -106,10 +131,11 @@ def fit(
     losses: list[float] = []
     for step in range(first, config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * 0.5 * (1 + math.cos(math.pi * step / config.steps))
+            group["lr"] = config.rate(step)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
         items = [stream(number).to(device) for number in numbers]
-        loss = call(items, [config.seed * 1_000_003 + number for number in numbers])
+        with config.precision(device):
+            loss = call(items, [config.seed * 1_000_003 + number for number in numbers])
         mean = _mean_over_ranks(loss, world_size)
         if not math.isfinite(mean):
             raise NumericsError(f"training loss at step {step} is {mean}; lower train.lr")

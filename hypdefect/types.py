@@ -17,8 +17,8 @@ from torch import Tensor
 from hypdefect.errors import DataError
 
 SplitKind = Literal["random", "grouped"]
-Needs = Literal["vectors", "patches", "pixels"]
-"""What a method reads: stored vectors of each view, stored patches, or images."""
+Needs = Literal["vectors", "patches", "pixels", "patches+pixels"]
+"""What a method reads: stored vectors of each view, stored patches, images, or both of the latter."""
 VIEWS = ("whole", "crop")
 """Views of a method that needs vectors."""
 
@@ -178,6 +178,15 @@ class Trainable(Protocol):
     """What `training.fit` trains, of any family: an `nn.Module` with a loss of one batch or episode."""
 
     def loss(self, item: Any, generator: torch.Generator) -> LossTerms: ...
+
+
+@runtime_checkable
+class TrainableDetector(AnomalyDetector, Trainable, Protocol):
+    """A detector of networks: `begin`, then `training.fit`, then `fit` on normal images that it was not trained on."""
+
+    def begin(self, normals: Batches) -> None:
+        """What is known of the normal images before step 0."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,10 +13,9 @@ The queries are scored once, at the end. Of detectors, selection sees normal ima
 
 import sys
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
+from hypdefect.command_line import configure_logging, job_of, parse_job, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.families.detection import TaskConfig as DetectionConfig
@@ -60,19 +59,13 @@ class DetectionJob(DetectionConfig, SweepConfig):
         SweepConfig.__post_init__(self)
 
 
-JOBS: dict[str, type[Any]] = {"few_shot": SweepJob, "detection": DetectionJob}
-
-
-def job_of(words: list[str]) -> type[Any]:
-    """The config class of the task that a command line names; it decides which other flags there are."""
-    pairs = pairwise([*words, ""])
-    named = [word.partition("=")[2] or following for word, following in pairs if word.partition("=")[0] == "--task"]
-    return JOBS.get(named[-1] if named else "few_shot", SweepJob)
+JOBS: dict[str, type[Any]] = {"detection": DetectionJob}
+"""Of each task but the usual one."""
 
 
 def main() -> None:
     configure_logging()
-    job, options = parse_job(job_of(sys.argv[1:]), description=__doc__)
+    job, options = parse_job(job_of(sys.argv[1:], "--task", JOBS, SweepJob), description=__doc__)
     job = named(job)
     space = get_space(job.space)
     start, base = starting_point(space.METHOD, job.init)

@@ -1,33 +1,44 @@
-"""Meta-train HypDFS's representation, adapter and neural ODE on episodes, sharded over workers by Ray Train.
+"""Train what is trained before a task, sharded over workers by Ray Train: HypDFS on episodes, HypAD on normal images.
 
 python jobs/train.py --dataset mtd --workers 2: on pseudo-defects of the product's own good parts (made where missing)
 
 python jobs/train.py --dataset folder --root textures --base pool --train.n-way 8: on the classes of a folder
 
-The table says what it is worth on episodes of the product's own support pool. `jobs/evaluate.py` and `jobs/sweep.py
---init DIR`, with the run directory this prints, start from it.
+python jobs/train.py --method hypad --dataset mtd --workers 2: a detector's networks on images of good parts
+
+HypDFS: its representation, adapter and neural ODE are meta-trained. The table says what it is worth on episodes of the
+product's own support pool. `jobs/evaluate.py` and `jobs/sweep.py --init DIR`, with the run directory this prints, start
+from it. HypAD: the detector is calibrated, tested and published. A run that was stopped continues from its last
+checkpoint when the same command is given again.
 """
 
 import json
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+from hypdefect.command_line import JobOptions, configure_logging, job_of, parse_job, run_job, table_console
 from hypdefect.distributed.cluster import connected
+from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import meta_train, worth
+from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
+from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.episodic import EpisodicConfig, MetaConfig, load_start
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
-from hypdefect.results.tables import worth_table
+from hypdefect.methods.hypad import HypADConfig
+from hypdefect.results.tables import metrics_table, worth_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob(TaskConfig):
+    method: Literal["hypdfs", "hypad"] = "hypdfs"
+    """What is trained (--method hypad --help lists its flags)."""
     base: Literal["pseudo", "pool"] = "pseudo"
     """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -42,9 +53,61 @@ class TrainJob(TaskConfig):
     """Episodes of the support pool on which plain and meta-trained features are compared."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainDetectorJob(DetectionConfig):
+    method: Literal["hypdfs", "hypad"] = "hypad"
+    """What is trained."""
+    hypad: HypADConfig = field(default_factory=HypADConfig)
+    seed: int = 0
+    """Which normal images are kept for calibration."""
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+    report_every: int = 50
+    """Steps between checkpoints."""
+    name: str = ""
+    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
+    continues."""
+    alias: str = "champion"
+    """Alias moved to the published version."""
+
+
 def main() -> None:
     configure_logging()
-    job, options = parse_job(TrainJob, description=__doc__)
+    chosen = job_of(sys.argv[1:], "--method", {"hypad": TrainDetectorJob}, TrainJob)
+    job, options = parse_job(chosen, description=__doc__)
+    if job.method == "hypad":
+        train_hypad(job, options)
+    else:
+        train_hypdfs(job, options)
+
+
+def train_hypad(job: TrainDetectorJob, options: JobOptions) -> None:
+    run = RunConfig(name="hypad", method=job.hypad, pretrained=False)
+    with connected():
+        result = train_detector(
+            job,
+            run,
+            workers=job.workers,
+            seed=job.seed,
+            report_every=job.report_every,
+            name=job.name,
+            alias=job.alias,
+        )
+    metrics = result.scored.draws[0].metrics
+    plan = result.plan
+    images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
+    table_console().print(
+        metrics_table(f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}", metrics)
+    )
+    print(loss_line(result.losses, result.seconds["training"]))
+    print(f"picture: {result.folder / 'pictures.png'}")
+    print(f"serve it: make serve MODEL={result.entry.name}@{job.alias}")
+    if options.json is not None:
+        write_json(options.json, json.loads((result.folder / "record.json").read_text()))
+    print(result.folder)
+
+
+def train_hypdfs(job: TrainJob, options: JobOptions) -> None:
     config = MetaConfig(synthesis=job.synthesis, train=job.train, transform=job.transform, workers=job.workers)
     plan = prepare(few_shot, job)
     job.transform.part_numbers(plan.num_parts)  # one that is not there: say so before any work
@@ -59,13 +122,16 @@ def main() -> None:
     title = f"episodes of the support pool of {plan.label}, {way}, HypDFS without fitting"
     table, values = worth_table(title, before, after)
     table_console().print(table)
-    losses = record["losses"]
-    if losses:
-        last = losses[-20:]
-        print(f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f}, {record['seconds']:.0f} s")
+    if record["losses"]:
+        print(loss_line(record["losses"], record["seconds"]))
     if options.json is not None:
         write_json(options.json, record | {"run": str(folder), "pool_accuracy": values})
     print(folder)
+
+
+def loss_line(losses: list[float], seconds: float) -> str:
+    last = losses[-20:]
+    return f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f}, {seconds:.0f} s"
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,8 @@ from hypdefect.datasets import get_dataset
 from hypdefect.datasets.synthetic import stored
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
+from hypdefect.families.detector_training import DetectorTraining
+from hypdefect.families.image_files import ImageFile
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, task_label
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.imported import Imported
@@ -46,13 +48,16 @@ from hypdefect.methods.anomaly_maps import STRIDE
 from hypdefect.metrics import PixelMetrics, image_metrics
 from hypdefect.predictor import DetectionPredictor as Predictor
 from hypdefect.statistics import p_values
-from hypdefect.types import AnomalyDetector, Batch, SplitKind
+from hypdefect.training import fit as train_in_process
+from hypdefect.types import AnomalyDetector, Batch, Needs, SplitKind, TrainableDetector
 
 __all__ = ["METRIC", "Predictor"]
 
 METRIC = "val/image/auroc"
 SLICE = 32
 """Images read from the store at a time."""
+LATER_SHARE = 0.1
+"""Share of a draw's normals that its networks are not trained on: the scale of their maps comes from these."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,8 +153,11 @@ class Images:
     rows: tuple[RowKey, ...]
     units: tuple[str, ...]
     """Of a normal image its file or group, of a pseudo-defect the image it lies on, of a defect its class."""
+    files: tuple[ImageFile, ...]
     masks: tuple[tuple[MaskFile, ...], ...] = ()
     """The masks of each image's defects; empty where no image has one."""
+    needs: Needs = "patches"
+    """What batches hold: the patches, or also the images themselves."""
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -163,8 +171,19 @@ class Images:
             self,
             rows=tuple(self.rows[i] for i in positions),
             units=tuple(self.units[i] for i in positions),
+            files=tuple(self.files[i] for i in positions),
             masks=tuple(self.masks[i] for i in positions) if self.masks else (),
         )
+
+    def seen_by(self, model: AnomalyDetector) -> "Images":
+        """The same images, with what a detector needs of them."""
+        return replace(self, needs=model.needs)
+
+    @property
+    def side(self) -> int:
+        """Of the network input, in pixels."""
+        assert self.key.recipe is not None  # features of detectors are never imported
+        return self.key.recipe.whole_size
 
     def __iter__(self) -> Iterator[Batch]:
         store = FeatureStore(self.home, self.key)
@@ -174,9 +193,12 @@ class Images:
             side = [STRIDE * cells for cells in next(iter(table.views.values())).shape[1:3]]
             numbers = range(first, first + len(table)) if self.masks else ()
             masks = [torch.from_numpy(self.mask(number, (side[0], side[1]))) for number in numbers]
+            views = {view: torch.from_numpy(x) for view, x in table.views.items()}
+            if self.needs == "patches+pixels":
+                views["pixels"] = torch.stack([f.read(self.side) for f in self.files[first : first + len(table)]])
             yield Batch(
                 image_ids=tuple(table.image_ids.tolist()),
-                views={view: torch.from_numpy(x) for view, x in table.views.items()},
+                views=views,
                 labels=none,
                 aug_index=none,
                 targets=torch.stack(masks).long() if masks else None,
@@ -198,6 +220,8 @@ class Fitting:
     normals: Images
     pseudo: Images
     block_dims: tuple[int, ...]
+    backbone: str
+    """What patches of further images are made with."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -330,9 +354,9 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
             files[row["file_id"]].append(row)
     key_of = {r.image_id: r.row_keys()[0] for r in plan.requests()}
 
-    def images(ids: Iterable[str], units: Iterable[str], masks: Sequence[tuple[MaskFile, ...]] = ()) -> Images:
-        keys = tuple(key_of[i] for i in ids)
-        return Images(home=home, key=plan.key, rows=keys, units=tuple(units), masks=tuple(masks))
+    def images(ids: Sequence[str], units: Iterable[str], masks: Sequence[tuple[MaskFile, ...]] = ()) -> Images:
+        keys, files = tuple(key_of[i] for i in ids), tuple(image_file(rows[i]) for i in ids)
+        return Images(home=home, key=plan.key, rows=keys, units=tuple(units), files=files, masks=tuple(masks))
 
     pseudo_rows = made.manifest.to_pylist()
     pseudo = Images(
@@ -340,6 +364,7 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
         key=plan.key,
         rows=tuple(RowKey(row["image_id"], "", 0) for row in pseudo_rows),
         units=tuple(row["group_id"] for row in pseudo_rows),
+        files=tuple(map(image_file, pseudo_rows)),
         masks=tuple((mask_file(row),) for row in pseudo_rows),
     )
     masks = [tuple(map(mask_file, files[rows[i]["file_id"]])) for i in plan.defect_ids]
@@ -348,12 +373,18 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
             normals=images(plan.normal_ids, (plan.unit_of[i] for i in plan.normal_ids)),
             pseudo=pseudo,
             block_dims=plan.key.block_dims,
+            backbone=plan.config.backbone,
         ),
         Reported(
             normals=images(plan.tested_ids, (plan.unit_of[i] for i in plan.tested_ids)),
             defects=images(plan.defect_ids, (rows[i]["defect"] for i in plan.defect_ids), masks if any(masks) else ()),
         ),
     )
+
+
+def image_file(row: dict[str, Any]) -> ImageFile:
+    """The image of a row of a manifest."""
+    return ImageFile(row["uri"], row["intensity"])
 
 
 def mask_file(row: dict[str, Any]) -> MaskFile:
@@ -423,16 +454,60 @@ def _painted_on(fitting: Fitting, normals: Images) -> Images:
 
 def scores_of(model: AnomalyDetector, images: Images) -> np.ndarray:
     """Anomaly score of each image, in float64."""
-    return np.concatenate([model.anomaly(batch).score.double().numpy() for batch in images])
+    return np.concatenate([model.anomaly(batch).score.double().numpy() for batch in images.seen_by(model)])
 
 
 def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: Any = None) -> AnomalyDetector:
-    """The detector of a draw, which learned from the normals that are not calibrated on."""
+    """The detector of a draw, which learned from the normals that are not calibrated on.
+
+    One of networks is trained on most of them first, in this process.
+    """
     learned, _ = sides(fitting.normals.image_ids, fitting.normals.units, setting, number)
     normals = fitting.normals.select(learned)
     model: AnomalyDetector = run.model(sum(fitting.block_dims), start)
-    model.fit(normals, _painted_on(fitting, normals))
+    if isinstance(model, TrainableDetector):
+        training = training_of(run, fitting, setting, number)
+        trained: Any = training.model()
+        train_in_process(trained, training.item, training.config, lambda metrics, write: None)
+        return finished(trained, fitting, setting, number)
+    model.fit(normals.seen_by(model), _painted_on(fitting, normals).seen_by(model))
     return model
+
+
+def training_of(
+    run: RunConfig, fitting: Fitting, setting: Setting, number: int, report_every: int = 50
+) -> DetectorTraining:
+    """How the networks of a draw's detector are trained, by this process or by Ray Train."""
+    normals, _ = _trained_on(fitting, setting, number)
+    recipe = normals.key.recipe
+    assert recipe is not None  # features of detectors are never imported
+    return DetectorTraining(
+        run=run,
+        dim=sum(fitting.block_dims),
+        normals=normals,
+        files=normals.files,
+        backbone=fitting.backbone,
+        recipe=recipe,
+        report_every=report_every,
+    )
+
+
+def _trained_on(fitting: Fitting, setting: Setting, number: int) -> tuple[Images, Images]:
+    """The normals that a draw trains networks on, and those that it looks at afterwards; both are learned from."""
+    learned, _ = sides(fitting.normals.image_ids, fitting.normals.units, setting, number)
+    normals = fitting.normals.select(learned)
+    unit_of = dict(zip(normals.image_ids, normals.units, strict=True))
+    later = set(parted(unit_of, LATER_SHARE, [setting.seed, number, "later"])[0])
+    there = [image_id in later for image_id in normals.image_ids]
+    first, second = ([i for i, held in enumerate(there) if held is side] for side in (False, True))
+    return normals.select(first), normals.select(second)
+
+
+def finished(model: Any, fitting: Fitting, setting: Setting, number: int) -> AnomalyDetector:
+    """A trained detector, fitted on those of the draw's normals that it was not trained on."""
+    model.eval()
+    model.fit(_trained_on(fitting, setting, number)[1].seen_by(model))
+    return cast(AnomalyDetector, model)
 
 
 def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:
@@ -446,7 +521,7 @@ def details(run: RunConfig, fitting: Fitting, setting: Setting, number: int, mod
     map value that the highest pixel of a calibration normal exceeds at that rate."""
     held, _ = _held(fitting, setting, number)
     scores, peaks = [], []
-    for batch in held:
+    for batch in held.seen_by(model):
         answer = model.anomaly(batch)
         scores += answer.score.double().tolist()
         peaks += answer.map.flatten(1).amax(1).double().tolist()
@@ -467,7 +542,14 @@ def score(
     """
     begun = time.perf_counter()
     model = fit(run, fitting, setting, number, start)
-    fitted = time.perf_counter()
+    return score_model(model, fitting, reported, setting, number, time.perf_counter() - begun)
+
+
+def score_model(
+    model: AnomalyDetector, fitting: Fitting, reported: Reported, setting: Setting, number: int, fit_seconds: float
+) -> Score:
+    """Calibrate a fitted detector on the normals of its draw, and look at every reported image once."""
+    begun = time.perf_counter()
     calibration = scores_of(model, _held(fitting, setting, number)[0])
     pixels = PixelMetrics()
     clean, anomalous = (_streamed(model, images, pixels) for images in (reported.normals, reported.defects))
@@ -483,8 +565,8 @@ def score(
     metrics |= {
         "false_alarms": float((p_values(clean, calibration) <= setting.false_alarms).mean()),
         "detected": float((p_values(anomalous, calibration) <= setting.false_alarms).mean()),
-        "fit_seconds": fitted - begun,
-        "predict_seconds": done - fitted,
+        "fit_seconds": fit_seconds,
+        "predict_seconds": done - begun,
     }
     ids = (*reported.normals.image_ids, *reported.defects.image_ids)
     return Score(number=number, metrics=metrics, image_ids=ids, anomaly=np.concatenate([clean, anomalous]))
@@ -496,7 +578,7 @@ def _streamed(model: AnomalyDetector, images: Images, pixels: PixelMetrics) -> n
     Defects without a mask are left out of these.
     """
     scores: list[np.ndarray] = []
-    for batch in images:
+    for batch in images.seen_by(model):
         answer = model.anomaly(batch)
         scores.append(answer.score.double().numpy())
         masks = torch.zeros_like(answer.map, dtype=torch.bool) if batch.targets is None else batch.targets > 0

@@ -335,12 +335,18 @@ class RegionExtractor:
 
 
 class PatchExtractor:
-    """PatchCore's patches of the whole image, `[A, h, w, D]`; a region plays no part in them."""
+    """PatchCore's patches of the whole image, `[A, h, w, D]`; a region plays no part in them.
+
+    With `pixels` also the resized image that they come from, `[A, 3, S, S]` in [0, 1].
+    """
 
     views: tuple[str, ...] = PATCH_VIEWS
 
-    def __init__(self, backbone: Backbone, recipe: RecipeConfig, device: str | torch.device = "cpu") -> None:
+    def __init__(
+        self, backbone: Backbone, recipe: RecipeConfig, device: str | torch.device = "cpu", pixels: bool = False
+    ) -> None:
         self.backbone, self.recipe, self.device = backbone.to(device), recipe, torch.device(device)
+        self.pixels = pixels
 
     @torch.inference_mode()
     def prepare(
@@ -358,8 +364,17 @@ class PatchExtractor:
     @torch.inference_mode()
     def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A h w D"]]:
         """Patches of the image (row 0) and of its copies (rows 1..), float32 on the CPU."""
-        inputs = [views["patch"][0].to(self.device) for views in prepared.copies]
-        return {"patch": torch.cat([at_rest(patch_features(self.backbone(x))) for x in inputs])}
+        inputs = [views["patch"][0] for views in prepared.copies]
+        return self.of_inputs(torch.cat(inputs)) if self.pixels else {"patch": self.patches(inputs)}
+
+    @torch.inference_mode()
+    def of_inputs(self, pixels: Float[Tensor, "N 3 S S"]) -> dict[str, Tensor]:
+        """Patches of images that are resized already, and these images, both on the CPU."""
+        return {"patch": self.patches(list(pixels[:, None])), "pixels": pixels.cpu()}
+
+    def patches(self, inputs: list[Float[Tensor, "_ 3 S S"]]) -> Float[Tensor, "A h w D"]:
+        """Each input is a forward of its own: what it gives does not depend on its neighbours."""
+        return torch.cat([at_rest(patch_features(self.backbone(x.to(self.device)))) for x in inputs])
 
 
 class PixelExtractor:
@@ -405,8 +420,8 @@ def extractor_for(
     if needs == "pixels":
         return PixelExtractor(recipe)
     gives: Needs = "patches" if spec.family == "patchcore" else "vectors"
-    if needs not in (None, gives):
+    if needs not in (None, gives) and (needs, gives) != ("patches+pixels", "patches"):
         raise ConfigError(f"backbone {spec.name} gives {gives}, the method needs {needs}: choose another backbone")
     if gives == "patches":
-        return PatchExtractor(Backbone(spec), recipe, device)
+        return PatchExtractor(Backbone(spec), recipe, device, pixels=needs == "patches+pixels")
     return RegionExtractor(load_tower(spec), recipe, device)

@@ -20,6 +20,7 @@ _MODULES = (
     "simplenet",
     "patch_discriminator",
     "bank_and_discriminator",
+    "hypad",
 )
 
 

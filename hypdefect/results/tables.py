@@ -78,6 +78,17 @@ def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table
     return table
 
 
+def metrics_table(title: str, metrics: Mapping[str, float]) -> Table:
+    """Every metric of one test, in percent; times in seconds."""
+    table = Table(title=title, title_justify="left")
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    for name, value in metrics.items():
+        seconds = name.endswith("_seconds")
+        table.add_row(name.replace("_", " "), f"{value:.1f}" if seconds else f"{100 * value:.2f}")
+    return table
+
+
 def worth_table(title: str, before: Sequence[float], after: Sequence[float]) -> tuple[Table, dict[str, float]]:
     """What meta-training is worth on the same episodes, and the same as plain values."""
     gain = paired(after, before, [0] * len(after))

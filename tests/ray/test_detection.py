@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hypdefect.command_line import job_of
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import Sweep, named, sweep
 from hypdefect.errors import ArtifactError
@@ -29,7 +30,7 @@ from hypdefect.methods import methods_of
 from hypdefect.predictor import Predictor
 from hypdefect.registry import write_checksums
 from hypdefect.results import ledger
-from jobs.sweep import DetectionJob, job_of
+from jobs.sweep import JOBS, DetectionJob, SweepJob
 from tests.tiny_dataset import make_mtd_tree
 from tune_spaces import get_space
 
@@ -220,7 +221,8 @@ def test_a_second_extraction_finds_all_of_it(ran: Ran) -> None:
 
 
 def test_the_task_decides_which_flags_there_are() -> None:
-    assert job_of(["--dataset", "mtd", "--task", "detection"]) is DetectionJob
-    assert job_of(["--task=detection"]) is DetectionJob
-    assert job_of([]).__name__ == job_of(["--task", "few_shot"]).__name__ == "SweepJob"
+    for words in (["--dataset", "mtd", "--task", "detection"], ["--task=detection"]):
+        assert job_of(words, "--task", JOBS, SweepJob) is DetectionJob
+    for words in ([], ["--task", "few_shot"], ["--task"]):
+        assert job_of(words, "--task", JOBS, SweepJob) is SweepJob
     assert replace(DetectionJob(), dataset="mtd").title == "mtd-detection-random"

@@ -1,0 +1,124 @@
+"""Training of detectors that are networks: what an item holds, for this process and for Ray Train alike.
+
+An item are a few normal images, each perhaps with another brightness, contrast and saturation, the teacher's patches of
+them as they then are, and as many pieces of pictures of other things. It depends on its number alone.
+
+Shapes: N images of an item, S side of the network input.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hypdefect.evaluation import RunConfig
+from hypdefect.families.image_files import ImageFile
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for, pixels_of, resize
+from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
+from hypdefect.training import SteppedConfig
+from hypdefect.types import Batch, Batches
+
+AMOUNT = 0.2
+"""Brightness, contrast and saturation are multiplied by 1 - AMOUNT to 1 + AMOUNT."""
+GREY = 0.3
+"""Chance that a picture of something else loses its colours, as in EfficientAD."""
+LUMA = (0.299, 0.587, 0.114)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DetectorTraining:
+    """A `training.Training`: the networks of a detector on normal images."""
+
+    run: RunConfig
+    dim: int
+    normals: Batches
+    """The stored patches of the images in `files`."""
+    files: tuple[ImageFile, ...]
+    backbone: str
+    recipe: RecipeConfig
+    report_every: int = 50
+
+    @property
+    def config(self) -> SteppedConfig:
+        """The steps and rates of the method's own configuration."""
+        method: Any = self.run.method
+        return SteppedConfig(
+            steps=method.steps,
+            items_per_step=method.items_per_step,
+            lr=method.lr,
+            weight_decay=method.weight_decay,
+            report_every=min(self.report_every, method.steps),
+            seed=method.seed,
+        )
+
+    def model(self) -> nn.Module:
+        """The detector before step 0: it has seen the teacher's patches of all normal images."""
+        model: Any = self.run.model(self.dim)
+        model.begin(self.normals)
+        trained: nn.Module = model.train()
+        return trained
+
+    def item(self, number: int) -> Batch:
+        """Images `number * N` and on of an endless stream, in which every image comes once before any comes again."""
+        method: Any = self.run.method
+        generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
+        first, total = number * method.images, len(self.files)
+        chosen = [_shuffled(total, method.seed, at // total)[at % total] for at in range(first, first + method.images)]
+        side = self.recipe.whole_size
+        pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
+        views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
+        views["unrelated"] = torch.stack([unrelated(side, generator) for _ in chosen])
+        none = torch.zeros(len(chosen), dtype=torch.long)
+        return Batch(image_ids=tuple(self.files[i].uri for i in chosen), views=views, labels=none, aug_index=none)
+
+
+@functools.lru_cache(maxsize=2)
+def _shuffled(total: int, seed: int, epoch: int) -> list[int]:
+    order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
+    return order
+
+
+@functools.lru_cache(maxsize=1)
+def _teacher(backbone: str, recipe: RecipeConfig) -> PatchExtractor:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extractor = extractor_for(get_backbone(backbone), recipe, device, needs="patches+pixels")
+    assert isinstance(extractor, PatchExtractor)
+    return extractor
+
+
+@functools.lru_cache(maxsize=1)
+def _pictures() -> list[Float[Tensor, "3 _ _"]]:
+    """The pictures that pseudo-defects are pasted from: none shows a part."""
+    return [pixels_of(picture) for picture in load_textures(SynthesisConfig())[1]]
+
+
+def jittered(pixels: Float[Tensor, "3 S S"], chance: float, generator: torch.Generator) -> Float[Tensor, "3 S S"]:
+    """The image, or by chance one of another brightness, contrast and saturation (in this order)."""
+    draw, brightness, contrast, saturation = torch.rand(4, generator=generator).tolist()
+    if draw >= chance:
+        return pixels
+    brightness, contrast, saturation = (1 + AMOUNT * (2 * x - 1) for x in (brightness, contrast, saturation))
+    pixels = (pixels * brightness).clamp(0, 1)
+    middle = _grey(pixels).mean()
+    pixels = (middle + contrast * (pixels - middle)).clamp(0, 1)
+    return (_grey(pixels) + saturation * (pixels - _grey(pixels))).clamp(0, 1)
+
+
+def unrelated(side: int, generator: torch.Generator) -> Float[Tensor, "3 S S"]:
+    """A square piece, a quarter to all of the shorter side long, of a picture of something else."""
+    pictures = _pictures()
+    which, size, top, left, grey = torch.rand(5, generator=generator).tolist()
+    picture = pictures[int(which * len(pictures))]
+    length = max(8, int(min(picture.shape[1:]) * (0.25 + 0.75 * size)))
+    y, x = (int(share * (whole - length + 1)) for share, whole in zip((top, left), picture.shape[1:], strict=True))
+    piece = resize(picture[:, y : y + length, x : x + length], side)
+    return _grey(piece).expand_as(piece).contiguous() if grey < GREY else piece
+
+
+def _grey(pixels: Float[Tensor, "3 S S"]) -> Float[Tensor, "1 S S"]:
+    weights = pixels.new_tensor(LUMA)[:, None, None]
+    return (pixels * weights).sum(0, keepdim=True)
