@@ -87,7 +87,7 @@ def train_detector(
         seconds=trained - ready,
         draws=(score,),
     )
-    identity = ledger.identity({"task": task, "run": run, "seed": seed}, [plan], protocol="draws", study="train")
+    identity = ledger.identity(run, [plan], protocol="draws", study="train")
     ledger.append(ledger.rows_of([scored], identity, task.partition, ()), home())
     tested = time.monotonic()
     provenance: dict[str, Any] = plan.provenance() | {

@@ -1,7 +1,7 @@
 """Training of detectors that are networks: what an item holds, for this process and for Ray Train alike.
 
 An item are a few normal images, each perhaps with another brightness, contrast and saturation, the teacher's patches of
-them as they then are, and as many pieces of pictures of other things. It depends on its number alone.
+them as they then are, and as many pieces of pictures of other things, half as wide. It depends on its number alone.
 
 Shapes: N images of an item, S side of the network input.
 """
@@ -71,7 +71,7 @@ class DetectorTraining:
         side = self.recipe.whole_size
         pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
         views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
-        views["unrelated"] = torch.stack([unrelated(side, generator) for _ in chosen])
+        views["unrelated"] = torch.stack([unrelated(side // 2, generator) for _ in chosen])
         none = torch.zeros(len(chosen), dtype=torch.long)
         return Batch(image_ids=tuple(self.files[i].uri for i in chosen), views=views, labels=none, aug_index=none)
 

@@ -15,9 +15,9 @@ A location's vectors are scaled so that those of the teacher have the root mean 
 clipped to `clip` times that (Guo et al., CVPR 2022). Distances are given in the units of one normalised channel,
 d / (2 feature_scale). At c = 0 that is the root mean square difference of the channels, so that c = 0 is EfficientAD.
 
-Deviations: the student is smaller than EfficientAD's (33 pixels seen by a location as there, strides in place of
-pooling), and so is the autoencoder, whose bottleneck sees the image at 1 / 32 of its side; both fit a CPU. Locations
-are mined, not single channels, since a distance has none.
+Deviations: the student is smaller than EfficientAD's (a location sees 31 pixels, there 33; strides in place of
+pooling), and so is the autoencoder, which sees the image at half its size; both fit a CPU. Locations are mined, not
+single channels, since a distance has none.
 
 Shapes: N images, S their side, D channels of the teacher, h w rows and columns of its grid, H W pixels.
 """
@@ -51,8 +51,8 @@ class HypADConfig:
     """Root mean square length of the teacher's vectors before the exponential map."""
     clip: float = 3.0
     """Longest vector before the exponential map, in units of `feature_scale`."""
-    width: int = 32
-    """Channels of the student's first layer; its last ones have four times as many."""
+    width: int = 64
+    """Channels of the student's first layer; its others have twice as many."""
     bottleneck: int = 64
     """Numbers that the autoencoder keeps of an image."""
     hard: float = 0.1
@@ -84,17 +84,15 @@ class HypADConfig:
 
 
 def student_network(width: int, dim: int) -> nn.Sequential:
-    """A location at stride 8 sees 33 pixels; the first `dim` channels predict the teacher, the rest the autoencoder."""
+    """A location at stride 8 sees 31 pixels; the first `dim` channels predict the teacher, the rest the autoencoder."""
     return nn.Sequential(
-        nn.Conv2d(3, width, 5, stride=2, padding=2),
+        nn.Conv2d(3, width, 7, stride=4, padding=3),
         nn.ReLU(),
         nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
         nn.ReLU(),
-        nn.Conv2d(2 * width, 4 * width, 3, stride=2, padding=1),
+        nn.Conv2d(2 * width, 2 * width, 3, padding=1),
         nn.ReLU(),
-        nn.Conv2d(4 * width, 4 * width, 3, padding=1),
-        nn.ReLU(),
-        nn.Conv2d(4 * width, 2 * dim, 1),
+        nn.Conv2d(2 * width, 2 * dim, 1),
     )
 
 
@@ -103,7 +101,7 @@ class Autoencoder(nn.Module):
 
     def __init__(self, bottleneck: int, dim: int) -> None:
         super().__init__()
-        widths = (3, 32, 32, 64, 64, 64)
+        widths = (3, 32, 32, 64, 64)
         layers: list[nn.Module] = []
         for before, after in pairwise(widths):
             layers += [nn.Conv2d(before, after, 4, stride=2, padding=1), nn.ReLU()]
@@ -112,7 +110,7 @@ class Autoencoder(nn.Module):
         self.head = nn.Conv2d(64, dim, 3, padding=1)
 
     def forward(self, pixels: Float[Tensor, "N 3 S S"], grid: tuple[int, int]) -> Float[Tensor, "N D h w"]:
-        x = self.encoder(pixels)
+        x = self.encoder(F.avg_pool2d(pixels, 2))
         for layer, share in zip(self.decoder, (4, 2, 1), strict=True):
             size = [max(1, side // share) for side in grid]
             x = F.relu(layer(F.interpolate(x, size=size, mode="bilinear", align_corners=False)))

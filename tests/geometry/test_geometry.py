@@ -507,3 +507,30 @@ def test_validate_curvature():
     for c in (-1e-9, float("nan"), float("inf"), torch.tensor(-1.0)):
         with pytest.raises(ConfigError, match="curvature"):
             G.validate_curvature(c)
+
+
+# ---- distances of tangent vectors ------------------------------------------------------------------------------
+
+
+@PROFILE
+@over_cases
+def test_distances_of_tangent_vectors_are_those_of_their_points(seed, dtype, c):
+    u, v = (tangents(seed + i, 16, 5, c=c) for i in range(2))
+    near = u + 1e-3 * v
+    for other in (v, near, torch.zeros_like(u)):
+        expected = (G.dist(G.expmap0(u, c), G.expmap0(other, c), c) / 2).square()
+        found = G.tangent_dist2(u.to(dtype), other.to(dtype), c)
+        close(found, expected.to(dtype), c, rtol32=1e-3, rtol64=1e-6, scale=unit(c))
+    assert torch.equal(G.tangent_dist2(u, v, 0.0), (u - v).square().sum(-1))
+    torch.testing.assert_close(G.tangent_dist2(u.T, v.T, c, dim=0), G.tangent_dist2(u, v, c))
+
+
+@PROFILE
+@over_cases
+def test_distances_of_tangent_vectors_have_a_gradient_everywhere(seed, dtype, c):
+    u = tangents(seed, 4, 5, c=c, t_max=4.0).to(dtype)
+    for other in (u.clone(), torch.zeros_like(u), -u):
+        a, b = u.clone().requires_grad_(), other.requires_grad_()
+        G.tangent_dist2(a, b, c).sum().backward()
+        assert torch.isfinite(a.grad).all()
+        assert torch.isfinite(b.grad).all()

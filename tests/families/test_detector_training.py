@@ -1,0 +1,85 @@
+"""What a detector of networks is shown: the same for every process, each image once before any comes again."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from hypdefect.evaluation import RunConfig
+from hypdefect.families.detector_training import DetectorTraining, jittered, unrelated
+from hypdefect.families.image_files import ImageFile
+from hypdefect.features.backbones import get_backbone
+from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for
+from hypdefect.images import read_image
+from hypdefect.methods.hypad import HypADConfig
+from tests.tiny_dataset import make_mtd_tree
+
+BACKBONE = "patchcore:test_efficientnet@random"
+RECIPE = RecipeConfig(whole_size=64)
+
+
+@pytest.fixture(scope="module")
+def training(tmp_path_factory: pytest.TempPathFactory) -> DetectorTraining:
+    tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=5)
+    files = tuple(ImageFile(str(path)) for path in sorted(tree.glob("MT_Free/Imgs/*.jpg")))
+    config = HypADConfig(images=2, jitter=0.0, steps=7, items_per_step=3, lr=2e-3, seed=4)
+    run = RunConfig(name="hypad", method=config)
+    return DetectorTraining(run=run, dim=8, normals=[], files=files, backbone=BACKBONE, recipe=RECIPE)
+
+
+def changed(training: DetectorTraining, **config: object) -> DetectorTraining:
+    return replace(training, run=RunConfig(name="hypad", method=replace(training.run.method, **config)))
+
+
+def test_an_item_depends_on_its_number_alone(training: DetectorTraining) -> None:
+    first, again, other = (training.item(n) for n in (3, 3, 4))
+    assert first.image_ids == again.image_ids
+    assert all(torch.equal(first.views[view], again.views[view]) for view in ("patch", "pixels", "unrelated"))
+    assert not torch.equal(first.views["unrelated"], other.views["unrelated"])
+    assert first.views["pixels"].shape == (2, 3, 64, 64)
+    assert first.views["unrelated"].shape == (2, 3, 32, 32)
+
+
+def test_every_image_comes_once_before_any_comes_again(training: DetectorTraining) -> None:
+    count = len(training.files)
+    shown = [name for number in range(count) for name in training.item(number).image_ids]  # two images an item
+    for epoch in (shown[:count], shown[count:]):
+        assert Counter(epoch) == Counter(file.uri for file in training.files)
+    assert shown[:count] != shown[count:]
+
+
+def test_patches_are_those_of_the_stored_features(training: DetectorTraining) -> None:
+    item = training.item(0)
+    extractor = extractor_for(get_backbone(BACKBONE), RECIPE)
+    assert isinstance(extractor, PatchExtractor)
+    for row, name in enumerate(item.image_ids):
+        stored = extractor.forward(extractor.prepare(read_image(Path(name)), None))["patch"][0]
+        assert torch.equal(item.views["patch"][row], stored)
+
+
+def test_jitter_changes_what_student_and_teacher_see(training: DetectorTraining) -> None:
+    plain, always = training.item(1), changed(training, jitter=1.0).item(1)
+    for view in ("patch", "pixels"):
+        assert not torch.equal(plain.views[view], always.views[view])
+    pixels = plain.views["pixels"][0]
+    share = [torch.equal(jittered(pixels, 0.2, torch.Generator().manual_seed(i)), pixels) for i in range(200)]
+    assert 0.7 < sum(share) / 200 < 0.9
+    many = torch.stack([jittered(pixels, 1.0, torch.Generator().manual_seed(i)) for i in range(50)])
+    assert 0 <= float(many.min()) <= float(many.max()) <= 1
+    assert many.mean((1, 2, 3)).std() > 0.01
+
+
+def test_other_things_are_neither_normal_nor_alike() -> None:
+    pieces = torch.stack([unrelated(32, torch.Generator().manual_seed(i)) for i in range(20)])
+    assert 0 <= float(pieces.min()) <= float(pieces.max()) <= 1
+    assert len({tuple(piece[0, :2].flatten().tolist()) for piece in pieces}) == 20
+    grey = [(piece - piece.mean(0)).abs().max() < 1e-6 for piece in pieces]
+    assert 0 < sum(map(bool, grey)) < 20
+
+
+def test_the_loop_is_told_the_methods_own_schedule(training: DetectorTraining) -> None:
+    config = training.config
+    assert (config.steps, config.items_per_step, config.lr, config.seed) == (7, 3, 2e-3, 4)
+    assert config.report_every == 7
