@@ -69,6 +69,8 @@ class HypADConfig:
     weight_decay: float = 1e-5
     jitter: float = 0.2
     """Chance that an image's brightness, contrast and saturation are changed."""
+    whole: float = 0.5
+    """Weight of the map of the autoencoder and the second head; the other map has the rest. The paper's is 0.5."""
     top: int = 1
     """An image's score is the mean of its so many highest locations; 1, the maximum, is the paper's."""
     sigma: float = 0.0
@@ -80,7 +82,7 @@ class HypADConfig:
         require_positive(self, "feature_scale", "clip", "width", "bottleneck", "hard", "steps", "items_per_step")
         require_positive(self, "images", "lr", "top")
         require_at_least(self, 0, "penalty", "weight_decay", "sigma")
-        require_share(self, "hard", "jitter")
+        require_share(self, "hard", "jitter", "whole")
 
 
 def student_network(width: int, dim: int) -> nn.Sequential:
@@ -213,7 +215,8 @@ class HypAD(nn.Module):
         """Raises RuntimeError before `fit`."""
         self._check("anomaly")
         low, high = self.quantiles[:, :, None, None, None]
-        scores = (0.1 * (self.maps(batch) - low) / (high - low)).mean(0)
+        local, whole = 0.1 * (self.maps(batch) - low) / (high - low)
+        scores = (1 - self.config.whole) * local + self.config.whole * whole
         return AnomalyMaps(score=top_mean(scores, self.config.top), map=pixel_maps(scores, self.config.sigma))
 
     def _check(self, what: str) -> None:
