@@ -23,7 +23,7 @@ os.environ |= {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # every port on loopback: there is no authentication
 }
 # The methods of tests/elsewhere are known to every process of the run, wherever it is started.
-os.environ["HYPDEFECT_METHODS"] = "tests.elsewhere.detector,tests.elsewhere.segmenter"
+os.environ["HYPDEFECT_METHODS"] = "tests.elsewhere.segmenter"
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")])
 )

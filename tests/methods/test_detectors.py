@@ -25,7 +25,7 @@ from hypdefect.training import fit as train
 from hypdefect.types import AnomalyDetector, Batch, TrainableDetector
 
 DIM, SIDE = 12, 6
-NAMES = [name for name in methods_of("detection") if not name.startswith("small_")]
+NAMES = methods_of("detection")
 
 
 def images(n: int, seed: int, *, odd: int = 0) -> Batch:

@@ -79,8 +79,8 @@ def test_a_temperature_is_positive_and_finite(value: float) -> None:
 
 
 def test_only_classifiers_have_one() -> None:
-    with pytest.raises(ConfigError, match="'small_detector' is no classifier; temperature must be 1, got 2"):
-        RunConfig(name="small_detector", temperature=2.0).model(DIM)
+    with pytest.raises(ConfigError, match="'simplenet' is no classifier; temperature must be 1, got 2"):
+        RunConfig(name="simplenet", temperature=2.0).model(DIM)
     assert not isinstance(config().model(DIM), TemperedClassifier)
 
 

@@ -1,6 +1,6 @@
-"""The seams fit families that are not there yet: a detector and a segmenter go through the very code of the others.
+"""The seams fit a family that is not there yet: a segmenter goes through the very code of the others.
 
-Each is one method file and one name (`HYPDEFECT_METHODS`, set in conftest.py). Nothing of the library knows of them.
+It is one method file and one name (`HYPDEFECT_METHODS`, set in conftest.py). Nothing of the library knows of it.
 """
 
 import io
@@ -31,17 +31,12 @@ from hypdefect.methods import methods_of
 from hypdefect.predictor import Predictor
 from hypdefect.results import ledger
 from hypdefect.training import TrainConfig
-from tests.elsewhere import detection, segmentation
+from tests.elsewhere import segmentation
 from tests.tiny_dataset import draw, make_mtd_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]  # test_detection.py goes the same way
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
-METHODS = ("small_detector", "small_segmenter")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DetectorJob(detection.TaskConfig, SweepConfig):
-    pass
+METHODS = ("small_segmenter",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +44,7 @@ class SegmenterJob(segmentation.TaskConfig, SweepConfig):
     pass
 
 
-JOBS: dict[str, Any] = {"small_detector": DetectorJob, "small_segmenter": SegmenterJob}
-
-
-def detector_space(trial: optuna.Trial) -> None:
-    trial.suggest_int("method.rank", 1, 6)
+JOBS: dict[str, Any] = {"small_segmenter": SegmenterJob}
 
 
 def segmenter_space(trial: optuna.Trial) -> None:
@@ -64,7 +55,7 @@ def segmenter_space(trial: optuna.Trial) -> None:
 def space_of(method: str) -> ModuleType:
     """As a file of tune_spaces/."""
     module = ModuleType(method)
-    space = {"small_detector": detector_space, "small_segmenter": segmenter_space}[method]
+    space = {"small_segmenter": segmenter_space}[method]
     vars(module).update(METHOD=method, space=space)
     return module
 
@@ -119,11 +110,11 @@ def test_the_search_and_the_test_are_of_the_familys_metric(ran: Ran) -> None:
     winner, *_, reference = result.outcomes.values()
     assert len(winner.scored.draws) == 3
     assert winner.intervals[metric].mean >= reference.intervals[metric].mean - 0.05
-    assert winner.intervals[metric].mean > {"small_detector": 0.5, "small_segmenter": 0.2}[ran.method]
+    assert winner.intervals[metric].mean > 0.2
 
 
 def test_the_search_used_what_training_gave(ran: Ran) -> None:
-    """A trial's value is that of the trained weights; the segmenter's is another one without them."""
+    """A trial's value is that of the trained weights, and another one without them."""
     family: Any = get_family(ran.method)
     fitting, _ = family.load(ran.result.plan, ran.home)
 
@@ -135,8 +126,7 @@ def test_the_search_used_what_training_gave(ran: Ran) -> None:
     pretrained = [t for t in ran.result.trials if t.rungs == 2 and t.params.get("pretrained", True)]
     assert pretrained
     assert [t.value for t in pretrained] == pytest.approx([value(t, ran.start) for t in pretrained], abs=1e-6)
-    if ran.method == "small_segmenter":
-        assert any(abs(t.value - value(t, None)) > 1e-3 for t in pretrained)
+    assert any(abs(t.value - value(t, None)) > 1e-3 for t in pretrained)
 
 
 def test_the_ledger_holds_every_draw(ran: Ran) -> None:
@@ -203,4 +193,4 @@ def test_a_family_that_no_method_names_is_not_imported() -> None:
 
 def test_methods_of_other_families_are_not_few_shot_ones() -> None:
     assert not set(METHODS) & set(methods_of("few_shot"))
-    assert methods_of("tests.elsewhere.detection") == ("small_detector",)
+    assert methods_of("tests.elsewhere.segmentation") == ("small_segmenter",)

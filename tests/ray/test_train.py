@@ -28,12 +28,6 @@ def pool() -> LabelledFeatures:
     return make_task()[0].pool
 
 
-@pytest.fixture(scope="module")
-def expected(pool: LabelledFeatures) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The same run in this process, without Ray."""
-    return in_process(pool, CONFIG)
-
-
 def in_process(pool: LabelledFeatures, config: EpisodicConfig) -> tuple[dict[str, torch.Tensor], list[float]]:
     model = HypDFS(config.method, pool.dim)
     losses = fit(model, EpisodicTraining(pool=pool, config=config).item, config, lambda metrics, write: None)
@@ -48,20 +42,6 @@ def assert_same(model: Any, losses: list[float], expected: tuple[dict[str, torch
     assert found.keys() == weights.keys()
     for name, value in weights.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_workers_learn_what_one_process_does(
-    ray_local: Any, pool: LabelledFeatures, expected: Any, tmp_path: Path
-) -> None:
-    started = HypDFS(CONFIG.method, pool.dim).trained()
-    assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
-    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=2, name="run", folder=tmp_path)
-    assert_same(model, losses, expected)
-    kept = sorted(tmp_path.rglob("weights.safetensors"))  # a run that is complete does nothing when asked for again
-    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=1, name="run", folder=tmp_path)
-    assert_same(model, losses, expected)
-    assert sorted(tmp_path.rglob("weights.safetensors")) == kept
 
 
 @pytest.mark.slow
@@ -100,15 +80,24 @@ def kill_one_worker(folder: Path, killed: list[int]) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_worker_changes_nothing(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
+def test_two_workers_one_of_them_killed_learn_what_one_process_does(
+    ray_local: Any, pool: LabelledFeatures, tmp_path: Path
+) -> None:
     config = replace(CONFIG, steps=80, report_every=5, lr=1e-3)  # rounding grows with the steps
+    expected = in_process(pool, config)
+    started = HypDFS(CONFIG.method, pool.dim).trained()
+    assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
     model, losses = train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path)
     killer.join()
     assert len(killed) == 1
-    assert_same(model, losses, in_process(pool, config))
+    assert_same(model, losses, expected)
+    kept = sorted(tmp_path.rglob("weights.safetensors"))  # a run that is complete does nothing when asked for again
+    model, losses = train(EpisodicTraining(pool=pool, config=config), workers=1, name="run", folder=tmp_path)
+    assert_same(model, losses, expected)
+    assert sorted(tmp_path.rglob("weights.safetensors")) == kept
 
 
 def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
