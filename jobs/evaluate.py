@@ -1,4 +1,4 @@
-"""Which few-shot method is best here: all of them on the same features, validation episodes, draws and queries.
+"""Which method is best here: all of them on the same features, validation episodes, draws and queries.
 
 python jobs/evaluate.py --dataset mtd --methods all --split grouped --partitions 10 --draws 10
 
@@ -10,22 +10,67 @@ Every method is tuned by the same number of trials on the same episodes drawn in
 partition and K anew. The defaults are left only for a gain beyond one standard error of the paired difference; then the
 temperature of the logits is fitted on the same episodes. The queries are scored with what won there. All draws go into
 the ledger (hypdefect/results/ledger.py).
+
+python jobs/evaluate.py --task detection --dataset mtd --partitions 5: detectors, split by part and at random
+
+python jobs/evaluate.py --task detection --dataset mtd --curvatures 0.01 0.05 0.1 0.3 0.5 1: also their curves over c
 """
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import pyarrow as pa
+
+from hypdefect.command_line import JobOptions, configure_logging, job_of, parse_job, run_job, table_console
 from hypdefect.config import to_mapping
 from hypdefect.distributed.cluster import connected
+from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig, evaluate_detectors
 from hypdefect.distributed.tournament import EvaluateConfig, Evaluation, evaluate_methods, of_sweep
 from hypdefect.files import write_json
+from hypdefect.results.detection_tables import detector_tables, detector_tasks, detector_values
 from hypdefect.results.ledger import read_part
 from hypdefect.results.reading import ceiling_text
 from hypdefect.results.tables import evaluation_tables, evaluation_values
 from tune_spaces import get_space
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateJob(EvaluateConfig):
+    task: Literal["few_shot", "detection"] = "few_shot"
+    """few_shot: which defect is it? detection: is it good, and where not? (--task detection --help lists its flags)"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluateDetectorsJob(EvaluateDetectorsConfig):
+    task: Literal["few_shot", "detection"] = "detection"
+    """few_shot: which defect is it? detection: is it good, and where not?"""
+
+
 def main() -> None:
     configure_logging()
-    job, options = parse_job(EvaluateConfig, description=__doc__)
+    chosen = job_of(sys.argv[1:], "--task", {"detection": EvaluateDetectorsJob}, EvaluateJob)
+    job, options = parse_job(chosen, description=__doc__)
+    if job.task == "detection":
+        detectors(job, options)
+    else:
+        classifiers(job, options)
+
+
+def detectors(job: EvaluateDetectorsJob, options: JobOptions) -> None:
+    with connected():
+        parts = evaluate_detectors(job, get_space)
+    tasks = detector_tasks(pa.concat_tables([read_part(part) for part in parts]))
+    if options.json is not None:
+        write_json(options.json, {"job": to_mapping(job), "tasks": detector_values(tasks)})
+    console = table_console(200)
+    for table in detector_tables(tasks):
+        console.print(table)
+    for part in parts:
+        print(part)
+
+
+def classifiers(job: EvaluateConfig, options: JobOptions) -> None:
     job, fixed = of_sweep(job) if job.sweep else (job, None)
     with connected():
         result = evaluate_methods(job, get_space, fixed)

@@ -1,4 +1,4 @@
-"""Turn the ledger into a page a person can read: one self-contained HTML file and its pictures as PNG.
+"""Turn the ledger into pages a person can read: self-contained HTML, one file of classifiers, one of detectors.
 
 python jobs/report.py: the newest run of every task in the ledger; pictures of features where the store holds them
 
@@ -16,9 +16,12 @@ import tyro
 
 from hypdefect.command_line import WRITTEN, command_line, configure_logging, parse_job, run_job
 from hypdefect.distributed.pseudo import stored_start
+from hypdefect.errors import ConfigError
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.files import home, write_json
 from hypdefect.results import ledger
+from hypdefect.results.detection_page import write_detection_page
+from hypdefect.results.detection_tables import detector_tasks, detector_values
 from hypdefect.results.feature_figures import draw_features
 from hypdefect.results.page import markdown, replace_results, write_page
 from hypdefect.results.reading import leaderboard_values
@@ -54,15 +57,27 @@ class ReportJob(TaskConfig):
 def main() -> None:
     configure_logging()
     job, options = parse_job(ReportJob, description=__doc__)
-    sections = current_sections(ledger.read(home()), job.label)
+    table = ledger.read(home())
+    detectors = detector_tasks(table, job.label)
+    try:
+        sections = current_sections(table, job.label)
+    except ConfigError:
+        if not detectors or job.readme is not None:
+            raise
+        sections = []
     if options.json is not None:
-        write_json(options.json, [leaderboard_values(section) for section in sections])
+        classifiers = [leaderboard_values(section) for section in sections]
+        write_json(options.json, [*classifiers, *detector_values(detectors)])
     if job.readme is not None:
         replace_results(job.readme, markdown(sections, command_line(), job.peers))
         print(job.readme)
         return
-    draw = partial(draw_features, data=job, seed=job.seed, find_start=stored_start) if job.features else None
-    print(write_page(job.out or home() / "report", sections, draw))
+    folder = job.out or home() / "report"
+    if detectors:
+        print(write_detection_page(folder, detectors, home()))
+    if sections:
+        draw = partial(draw_features, data=job, seed=job.seed, find_start=stored_start) if job.features else None
+        print(write_page(folder, sections, draw))
 
 
 if __name__ == "__main__":

@@ -116,10 +116,9 @@ class DetectionPlan(Plan):
         return image_requests(self.manifest, wanted, self.uses_mask)
 
     def pseudo(self) -> tuple[pa.Table, SynthesisConfig]:
-        """Pseudo-defects lie on the normal images that may be learned from."""
-        return self.manifest.filter(
-            pc.is_in(self.manifest["image_id"], pa.array(self.normal_ids))
-        ), self.config.synthesis
+        """Pseudo-defects lie on all normal images, so that every partition has the same; a task is handed those on
+        images that it may learn from (`load`)."""
+        return self.manifest.filter(pc.is_in(self.manifest["image_id"], pa.array(self.unit_of))), self.config.synthesis
 
     def provenance(self) -> dict[str, object]:
         return Plan.provenance(self) | {
@@ -358,7 +357,8 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
         keys, files = tuple(key_of[i] for i in ids), tuple(image_file(rows[i]) for i in ids)
         return Images(home=home, key=plan.key, rows=keys, units=tuple(units), files=files, masks=tuple(masks))
 
-    pseudo_rows = made.manifest.to_pylist()
+    free = set(plan.normal_ids)
+    pseudo_rows = [row for row in made.manifest.to_pylist() if row["group_id"] in free]
     pseudo = Images(
         home=home,
         key=plan.key,

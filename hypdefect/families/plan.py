@@ -197,10 +197,19 @@ def prepare(family: Any, config: DataConfig) -> Any:
     Raises:
         ConfigError, DataError: as ingestion, and as the family's `plan`.
     """
-    if is_imported(config.dataset):
-        imported = read_import(config.dataset, home())
-        logger.info("%s: %d images, features imported", config.dataset, imported.manifest.num_rows)
-        return family.plan(config, imported.manifest, imported)
+    if not is_imported(config.dataset):
+        return family.plan(config, manifest_of(config))
+    imported = read_import(config.dataset, home())
+    logger.info("%s: %d images, features imported", config.dataset, imported.manifest.num_rows)
+    return family.plan(config, imported.manifest, imported)
+
+
+def manifest_of(config: DataConfig) -> pa.Table:
+    """The manifest of an image set, read now or unchanged.
+
+    Raises:
+        ConfigError, DataError: as ingestion.
+    """
     with progress(f"reading {config.dataset}") as advance:
         result = ingested(config.dataset, config.root, home(), advance, config.channels)
     state = "unchanged, manifest reused" if result.cached else "read"
@@ -209,4 +218,4 @@ def prepare(family: Any, config: DataConfig) -> Any:
         "%s: %d images %s, %d quarantined%s", config.dataset, result.table.num_rows, state, result.quarantined, listed
     )
     logger.info("manifest: %s", result.path)
-    return family.plan(config, result.table)
+    return result.table

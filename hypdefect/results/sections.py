@@ -6,6 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from hypdefect.datasets import DATASETS
 from hypdefect.errors import ConfigError
@@ -105,7 +106,7 @@ def current_sections(table: pa.Table, label: str = "") -> list[Section]:
     Raises:
         ConfigError: the ledger holds no main run, or none of this label.
     """
-    newest = ledger.latest(table)
+    newest = ledger.latest(table.filter(pc.equal(table["family"], "few_shot")))
     tasks: dict[tuple[str, str, str, str], dict[str, pa.Table]] = {}
     names = ("label", "backbone", "split", "protocol", "study")
     keys = list(zip(*(newest[name].to_pylist() for name in names), strict=True))

@@ -1,0 +1,155 @@
+"""The results of detectors as a page for the browser: leaderboards, curves over c, classes of defects, pictures."""
+
+import base64
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
+
+from hypdefect.files import replaced_file
+from hypdefect.results.detection_tables import NAMES, OF_CLASS, DetectorTask, curves
+from hypdefect.results.figures import DARK, GREY, GRID, new_figure, percent
+from hypdefect.results.reading import format_accuracy, format_difference
+
+COLOURS = ("#3566a8", "#d9822b", "#4c8f5a", "#8a5fa8", "#b5495b", "#6b6f76")
+MOST_DRAWN = 6
+"""Detectors in the picture of classes, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    path: Path
+    title: str
+    caption: str
+
+    @property
+    def base64(self) -> str:
+        return base64.b64encode(self.path.read_bytes()).decode()
+
+
+@dataclass(slots=True)
+class Chapter:
+    """What the page says of one task."""
+
+    task: DetectorTask
+    slug: str
+    columns: list[str]
+    rows: list[list[tuple[str, str]]]
+    """Text and style of each cell."""
+    figures: list[Figure] = field(default_factory=list)
+
+
+def write_detection_page(folder: Path, tasks: Sequence[DetectorTask], home: Path) -> Path:
+    """One self-contained HTML file, `detection.html`, and its pictures beside it.
+
+    Args:
+        home: where sweeps and training runs keep the pictures of what they published.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    chapters = [_chapter(folder, task, home) for task in tasks]
+    templates = Environment(
+        loader=PackageLoader("hypdefect.results"),
+        autoescape=select_autoescape(["html.j2"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    page = folder / "detection.html"
+    with replaced_file(page) as file:
+        file.write(templates.get_template("detection.html.j2").render(chapters=chapters).encode())
+    return page
+
+
+def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
+    shown = [name for name in task.shown() if not name.startswith(OF_CLASS)]
+    rows = []
+    board = task.rows()
+    best = {m: max((row.metrics[m].mean for row in board), default=0.0) for m in shown if m != "false_alarms"}
+    for row in board:
+        cells = [(row.name, "")]
+        cells += [
+            (format_accuracy(row.metrics[m]), "best" if row.metrics[m].mean == best.get(m) else "") for m in shown
+        ]
+        for lead in (row.to_reference, row.to_twin):
+            cells.append(("", "") if lead is None else (format_difference(lead.interval), lead.verdict))
+        rows.append(cells)
+    slug = re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}")
+    chapter = Chapter(task, slug, [NAMES[name] for name in shown], rows)
+    if task.curve is not None:
+        path = folder / f"{slug}-curvature.png"
+        plot_curves(path, task)
+        caption = "Everything but c as its defaults. Right: over the same draws, minus c = 0. Bars are 95 % intervals."
+        chapter.figures.append(Figure(path, "AUROC against curvature", caption))
+    if task.classes:
+        path = folder / f"{slug}-classes.png"
+        plot_classes(path, task)
+        caption = "Image AUROC of the defects of one class against all reported good parts. Bars are 95 % intervals."
+        chapter.figures.append(Figure(path, "Which defects are found", caption))
+    if (pictures := newest_pictures(task, home)) is not None:
+        caption = (
+            f"The images that the newest published detector ({pictures.parent.name}) scored highest and lowest of each "
+            "class: the image, what is marked, the map, what was found, and both outlines (blue: marked, orange: found)."
+        )
+        chapter.figures.append(Figure(pictures, "What a detector says", caption))
+    return chapter
+
+
+def newest_pictures(task: DetectorTask, home: Path) -> Path | None:
+    """The pictures of the newest sweep or training run of this set and split."""
+    found = []
+    for path in [*home.glob("sweeps/*/pictures.png"), *home.glob("runs/*/pictures.png")]:
+        record = path.parent / ("result.json" if path.parent.parent.name == "sweeps" else "record.json")
+        about: dict[str, Any] = json.loads(record.read_text())["task"] if record.is_file() else {}
+        if (about.get("dataset"), about.get("split")) == (task.dataset, task.split):
+            found.append(path)
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def plot_curves(path: Path, task: DetectorTask) -> None:
+    """AUROC of each hyperbolic detector against c, and the paired difference to c = 0."""
+    found = curves(task)
+    labels = sorted({c for points in found.values() for c, *_ in points})
+    with new_figure(path, 9.6, 3.7) as figure:
+        left, right = figure.subplots(1, 2)
+        right.axhline(0, color=DARK, lw=0.9)
+        for number, (method, points) in enumerate(found.items()):
+            offset, colour = 0.09 * (number - (len(found) - 1) / 2), COLOURS[number % len(COLOURS)]
+            for axes in (left, right):
+                pairs = [(c, value if axes is left else d.interval) for c, value, d in points if axes is left or d]
+                if not pairs:
+                    continue
+                x = np.array([labels.index(c) for c, _ in pairs]) + offset
+                y, half = np.array([percent(value) for _, value in pairs]).T
+                axes.errorbar(x, y, half, fmt="o-", ms=4, color=colour, elinewidth=1.3, label=method)
+        for axes in (left, right):
+            axes.set_xticks(range(len(labels)), [f"{c:g}" for c in labels])
+            axes.grid(axis="y", color=GRID)
+            axes.set_axisbelow(True)
+            axes.set_xlabel("curvature c (0: Euclidean; steps not to scale)")
+        left.set(title="image AUROC (bars: 95 % interval)", ylabel="AUROC, %")
+        right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points of AUROC")
+        left.legend(frameon=False)
+
+
+def plot_classes(path: Path, task: DetectorTask) -> None:
+    """AUROC of each class of defects, a mark for each detector."""
+    rows, classes = task.rows()[:MOST_DRAWN], task.classes
+    with new_figure(path, 9.6, 0.9 + 0.45 * len(classes)) as figure:
+        axes = figure.subplots()
+        axes.axvline(50, color=GREY, lw=0.9)
+        for number, row in enumerate(rows):
+            y = np.arange(len(classes)) + 0.12 * (number - (len(rows) - 1) / 2)
+            x, half = np.array([percent(row.metrics[name]) for name in classes]).T
+            colour = COLOURS[number % len(COLOURS)]
+            axes.errorbar(x, y, xerr=half, fmt="o", ms=4, color=colour, elinewidth=1.2, label=row.name)
+        axes.set_yticks(range(len(classes)), [name.removeprefix(OF_CLASS) for name in classes])
+        axes.invert_yaxis()
+        axes.grid(axis="x", color=GRID)
+        axes.set_axisbelow(True)
+        axes.set_xlabel("AUROC, %")
+        axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

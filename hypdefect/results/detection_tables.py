@@ -1,0 +1,219 @@
+"""What the ledger says of detectors: a table for each product and split, and one for the mean over products."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from rich.table import Table
+
+from hypdefect.evaluation import TWIN
+from hypdefect.results import ledger
+from hypdefect.results.comparison import Difference, display_name, leaderboard, paired_to
+from hypdefect.statistics import Interval
+
+REFERENCE = "patchcore"
+NAMES = {
+    "auroc": "AUROC",
+    "aupr": "AUPR",
+    "f1_max": "F1-max",
+    "pixel_auroc": "pixel AUROC",
+    "pixel_aupr": "pixel AUPR",
+    "aupro": "AUPRO",
+    "aupimo": "AUPIMO",
+    "false_alarms": "false alarms",
+    "detected": "detected",
+}
+"""Metrics in the order of their columns; a set without masks has no pixel metrics."""
+OF_CLASS = "auroc "
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorRow:
+    """A detector on one task: its metrics, and its AUROC minus PatchCore's and minus its own c = 0 twin's."""
+
+    name: str
+    metrics: dict[str, Interval]
+    to_reference: Difference | None
+    to_twin: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class DetectorTask:
+    """The newest main run of detectors on one product and split, and its curve over c, if there is one."""
+
+    label: str
+    dataset: str
+    split: str
+    main: pa.Table
+    curve: pa.Table | None
+
+    @property
+    def title(self) -> str:
+        partitions, draws = (len(set(self.main[name].to_pylist())) for name in ("partition", "draw"))
+        what = f"{partitions} partition{'s' * (partitions > 1)} x {draws} draw{'s' * (draws > 1)}"
+        return f"{self.label}, {self.split} split, {what}"
+
+    @property
+    def classes(self) -> list[str]:
+        return [name for name in metric_names(self.main) if name.startswith(OF_CLASS)]
+
+    def rows(self) -> list[DetectorRow]:
+        """Every detector, the highest AUROC first."""
+        boards = {metric: {r.name: r.accuracy for r in leaderboard(self.main, metric)} for metric in self.shown()}
+        to_reference = {d.name: d for d in paired_to(self.main, REFERENCE, "auroc")}
+        names = sorted(boards["auroc"], key=lambda name: -boards["auroc"][name].mean)
+        return [
+            DetectorRow(name, {m: boards[m][name] for m in boards}, to_reference.get(name), self.to_twin(name))
+            for name in names
+        ]
+
+    def shown(self) -> list[str]:
+        there = metric_names(self.main)
+        return [*(name for name in NAMES if name in there), *self.classes]
+
+    def to_twin(self, name: str) -> Difference | None:
+        """A detector minus its own twin."""
+        twin = f"{name}, {TWIN}"
+        pair = self.main.filter(pa.array([n in (name, twin) for n in displayed(self.main)], pa.bool_()))
+        return next(iter(paired_to(pair, twin, "auroc")), None)
+
+
+def detector_tasks(table: pa.Table, label: str = "") -> list[DetectorTask]:
+    """The newest evaluation of detectors of every product and split, or of those of one label."""
+    rows = ledger.latest(table.filter(pc.equal(table["family"], "detection")))
+    keys = ("label", "dataset", "split")
+    found = []
+    for key in dict.fromkeys(zip(*(rows[k].to_pylist() for k in keys), strict=True)):
+        task = rows
+        for name, value in zip(keys, key, strict=True):
+            task = task.filter(pc.equal(task[name], value))
+        main, curve = (task.filter(pc.equal(task["study"], study)) for study in ("main", "curvature"))
+        if len(main) and label in ("", key[0]):
+            found.append(DetectorTask(key[0], key[1], key[2], main, curve if len(curve) else None))
+    return found
+
+
+def metric_names(table: pa.Table) -> list[str]:
+    """Metrics that every row has."""
+    rows = [dict(pairs) for pairs in table["metrics"].to_pylist()]
+    return [name for name in rows[0] if all(name in row for row in rows)]
+
+
+def displayed(table: pa.Table) -> Iterator[str]:
+    columns = (table[n].to_pylist() for n in ("method", "features", "variant"))
+    return (display_name(*key) for key in zip(*columns, strict=True))
+
+
+def detector_tables(tasks: Sequence[DetectorTask]) -> list[Table]:
+    """Of each task its detectors and its classes of defects, in percent; then the curves over c and the means."""
+    tables = []
+    for task in tasks:
+        rows, classes = task.rows(), task.classes
+        shown = [name for name in task.shown() if name not in classes]
+        columns = [NAMES[name] for name in shown]
+        table = _table(f"{task.title}, %", "detector", *columns, f"AUROC - {REFERENCE}", "- own twin")
+        table.caption = "± is the 95 % interval over partitions; ahead and behind by a corrected p below 0.05"
+        for row in rows:
+            leads = (_lead(row.to_reference), _lead(row.to_twin))
+            table.add_row(row.name, *(_text(row.metrics[m]) for m in shown), *leads)
+        tables.append(table)
+        if classes:
+            columns = [c.removeprefix(OF_CLASS) for c in classes]
+            table = _table(f"{task.title}: AUROC of each class, %", "detector", *columns)
+            for row in rows:
+                table.add_row(row.name, *(_text(row.metrics[c]) for c in classes))
+            tables.append(table)
+        tables += [_curve_table(task)] if task.curve is not None else []
+    return tables + _means(tasks)
+
+
+def curves(task: DetectorTask, metric: str = "auroc") -> dict[str, list[tuple[float, Interval, Difference | None]]]:
+    """Of each hyperbolic detector the metric at each c, and its difference to c = 0."""
+    found: dict[str, list[tuple[float, Interval, Difference | None]]] = {}
+    assert task.curve is not None
+    for method in dict.fromkeys(task.curve["method"].to_pylist()):
+        of_method = task.curve.filter(pc.equal(task.curve["method"], method))
+        paired = {d.name: d for d in paired_to(of_method, display_name(method, variant="c = 0"), metric)}
+        board = {float(row.variant.removeprefix("c = ")): row for row in leaderboard(of_method, metric)}
+        found[method] = [(c, row.accuracy, paired.get(row.name)) for c, row in sorted(board.items())]
+    return found
+
+
+def _curve_table(task: DetectorTask) -> Table:
+    table = _table(f"{task.title}: over the curvature, %", "detector", "c", "AUROC", "- c = 0")
+    for method, points in curves(task).items():
+        for c, value, ahead in points:
+            table.add_row(method, f"{c:g}", _text(value), _lead(ahead))
+    return table
+
+
+def _means(tasks: Sequence[DetectorTask]) -> list[Table]:
+    """Over the products of a set, where there are several."""
+    tables = []
+    for dataset, split in dict.fromkeys((task.dataset, task.split) for task in tasks):
+        own = [task for task in tasks if (task.dataset, task.split) == (dataset, split)]
+        if len(own) < 2:
+            continue
+        boards = [{row.name: row.metrics for row in task.rows()} for task in own]
+        names = [name for name in boards[0] if all(name in board for board in boards)]
+        shown = [m for m in NAMES if all(m in board[names[0]] for board in boards)]
+        columns = [NAMES[m] for m in shown]
+        table = _table(f"{dataset}, {split} split: mean over {len(own)} products, %", "detector", *columns)
+        for name in names:
+            means = (np.mean([board[name][m].mean for board in boards]) for m in shown)
+            table.add_row(name, *(f"{100 * mean:.2f}" for mean in means))
+        tables.append(table)
+    return tables
+
+
+def detector_values(tasks: Sequence[DetectorTask]) -> list[dict[str, Any]]:
+    """The same as plain values for JSON."""
+    return [
+        {
+            "label": task.label,
+            "split": task.split,
+            "run": task.main["run_id"][0].as_py(),
+            "detectors": [
+                {
+                    "name": row.name,
+                    "metrics": {m: _plain(value) for m, value in row.metrics.items()},
+                    "to_reference": row.to_reference and _plain(row.to_reference.interval),
+                    "to_twin": row.to_twin and _plain(row.to_twin.interval),
+                }
+                for row in task.rows()
+            ],
+            "curves": {
+                method: [[c, _plain(value), ahead and _plain(ahead.interval)] for c, value, ahead in points]
+                for method, points in (curves(task).items() if task.curve is not None else ())
+            },
+        }
+        for task in tasks
+    ]
+
+
+def _plain(value: Interval) -> dict[str, float | None]:
+    half = value.half_width
+    return {"mean": value.mean, "half_width": half if math.isfinite(half) else None}
+
+
+def _table(title: str, first: str, *others: str) -> Table:
+    table = Table(title=title, title_justify="left", caption_justify="left")
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _text(value: Interval) -> str:
+    return value.percent() if value.n > 1 else f"{100 * value.mean:.2f}"
+
+
+def _lead(value: Difference | None) -> str:
+    if value is None:
+        return ""
+    half = f" ± {100 * value.interval.half_width:.2f}" if value.interval.n > 1 else ""
+    return f"{100 * value.interval.mean:+.2f}{half} {value.verdict if value.interval.n > 1 else ''}".strip()
