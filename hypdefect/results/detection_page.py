@@ -93,7 +93,7 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
     if (pictures := newest_pictures(task, home)) is not None:
         caption = (
             f"The images that the newest published detector ({pictures.parent.name}) scored highest and lowest of each "
-            "class: the image, what is marked, the map, what was found, and both outlines (blue: marked, orange: found)."
+            "class: the image, what is marked, the map, what was found, both outlines (blue: marked, orange: found)."
         )
         chapter.figures.append(Figure(pictures, "What a detector says", caption))
     return chapter
@@ -120,7 +120,8 @@ def plot_curves(path: Path, task: DetectorTask) -> None:
         for number, (method, points) in enumerate(found.items()):
             offset, colour = 0.09 * (number - (len(found) - 1) / 2), COLOURS[number % len(COLOURS)]
             for axes in (left, right):
-                pairs = [(c, value if axes is left else d.interval) for c, value, d in points if axes is left or d]
+                pairs = [(c, d.interval) for c, _, d in points if d is not None]
+                pairs = [(c, value) for c, value, _ in points] if axes is left else pairs
                 if not pairs:
                     continue
                 x = np.array([labels.index(c) for c, _ in pairs]) + offset
