@@ -3,6 +3,8 @@
 python jobs/benchmark.py: everything
 
 python jobs/benchmark.py store geometry: these sections
+
+python jobs/benchmark.py detect --anomalib DIR: detectors, beside PatchCore of the anomalib in that environment
 """
 
 import os
@@ -15,12 +17,15 @@ from tyro.conf import Positional
 
 from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.benchmarks import SECTIONS, BenchmarkConfig
+from hypdefect.distributed.detection_benchmarks import detectors
 from hypdefect.files import write_json
+
+Section = Literal["geometry", "fit", "tune", "store", "detect"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkJob(BenchmarkConfig):
-    sections: Positional[tuple[Literal["geometry", "fit", "tune", "store"], ...]] = ("geometry", "fit", "tune", "store")
+    sections: Positional[tuple[Section, ...]] = ("geometry", "fit", "tune", "store", "detect")
     """What to time; default: everything."""
 
 
@@ -31,7 +36,7 @@ def main() -> None:
     timings = []
     for section in job.sections:
         say(f"{section} ...")
-        timings += SECTIONS[section](job)
+        timings += {**SECTIONS, "detect": detectors}[section](job)
     table = Table(title=f"benchmark, one thread, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     for column in ("what", "s", "baseline", "baseline, s", "times faster", "note"):
         table.add_column(column, justify="left" if column in ("what", "baseline", "note") else "right")

@@ -54,7 +54,9 @@ class BenchmarkConfig:
     store_rows: int = 100_000
     """Rows of 768 features loaded from the store."""
     images: int = 192
-    """Images extracted by Ray Data and by a bare loop."""
+    """Images extracted by Ray Data and by a bare loop, and seen by PatchCore."""
+    anomalib: Path | None = None
+    """Virtual environment with anomalib, whose PatchCore is then timed beside ours."""
 
     def __post_init__(self) -> None:
         if self.rounds < 1 or self.tune_trials < 2 or self.store_rows < 1 or self.images < 4 * BATCH:

@@ -69,8 +69,9 @@ class HypADConfig:
     weight_decay: float = 1e-5
     jitter: float = 0.2
     """Chance that an image's brightness, contrast and saturation are changed."""
-    whole: float = 0.5
-    """Weight of the map of the autoencoder and the second head; the other map has the rest. The paper's is 0.5."""
+    whole: float = 0.1
+    """Weight of the map of the autoencoder and the second head; the other map has the rest. The paper's is 0.5, after
+    far longer training: an autoencoder that was trained briefly finds little (docs/experiments.md)."""
     top: int = 1
     """An image's score is the mean of its so many highest locations; 1, the maximum, is the paper's."""
     sigma: float = 0.0

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
+from hypdefect.evaluation import TWIN
 from hypdefect.files import replaced_file
 from hypdefect.results.detection_tables import NAMES, OF_CLASS, DetectorTask, curves
 from hypdefect.results.figures import DARK, GREY, GRID, new_figure, percent
@@ -18,7 +19,7 @@ from hypdefect.results.reading import format_accuracy, format_difference
 
 COLOURS = ("#3566a8", "#d9822b", "#4c8f5a", "#8a5fa8", "#b5495b", "#6b6f76")
 MOST_DRAWN = 6
-"""Detectors in the picture of classes, the best first."""
+"""Detectors in the picture of classes, the best first; twins are left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,14 +133,17 @@ def plot_curves(path: Path, task: DetectorTask) -> None:
             axes.grid(axis="y", color=GRID)
             axes.set_axisbelow(True)
             axes.set_xlabel("curvature c (0: Euclidean; steps not to scale)")
+        low, high = left.get_ylim()
+        left.set_ylim(max(low, 0), min(high, 101))
         left.set(title="image AUROC (bars: 95 % interval)", ylabel="AUROC, %")
         right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points of AUROC")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower left")
 
 
 def plot_classes(path: Path, task: DetectorTask) -> None:
     """AUROC of each class of defects, a mark for each detector."""
-    rows, classes = task.rows()[:MOST_DRAWN], task.classes
+    rows = [row for row in task.rows() if not row.name.endswith(TWIN)][:MOST_DRAWN]
+    classes = task.classes
     with new_figure(path, 9.6, 0.9 + 0.45 * len(classes)) as figure:
         axes = figure.subplots()
         axes.axvline(50, color=GREY, lw=0.9)
@@ -150,6 +154,8 @@ def plot_classes(path: Path, task: DetectorTask) -> None:
             axes.errorbar(x, y, xerr=half, fmt="o", ms=4, color=colour, elinewidth=1.2, label=row.name)
         axes.set_yticks(range(len(classes)), [name.removeprefix(OF_CLASS) for name in classes])
         axes.invert_yaxis()
+        low, high = axes.get_xlim()
+        axes.set_xlim(max(low, 0), min(high, 101))
         axes.grid(axis="x", color=GRID)
         axes.set_axisbelow(True)
         axes.set_xlabel("AUROC, %")

@@ -16,18 +16,16 @@ from hypdefect.results.comparison import Difference, display_name, leaderboard, 
 from hypdefect.statistics import Interval
 
 REFERENCE = "patchcore"
-NAMES = {
+IMAGE = {
     "auroc": "AUROC",
     "aupr": "AUPR",
     "f1_max": "F1-max",
-    "pixel_auroc": "pixel AUROC",
-    "pixel_aupr": "pixel AUPR",
-    "aupro": "AUPRO",
-    "aupimo": "AUPIMO",
     "false_alarms": "false alarms",
     "detected": "detected",
 }
-"""Metrics in the order of their columns; a set without masks has no pixel metrics."""
+PIXELS = {"pixel_auroc": "pixel AUROC", "pixel_aupr": "pixel AUPR", "aupro": "AUPRO", "aupimo": "AUPIMO"}
+"""What a set without masks has not."""
+NAMES = IMAGE | PIXELS
 OF_CLASS = "auroc "
 
 
@@ -112,21 +110,24 @@ def detector_tables(tasks: Sequence[DetectorTask]) -> list[Table]:
     """Of each task its detectors and its classes of defects, in percent; then the curves over c and the means."""
     tables = []
     for task in tasks:
-        rows, classes = task.rows(), task.classes
-        shown = [name for name in task.shown() if name not in classes]
-        columns = [NAMES[name] for name in shown]
-        table = _table(f"{task.title}, %", "detector", *columns, f"AUROC - {REFERENCE}", "- own twin")
-        table.caption = "± is the 95 % interval over partitions; ahead and behind by a corrected p below 0.05"
+        rows = task.rows()
+        image = _table(f"{task.title}: images, %", "detector", *IMAGE.values(), f"AUROC - {REFERENCE}", "- own twin")
+        image.caption = "± is the 95 % interval over partitions; ahead and behind by a corrected p below 0.05"
         for row in rows:
             leads = (_lead(row.to_reference), _lead(row.to_twin))
-            table.add_row(row.name, *(_text(row.metrics[m]) for m in shown), *leads)
-        tables.append(table)
-        if classes:
-            columns = [c.removeprefix(OF_CLASS) for c in classes]
-            table = _table(f"{task.title}: AUROC of each class, %", "detector", *columns)
-            for row in rows:
-                table.add_row(row.name, *(_text(row.metrics[c]) for c in classes))
-            tables.append(table)
+            image.add_row(row.name, *(_text(row.metrics[m]) for m in IMAGE), *leads)
+        tables.append(image)
+        shown = task.shown()
+        groups = {
+            "where": {m: title for m, title in PIXELS.items() if m in shown},
+            "AUROC of each class": {m: m.removeprefix(OF_CLASS) for m in task.classes},
+        }
+        for what, columns in groups.items():
+            if columns:
+                table = _table(f"{task.title}: {what}, %", "detector", *columns.values())
+                for row in rows:
+                    table.add_row(row.name, *(_text(row.metrics[m]) for m in columns))
+                tables.append(table)
         tables += [_curve_table(task)] if task.curve is not None else []
     return tables + _means(tasks)
 
@@ -144,10 +145,16 @@ def curves(task: DetectorTask, metric: str = "auroc") -> dict[str, list[tuple[fl
 
 
 def _curve_table(task: DetectorTask) -> Table:
-    table = _table(f"{task.title}: over the curvature, %", "detector", "c", "AUROC", "- c = 0")
-    for method, points in curves(task).items():
-        for c, value, ahead in points:
-            table.add_row(method, f"{c:g}", _text(value), _lead(ahead))
+    assert task.curve is not None
+    shown = [m for m in ("auroc", "aupro") if m in metric_names(task.curve)]
+    columns = [title for m in shown for title in (NAMES[m], "- c = 0")]
+    table = _table(f"{task.title}: over the curvature, %", "detector", "c", *columns)
+    of_metric = {m: curves(task, m) for m in shown}
+    for method, points in of_metric["auroc"].items():
+        for place, (c, *_) in enumerate(points):
+            cells = [of_metric[m][method][place] for m in shown]
+            texts = [text for _, value, ahead in cells for text in (_text(value), _lead(ahead))]
+            table.add_row(method, f"{c:g}", *texts)
     return table
 
 

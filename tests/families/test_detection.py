@@ -79,7 +79,6 @@ def test_defects_play_no_part_in_what_is_learned_from(mtd: pa.Table) -> None:
         assert (other.normal_ids, other.tested_ids) == (plan.normal_ids, plan.tested_ids)
         assert other.pseudo()[0]["image_id"] == plan.pseudo()[0]["image_id"]
     assert not any(plan.pseudo()[0]["is_defect"].to_pylist())
-    assert not set(plan.pseudo()[0]["image_id"].to_pylist()) & set(plan.tested_ids)
 
 
 def test_draws_part_the_normals_anew_and_keep_units_together(mtd: pa.Table) -> None:

@@ -4,24 +4,27 @@ import base64
 import io
 import socket
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
 from hypdefect.command_line import job_of
+from hypdefect.datasets.synthetic import stored
+from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig, evaluate_detectors, planned
 from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import Sweep, named, sweep
 from hypdefect.distributed.train import train
 from hypdefect.errors import ArtifactError, ConfigError
-from hypdefect.evaluation import RunConfig
+from hypdefect.evaluation import TWIN, RunConfig
 from hypdefect.families import detection
 from hypdefect.families.detection import Setting
 from hypdefect.families.detector_training import DetectorTraining
@@ -35,6 +38,7 @@ from hypdefect.methods.hypad import HypADConfig
 from hypdefect.predictor import Predictor
 from hypdefect.registry import write_checksums
 from hypdefect.results import ledger
+from hypdefect.results.detection_tables import curves, detector_tasks
 from hypdefect.training import fit
 from jobs.sweep import JOBS, DetectionJob, SweepJob
 from tests.ray.test_train import kill_one_worker
@@ -109,6 +113,9 @@ def test_no_defect_and_no_reported_image_can_be_looked_at(ran: Ran) -> None:
     fitting, _ = detection.load(plan, ran.home)
     seen = set(fitting.normals.image_ids) | set(fitting.pseudo.units)
     assert seen <= set(plan.normal_ids)
+    painted = stored(*plan.pseudo()[:1], plan.label, ran.home, plan.pseudo()[1])
+    assert painted is not None
+    assert set(painted.manifest["group_id"].to_pylist()) & set(plan.tested_ids)  # made, and kept away
     assert not seen & {*plan.tested_ids, *plan.defect_ids}
 
 
@@ -221,6 +228,29 @@ def test_it_answers_over_http(ran: Ran) -> None:
     assert refused.status_code == 404
     assert "/v1/predict" in refused.json()["detail"]
     assert damaged.status_code == 400
+
+
+def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(ran.home))
+    same = {f.name: getattr(ran.job, f.name) for f in fields(detection.TaskConfig)}
+    job = EvaluateDetectorsConfig(
+        **same | {"methods": ("hyperbolic_patchcore",), "curvatures": (0.5,), "partitions": 2}
+    )
+    parts = evaluate_detectors(job, get_space)
+    tasks = detector_tasks(pa.concat_tables([ledger.read_part(part) for part in parts]))
+    assert [task.split for task in tasks] == ["grouped", "random"]
+    for task in tasks:
+        assert {(r["method"], r["variant"], r["partition"]) for r in task.main.to_pylist()} == {
+            ("hyperbolic_patchcore", variant, n) for variant in ("", TWIN) for n in (0, 1)
+        }
+        assert [c for c, *_ in curves(task)["hyperbolic_patchcore"]] == [0, 0.5]
+    (again,) = planned(replace(job, splits=("grouped",)))
+    tested = [set(plan.tested_ids) for plan in again]
+    assert tested[0] != tested[1]
+    fitting, _ = detection.load(again[1], ran.home)
+    assert not set(fitting.pseudo.units) & tested[1]
+    with pytest.raises(ConfigError, match="prototype is a method of few_shot; detectors: patchcore"):
+        replace(job, methods=("prototype",))
 
 
 HYPAD = HypADConfig(steps=16, items_per_step=2, images=2, width=8, bottleneck=4)
