@@ -83,6 +83,9 @@ def evaluate_detectors(job: EvaluateDetectorsConfig, spaces: Callable[[str], Mod
     for plans in tasks:
         fill(*plans)
     parts: list[Path] = []
+    for plans in tasks[:: len(job.splits)]:
+        for remark in detection.remarks(detection.load(plans[0], home())[0]):
+            logger.warning("%s: %s", plans[0].label, remark)
     for plans in tasks:
         fitted = [_scored(job, plan, spaces) for plan in plans]
         for study in (MAIN, CURVATURE):
@@ -132,8 +135,6 @@ def planned(job: EvaluateDetectorsConfig) -> list[list[DetectionPlan]]:
 
 def _scored(job: EvaluateDetectorsConfig, plan: DetectionPlan, spaces: Callable[[str], ModuleType]) -> list[Scored]:
     fitting, reported = detection.load(plan, home())
-    if not reported.defects.masks:
-        logger.warning("%s: no defect has a mask, so that there are no metrics of pixels", plan.label)
     setting, number = detection.setting(job), plan.config.partition
     entrants = [*main_entrants(job, spaces), *curve_entrants(job)]
     with progress(f"{plan.label}, {plan.split} split, partition {number}") as advance:

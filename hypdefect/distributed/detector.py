@@ -58,6 +58,8 @@ def train_detector(
     detection.check(plan, setting)
     fill(plan)
     fitting, reported = detection.load(plan, home())
+    for remark in detection.remarks(fitting):
+        logger.warning("%s: %s", plan.label, remark)
     training = detection.training_of(run, fitting, setting, 0, report_every)
     check_workers(training.config, workers)
     settings = {

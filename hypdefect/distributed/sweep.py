@@ -163,6 +163,8 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
     fitting, reported = family.load(plan, home())
+    for remark in family.remarks(fitting):
+        logger.warning("%s: %s", plan.label, remark)
     write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
     ready = time.monotonic()
     trials = run_search(job, family, fitting, space, base, start, workers)

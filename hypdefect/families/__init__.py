@@ -39,6 +39,10 @@ class Family(Protocol):
         """Read (fitting, reported): what may be looked at, and what is reported."""
         ...
 
+    def remarks(self, fitting: Any) -> list[str]:
+        """What a person should know of the data before anything is learned from it."""
+        ...
+
     def setting(self, config: Any) -> Any:
         """The setting of a job's configuration."""
         ...

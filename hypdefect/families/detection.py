@@ -13,6 +13,7 @@ calibration sets. It does not hold for parts that differ from those of the calib
 Shapes: N images, H W pixels of the network input.
 """
 
+import logging
 import math
 import time
 from collections import defaultdict
@@ -36,6 +37,7 @@ from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detector_training import DetectorTraining
 from hypdefect.families.image_files import ImageFile
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, task_label
+from hypdefect.families.suspects import constant, named, suspects
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.imported import Imported
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
@@ -53,6 +55,7 @@ from hypdefect.types import AnomalyDetector, Batch, Needs, SplitKind, TrainableD
 
 __all__ = ["METRIC", "Predictor"]
 
+logger = logging.getLogger(__name__)
 METRIC = "val/image/auroc"
 SLICE = 32
 """Images read from the store at a time."""
@@ -368,6 +371,8 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
         masks=tuple((mask_file(row),) for row in pseudo_rows),
     )
     masks = [tuple(map(mask_file, files[rows[i]["file_id"]])) for i in plan.defect_ids]
+    if not any(masks):
+        logger.warning("%s: no defect has a mask, so that there are no metrics of pixels", plan.label)
     return (
         Fitting(
             normals=images(plan.normal_ids, (plan.unit_of[i] for i in plan.normal_ids)),
@@ -390,6 +395,23 @@ def image_file(row: dict[str, Any]) -> ImageFile:
 def mask_file(row: dict[str, Any]) -> MaskFile:
     """The mask of a row of a manifest."""
     return MaskFile(row["mask_uri"], row["uri"], (row["height"], row["width"]))
+
+
+def remarks(fitting: Fitting) -> list[str]:
+    """Normal images that are constant, or so unlike the others that they may show defects, by the names of files."""
+    normals, found = fitting.normals, []
+    if flat := constant(normals):
+        found.append(f"{len(flat)} normal images are of one colour, and teach nothing: {named(normals, flat)}")
+    unit_of = dict(zip(normals.image_ids, normals.units, strict=True))
+    half = set(parted(unit_of, 0.5, "halves")[0]) if len(set(normals.units)) > 1 else set()
+    sides = [[i for i, name in enumerate(normals.image_ids) if (name in half) is side] for side in (True, False)]
+    odd = suspects(normals, sides[0], sides[1], sum(fitting.block_dims)) if half else []
+    if odd:
+        found.append(
+            f"{len(odd)} of {len(normals)} normal images look unlike the others; take out those that show defects: "
+            + named(normals, odd)
+        )
+    return found
 
 
 def references(plan: DetectionPlan, config: Any) -> tuple[RunConfig, ...]:

@@ -184,6 +184,11 @@ class MetaStart:
         return self.core if self.core and fits and run.pretrained and run.name == self.method else None
 
 
+def remarks(fitting: Fitting) -> list[str]:
+    """None."""
+    return []
+
+
 def setting(config: Any) -> Setting:
     """K, seed and split of a job."""
     return Setting(k_shot=config.k_shot, seed=config.seed, split=config.split)

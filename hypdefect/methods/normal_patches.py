@@ -3,11 +3,14 @@
 Shapes: M patches, D features of a patch.
 """
 
+from collections.abc import Sized
+
+import psutil
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from hypdefect.errors import DataError
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.types import Batches
 
 
@@ -17,7 +20,7 @@ def sample_patches(normals: Batches, at_most: int, seed: int) -> tuple[Float[Ten
     One pass: every patch draws a number, and those with the lowest are kept.
 
     Raises:
-        DataError: no image.
+        DataError: no image. ConfigError: the sample needs more memory than there is.
     """
     generator = torch.Generator().manual_seed(seed)
     kept: list[Tensor] = []
@@ -25,6 +28,8 @@ def sample_patches(normals: Batches, at_most: int, seed: int) -> tuple[Float[Ten
     total = waiting = 0
     for batch in normals:
         rows = batch.views["patch"].flatten(0, 2)
+        if not total:
+            check_memory(rows, len(batch), normals, at_most)
         total += len(rows)
         waiting += len(rows)
         kept.append(rows)
@@ -37,6 +42,23 @@ def sample_patches(normals: Batches, at_most: int, seed: int) -> tuple[Float[Ten
     if at_most and waiting > at_most:
         kept, keys = _lowest(kept, keys, at_most)
     return torch.cat(kept), total
+
+
+def check_memory(rows: Float[Tensor, "_ D"], images: int, normals: Batches, at_most: int) -> None:
+    """Whether the patches that are kept fit, given those of the first `images` images.
+
+    Raises:
+        ConfigError: they take more than the memory that is free.
+    """
+    count = len(normals) if isinstance(normals, Sized) else images
+    kept = len(rows) // images * count
+    kept = min(kept, 3 * at_most) if at_most else 2 * kept  # parts, and the whole that they become
+    needed, free = kept * rows.shape[1] * rows.element_size(), psutil.virtual_memory().available
+    if needed > free:
+        raise ConfigError(
+            f"the patches of {count} images take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: set "
+            "method.candidates to what fits, such as 100000"
+        )
 
 
 def _lowest(kept: list[Tensor], keys: list[Tensor], num: int) -> tuple[list[Tensor], list[Tensor]]:

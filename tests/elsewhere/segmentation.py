@@ -102,6 +102,10 @@ def load(plan: SegmentationPlan, home: Path) -> tuple[Fitting, Reported]:
     return fitting, Reported(images=batch(plan.reported_ids))
 
 
+def remarks(fitting: Fitting) -> list[str]:
+    return []
+
+
 def setting(config: Any) -> Setting:
     return Setting(seed=config.seed)
 

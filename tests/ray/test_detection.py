@@ -28,6 +28,7 @@ from hypdefect.evaluation import TWIN, RunConfig
 from hypdefect.families import detection
 from hypdefect.families.detection import Setting
 from hypdefect.families.detector_training import DetectorTraining
+from hypdefect.families.image_files import ImageFile
 from hypdefect.families.plan import prepare
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.files import write_json
@@ -228,6 +229,22 @@ def test_it_answers_over_http(ran: Ran) -> None:
     assert refused.status_code == 404
     assert "/v1/predict" in refused.json()["detail"]
     assert damaged.status_code == 400
+
+
+def test_images_that_should_not_be_among_the_normal_ones_are_named(ran: Ran, tmp_path: Path) -> None:
+    fitting, reported = detection.load(ran.result.plan, ran.home)
+    assert detection.remarks(fitting) == []
+    path = tmp_path / "grey.png"
+    Image.new("RGB", (90, 60), (80, 80, 80)).save(path)
+    normals, odd = fitting.normals, reported.defects.select(range(1))
+    mixed = replace(
+        normals,
+        rows=normals.rows + odd.rows * 2,
+        units=(*normals.units, "odd", "grey"),
+        files=(*normals.files, *odd.files, ImageFile(str(path))),
+    )
+    remarks = detection.remarks(replace(fitting, normals=mixed))
+    assert any("of one colour" in remark and str(path) in remark for remark in remarks)
 
 
 def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
