@@ -8,23 +8,53 @@ python jobs/reproduce.py hypdfs --studies parts --datasets mtd neu_seg: what eac
 
 python jobs/reproduce.py hypdfs --backbone alphaclip:ViT-L-14@FILE: on the paper's backbone
 
+python jobs/reproduce.py hypad, or patchcore: the figures of HypAD's tables, and PatchCore's, category by category
+
 What is absent is SKIP, with what to download and where to put it. All rows of one data set see the same draws: where
 one of them is the full method, the others also show their paired difference to it.
 """
 
+import sys
+
 from rich.markup import escape
 
-from hypdefect.command_line import configure_logging, parse_job, run_job, table_console
+from hypdefect.command_line import JobOptions, configure_logging, parse_job, run_job, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.reproduce import Measured, reproduce
+from hypdefect.distributed.reproduce_detectors import (
+    ReproduceDetectorsConfig,
+    figure_tables,
+    figure_values,
+    reproduce_detectors,
+)
 from hypdefect.files import home, write_json
 from hypdefect.results.studies import ReproduceConfig, experiments_of
 from hypdefect.results.study_tables import missing_reasons, study_tables, study_values
+from tune_spaces import get_space
 
 
 def main() -> None:
     configure_logging()
-    config, options = parse_job(ReproduceConfig, description=__doc__)
+    if {"hypad", "patchcore"} & set(sys.argv[1:2]):
+        detectors(*parse_job(ReproduceDetectorsConfig, description=__doc__))
+    else:
+        classifiers(*parse_job(ReproduceConfig, description=__doc__))
+
+
+def detectors(config: ReproduceDetectorsConfig, options: JobOptions) -> None:
+    with connected():
+        figures, missing = reproduce_detectors(config, get_space)
+    console = table_console()
+    for table in figure_tables(config.paper, figures):
+        console.print(table)
+    for reason in missing:
+        console.print(f"SKIP: {escape(reason)}", highlight=False)
+    if options.json is not None:
+        write_json(options.json, figure_values(figures))
+    print(home() / "ledger")
+
+
+def classifiers(config: ReproduceConfig, options: JobOptions) -> None:
     experiments = experiments_of(config)
     measured = Measured()
     if here := [experiment for experiment in experiments if not experiment.skip]:

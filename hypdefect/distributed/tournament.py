@@ -19,6 +19,7 @@ from typing import Any, Literal
 from hypdefect.config import from_mapping
 from hypdefect.distributed.evaluate import compare, evaluate
 from hypdefect.distributed.extract import fill
+from hypdefect.distributed.predicted_masks import Masks, with_masks
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts
@@ -26,6 +27,7 @@ from hypdefect.families import few_shot
 from hypdefect.families.episodic import MetaConfig, load_start
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
 from hypdefect.families.plan import prepare
+from hypdefect.features.imported import is_imported
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home
 from hypdefect.methods import get_method, methods_of
@@ -65,6 +67,9 @@ class EvaluateConfig(TaskConfig):
     features: Literal["plain", "plain+meta"] = "plain+meta"
     """plain+meta: every method also on the representation that is meta-trained on the product's pseudo-defects."""
     meta: MetaConfig = field(default_factory=MetaConfig)
+    masks: Masks = "oracle"
+    """Regions of the defects: oracle: as they were drawn; predicted: what a detector marks that learned from the good
+    parts; none."""
     sweep: str = ""
     """Evaluate what this sweep selected, on its own task, instead."""
 
@@ -75,6 +80,8 @@ class EvaluateConfig(TaskConfig):
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if not self.shots or min(self.shots) < 1:
             raise ConfigError(f"shots must be one or more numbers of at least 1, got {list(self.shots)}")
+        if self.masks != "oracle" and is_imported(self.dataset):
+            raise ConfigError(f"{self.dataset} holds features and no images: masks must be oracle")
         for name in self.methods if self.methods != ("all",) else ():
             get_method(name)
 
@@ -105,7 +112,9 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     limits: list[dict[str, Any]] = []
     plans = planned(job)
     episodes = validation_episodes(job, plans, fixed=fixed is not None)
-    run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=study) for study in ("main", CEILING))
+    kind = "" if job.masks == "oracle" else f"/masks {job.masks}"  # no main run: it would be taken for the set's newest
+    names = (f"{study}{kind}" for study in ("main", CEILING))
+    run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=name) for name in names)
     fill(*plans)
     ready = time.monotonic()
     for plan in plans:
@@ -142,6 +151,8 @@ def planned(job: EvaluateConfig) -> list[TaskPlan]:
     copies = max(map(usual_copies, job.shots)) if job.copies is None else job.copies
     most = replace(job, k_shot=max(job.shots), copies=copies)
     first = prepare(few_shot, most)
+    if job.masks != "oracle":
+        first = few_shot.plan(most, with_masks(first.manifest, job, job.masks))
     for transform in (job.transform, job.meta.transform):
         transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
     numbers = range(job.partition + 1, job.partition + job.partitions)

@@ -146,6 +146,14 @@ class MaskFile:
         return read_mask(read_bytes(Path(self.uri)), self.size, name=self.uri, orientation=turned)[0]
 
 
+def full_mask(files: Sequence[MaskFile], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """Everything that is marked of an image."""
+    marked = np.zeros(size, dtype=bool)
+    for file in files:
+        marked |= file.read()
+    return marked
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Images:
     """Images whose stored features are read in slices, whenever they are iterated over: a `types.Batches`."""
