@@ -44,5 +44,8 @@ def stored(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig) 
 
 
 def set_folder(manifest: pa.Table, label: str, home: Path, config: SynthesisConfig, named: str) -> Path:
-    identity = [VERSION, to_mapping(config) | {"texture_folder": named}, manifest_digest(manifest)]
+    settings = to_mapping(config) | {"texture_folder": named}
+    if config.kind == "textures":  # sets that were made before there were marks are found
+        del settings["kind"]
+    identity = [VERSION, settings, manifest_digest(manifest)]
     return home / "synthetic" / f"{label}-{digest(identity)[:12]}"

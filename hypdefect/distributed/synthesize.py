@@ -20,6 +20,7 @@ from hypdefect.families.plan import Plan
 from hypdefect.files import home, replaced_file
 from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
 from hypdefect.images.intensity import Intensity
+from hypdefect.images.marks import marked
 from hypdefect.images.pseudo_defects import Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
 from hypdefect.progress import progress
 
@@ -50,7 +51,7 @@ def synthesize(
     for number, (law, texture) in enumerate(classes):
         first = number * config.per_class
         own = [chosen[order[(first + k) % len(order)]] for k in range(config.per_class)]
-        waiting.append(_MAKE.remote(texture, law, number, own, config.seed, str(folder), label))
+        waiting.append(_MAKE.remote(texture, law, number, own, config, str(folder), label))
     rows: list[dict[str, Any]] = []
     total = len(waiting)
     while waiting:
@@ -68,16 +69,17 @@ def _make(
     law: Law,
     number: int,
     rows: list[dict[str, Any]],
-    seed: int,
+    config: SynthesisConfig,
     folder: str,
     label: str,
 ) -> list[dict[str, Any]]:
     """The images of one pseudo class; an image too small for it is left out."""
     out = []
     for k, row in enumerate(rows):
-        image, marked = _read(row)
-        rng = np.random.default_rng([seed, 2, number, k])
-        made = pseudo_defect(image, law, texture, rng, None if marked is None else ~marked)
+        image, defect = _read(row)
+        rng = np.random.default_rng([config.seed, 2, number, k])
+        paint = marked if config.kind == "marks" else pseudo_defect
+        made = paint(image, law, texture, rng, None if defect is None else ~defect)
         if made is None:
             continue
         stem = Path(folder) / "images" / f"{number:04d}-{k:02d}"

@@ -78,7 +78,7 @@ class TaskConfig(DataConfig):
     """Share of the other normal images that each draw keeps for its p-values."""
     false_alarms: float = 0.05
     """A part is called anomalous where its p-value is at most this: the share of good parts that raise an alarm."""
-    synthesis: SynthesisConfig = SynthesisConfig(per_class=2)
+    synthesis: SynthesisConfig = SynthesisConfig(per_class=2, kind="marks")
     """Pseudo-defects on normal images, which settings are validated on."""
 
     @property

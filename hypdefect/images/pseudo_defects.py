@@ -16,7 +16,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
@@ -63,6 +63,9 @@ class SynthesisConfig:
     texture_folder: Path | None = None
     """Folder of pictures to paste from (searched with its sub-folders); default: dtd under $HYPDEFECT_DATA where it is,
     else pieces of the two photographs that come with scikit-learn."""
+    kind: Literal["textures", "marks"] = "textures"
+    """textures: a region of each class's law and texture, which classifiers learn to tell apart; marks: also lines and
+    spots, most of them darker or brighter than the part, which detectors learn to find (images.marks)."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -214,7 +217,7 @@ def pseudo_defect(
     grey = bool((image == image[..., :1]).all())
     ys, xs = np.nonzero(region)
     from_y, from_x = (int(rng.integers(n)) for n in texture.shape[:2])
-    pasted = texture[_mirrored(ys + from_y, texture.shape[0]), _mirrored(xs + from_x, texture.shape[1])]
+    pasted = texture[mirrored(ys + from_y, texture.shape[0]), mirrored(xs + from_x, texture.shape[1])]
     pasted = (pasted.mean(1, keepdims=True).repeat(3, 1) if grey else pasted).astype(np.float32)
     opacity = rng.uniform(MIN_OPACITY, 1)
     out = image.copy()
@@ -222,7 +225,7 @@ def pseudo_defect(
     return out, region
 
 
-def _mirrored(at: np.ndarray, length: int) -> np.ndarray:
+def mirrored(at: np.ndarray, length: int) -> np.ndarray:
     """Positions beyond a texture's end run back into it."""
     at = at % (2 * length)
     return np.where(at < length, at, 2 * length - 1 - at)
