@@ -304,6 +304,7 @@ def test_two_workers_one_of_them_killed_train_what_one_process_does(ran: Ran, tm
     assert_same(model, losses, expected)
 
 
+@pytest.mark.slow
 def test_a_detector_is_trained_tested_and_published(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYPDEFECT_HOME", str(ran.home))
     run = RunConfig(name="hypad", method=replace(HYPAD, steps=4), pretrained=False)
