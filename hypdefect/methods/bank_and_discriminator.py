@@ -24,7 +24,7 @@ from hypdefect.types import AnomalyMaps, Batch, Batches, Method, Needs
 class BankAndDiscriminatorConfig:
     bank: PatchCoreConfig = PatchCoreConfig(score="top")
     discriminator: PatchDiscriminatorConfig = PatchDiscriminatorConfig()
-    weight: float = 0.5
+    weight: float = 0.25
     """Of the discriminator; the bank has the rest."""
 
     def __post_init__(self) -> None:
