@@ -3,7 +3,7 @@
 import optuna
 
 METHOD = "bank_and_discriminator"
-FIRST = [{"method.weight": 0.25}, {"method.weight": 0.75}]
+FIRST = [{"method.weight": 0.1}, {"method.weight": 0.5}]
 
 
 def space(trial: optuna.Trial) -> None:
