@@ -42,7 +42,8 @@ class EvaluateDetectorsConfig(TaskConfig):
     partitions: int = 3
     """Partitions of the normal images, from --partition on; intervals and tests are over these."""
     draws: int = 1
-    """Times that a detector is fitted and tested on each partition."""
+    """Times that a detector is fitted and tested on each partition; an official split is one partition, and has as many
+    draws as all of them."""
     trials: int = 0
     """Configurations tried of every method, its defaults first, which are left only for a gain beyond one standard
     error; 0: the defaults, without validation."""
@@ -143,7 +144,7 @@ def _scored(job: EvaluateDetectorsConfig, plan: DetectionPlan, spaces: Callable[
             reported,
             entrants,
             {0: setting},
-            job.draws,
+            job.draws * (job.partitions if plan.split == "official" else 1),
             episodes=job.episodes if job.trials else 0,
             progress=advance,
         )

@@ -57,16 +57,18 @@ def painted(n: int, seed: int) -> Batch:
     return replace(batch, views=batch.views | {"patch": patches}, targets=targets)
 
 
-DISCRIMINATOR = {"context": 1, "epochs": 100, "dropout": 0.0, "lr": 1e-2}
+DISCRIMINATOR = {"context": 1, "epochs": 25, "dropout": 0.0, "lr": 1e-2}
 VARIANTS: dict[str, dict[str, Any]] = {
     "simplenet": {"epochs": 60, "lr": 1e-2, "noise": 1.0},
     "patch_discriminator": DISCRIMINATOR,
     "hypad": {"steps": 10, "width": 4, "bottleneck": 4, "lr": 1e-2},
     "bank_and_discriminator": {"discriminator": PatchDiscriminatorConfig(**DISCRIMINATOR)},
 }
-
-
-LONG: dict[str, dict[str, Any]] = {"hypad": {"steps": 120, "hard": 0.5}}
+LONG: dict[str, dict[str, Any]] = {
+    "hypad": {"steps": 120, "hard": 0.5},
+    "patch_discriminator": {"epochs": 100},
+    "bank_and_discriminator": {"discriminator": PatchDiscriminatorConfig(**DISCRIMINATOR | {"epochs": 100})},
+}
 """What it takes to find the odd patch."""
 
 

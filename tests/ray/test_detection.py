@@ -3,7 +3,6 @@
 import base64
 import io
 import socket
-import threading
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,15 +18,12 @@ from PIL import Image
 from hypdefect.command_line import job_of
 from hypdefect.datasets.synthetic import stored
 from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig, evaluate_detectors, planned
-from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import Sweep, named, sweep
-from hypdefect.distributed.train import train
 from hypdefect.errors import ArtifactError, ConfigError
 from hypdefect.evaluation import TWIN, RunConfig
 from hypdefect.families import detection
 from hypdefect.families.detection import Setting
-from hypdefect.families.detector_training import DetectorTraining
 from hypdefect.families.image_files import ImageFile
 from hypdefect.families.plan import prepare
 from hypdefect.features.extract import RecipeConfig
@@ -35,14 +31,11 @@ from hypdefect.files import write_json
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods import methods_of
-from hypdefect.methods.hypad import HypADConfig
 from hypdefect.predictor import Predictor
 from hypdefect.registry import write_checksums
 from hypdefect.results import ledger
 from hypdefect.results.detection_tables import curves, detector_tasks
-from hypdefect.training import fit
 from jobs.sweep import JOBS, DetectionJob, SweepJob
-from tests.ray.test_train import kill_one_worker
 from tests.tiny_dataset import make_mtd_tree
 from tune_spaces import get_space
 
@@ -68,7 +61,7 @@ def ran(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         root=tree,
         backbone="patchcore:test_efficientnet@random",
         recipe=RecipeConfig(whole_size=64),
-        synthesis=SynthesisConfig(textures=3, per_class=2),
+        synthesis=SynthesisConfig(textures=3, per_class=2, kind="marks"),
         false_alarms=0.3,
         split="grouped",
         space="hyperbolic_patchcore",
@@ -268,59 +261,6 @@ def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypat
     assert not set(fitting.pseudo.units) & tested[1]
     with pytest.raises(ConfigError, match="prototype is a method of few_shot; detectors: patchcore"):
         replace(job, methods=("prototype",))
-
-
-HYPAD = HypADConfig(steps=16, items_per_step=2, images=2, width=8, bottleneck=4)
-
-
-def in_process(training: DetectorTraining) -> tuple[dict[str, torch.Tensor], list[float]]:
-    model = training.model()
-    losses = fit(model, training.item, training.config, lambda metrics, write: None)
-    return dict(model.state_dict()), losses
-
-
-def assert_same(model: Any, losses: list[float], expected: tuple[dict[str, torch.Tensor], list[float]]) -> None:
-    weights, stream = expected
-    assert losses == pytest.approx(stream, abs=1e-4)
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, weights[name], rtol=0, atol=1e-4, equal_nan=True)
-
-
-@pytest.mark.slow
-def test_two_workers_one_of_them_killed_train_what_one_process_does(ran: Ran, tmp_path: Path) -> None:
-    fitting, _ = detection.load(ran.result.plan, ran.home)
-    run = RunConfig(name="hypad", method=HYPAD)
-    training = detection.training_of(run, fitting, Setting(), 0, report_every=5)
-    expected = in_process(training)
-    assert expected[1][-1] < expected[1][0]
-    model, losses = train(training, workers=1, name="one", folder=tmp_path)
-    assert_same(model, losses, expected)
-    killed: list[int] = []
-    killer = threading.Thread(target=kill_one_worker, args=(tmp_path / "two", killed))
-    killer.start()
-    model, losses = train(training, workers=2, name="two", folder=tmp_path)
-    killer.join()
-    assert len(killed) == 1
-    assert_same(model, losses, expected)
-
-
-@pytest.mark.slow
-def test_a_detector_is_trained_tested_and_published(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HYPDEFECT_HOME", str(ran.home))
-    run = RunConfig(name="hypad", method=replace(HYPAD, steps=4), pretrained=False)
-    result = train_detector(ran.job, run, workers=2, report_every=2, alias="trained")
-    assert len(result.losses) == 4
-    assert "auroc" in result.scored.draws[0].metrics
-    assert (result.folder / "pictures.png").exists()
-    predictor = Predictor.load(result.entry)
-    (answer,) = predictor.predict([(read_image(sorted(ran.tree.glob("MT_Break/Imgs/*.jpg"))[0]), None)])
-    assert 0 < answer.p_value <= 1
-    seen = set(predictor.card.provenance["fitted_on"])
-    assert not seen & {*result.plan.tested_ids, *result.plan.defect_ids}
-    again = train_detector(ran.job, run, workers=1, report_every=2, alias="trained")  # finished: nothing is trained
-    assert again.losses == result.losses
-    with pytest.raises(ConfigError, match="exists with other settings"):
-        train_detector(ran.job, replace(run, method=HYPAD), workers=1, name=result.folder.name)
 
 
 def test_a_second_extraction_finds_all_of_it(ran: Ran) -> None:

@@ -44,26 +44,6 @@ def assert_same(model: Any, losses: list[float], expected: tuple[dict[str, torch
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow
-def test_a_run_of_a_known_name_continues(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
-    """More steps go on from the last checkpoint: the schedule of the learning rate is that of the longer run."""
-    train(EpisodicTraining(pool=pool, config=replace(CONFIG, steps=2)), workers=1, name="run", folder=tmp_path)
-    model, losses = train(EpisodicTraining(pool=pool, config=CONFIG), workers=2, name="run", folder=tmp_path)
-
-    checkpoints: list[Path] = []
-
-    def keep(metrics: dict[str, float], write: Any) -> None:
-        checkpoints.append(tmp_path / f"plain-{len(checkpoints)}")
-        write(checkpoints[-1])
-
-    plain = HypDFS(CONFIG.method, pool.dim)
-    stream = EpisodicTraining(pool=pool, config=CONFIG).item
-    first = fit(plain, stream, replace(CONFIG, steps=2), keep)
-    rest = fit(plain, stream, CONFIG, keep, resume=checkpoints[0])
-    assert (len(first), len(rest)) == (2, 4)
-    assert_same(model, losses, (plain.trained(), first + rest))
-
-
 def kill_one_worker(folder: Path, killed: list[int]) -> None:
     """Once the first checkpoint lies there."""
     import psutil  # Ray brings its own
@@ -83,7 +63,7 @@ def kill_one_worker(folder: Path, killed: list[int]) -> None:
 def test_two_workers_one_of_them_killed_learn_what_one_process_does(
     ray_local: Any, pool: LabelledFeatures, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, steps=80, report_every=5, lr=1e-3)  # rounding grows with the steps
+    config = replace(CONFIG, steps=40, report_every=4, lr=1e-3)  # rounding grows with the steps
     expected = in_process(pool, config)
     started = HypDFS(CONFIG.method, pool.dim).trained()
     assert any((started[name] - value).abs().max() > 1e-3 for name, value in expected[0].items())
