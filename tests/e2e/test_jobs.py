@@ -400,4 +400,8 @@ def test_a_truncated_part_is_named_and_mended(user: User, data: tuple[object, ..
     assert not (other.home / "sweeps").exists()
     (mended,) = other.run_many(("extract", "--verify", "--repair"))  # as the message says
     assert mended.code == 0, mended.stderr
-    assert not part.exists()
+    (again,) = other.run_many(("extract", *data, "--json", "again.json"))
+    assert again.code == 0, again.stderr
+    report = json.loads((other.place / "again.json").read_text())
+    assert 0 < report["extracted"] < 60
+    assert report["cached"] + report["extracted"] == 60
