@@ -75,11 +75,13 @@ def _typed_in() -> Path | None:
 
 
 def _absolute_paths(value: Any, written: bool = False) -> Any:
-    """A config with every path in it made absolute by `typed_path`, also those in tuples and nested configs."""
+    """A config with every path in it made absolute by `typed_path`, also those in tuples, dicts and nested configs."""
     if isinstance(value, Path):
         return typed_path(value, written=written)
     if isinstance(value, tuple):
         return tuple(_absolute_paths(item, written) for item in value)
+    if isinstance(value, dict):
+        return {key: _absolute_paths(item, written) for key, item in value.items()}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {
             f.name: _absolute_paths(getattr(value, f.name), "written" in f.metadata) for f in dataclasses.fields(value)

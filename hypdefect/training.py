@@ -56,19 +56,14 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SteppedConfig(TrainConfig):
-    """Of networks trained from scratch on images: the rate falls once, and a GPU computes in bfloat16."""
-
-    fall_after: float = 0.95
-    """Share of the steps after which the rate is a tenth."""
-    mixed: bool = True
-    """bfloat16 where it is safe, on a GPU; a CPU computes in float32."""
+    """Of networks trained from scratch on images, as in EfficientAD: the rate falls to a tenth for the last 5 % of the
+    steps. A GPU computes in bfloat16 where that is safe, a CPU in float32."""
 
     def rate(self, step: int) -> float:
-        return self.lr if step < self.fall_after * self.steps else self.lr / 10
+        return self.lr if step < 0.95 * self.steps else self.lr / 10
 
     def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
-        on_gpu = self.mixed and torch.device(device).type == "cuda"
-        return torch.autocast("cuda", torch.bfloat16) if on_gpu else nullcontext()
+        return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
 
 
 @runtime_checkable

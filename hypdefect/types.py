@@ -18,7 +18,7 @@ from hypdefect.errors import DataError
 
 SplitKind = Literal["random", "grouped"]
 Needs = Literal["vectors", "patches", "pixels", "patches+pixels"]
-"""What a method reads: stored vectors of each view, stored patches, images, or both of the latter."""
+"""What a method reads: stored vectors of each view, stored patches, images, or patches and images."""
 VIEWS = ("whole", "crop")
 """Views of a method that needs vectors."""
 

@@ -35,7 +35,7 @@ from tune_spaces import get_space
 
 def main() -> None:
     configure_logging()
-    if {"hypad", "patchcore"} & set(sys.argv[1:2]):
+    if {"hypad", "patchcore"} & set(sys.argv[1:]):
         detectors(*parse_job(ReproduceDetectorsConfig, description=__doc__))
     else:
         classifiers(*parse_job(ReproduceConfig, description=__doc__))

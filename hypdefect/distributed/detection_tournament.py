@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated
+from typing import Annotated, Any
 
 import pyarrow.compute as pc
 import tyro
@@ -83,21 +83,17 @@ def evaluate_detectors(job: EvaluateDetectorsConfig, spaces: Callable[[str], Mod
             detection.check(plan, setting)
     for plans in tasks:
         fill(*plans)
+    for plan in {plans[0].label: plans[0] for plans in tasks}.values():
+        for remark in detection.remarks(detection.load(plan, home())[0]):
+            logger.warning("%s: %s", plan.label, remark)
     parts: list[Path] = []
-    for plans in tasks[:: len(job.splits)]:
-        for remark in detection.remarks(detection.load(plans[0], home())[0]):
-            logger.warning("%s: %s", plans[0].label, remark)
     for plans in tasks:
-        fitted = [_scored(job, plan, spaces) for plan in plans]
+        scored = [(plan.config.partition, _scored(job, plan, spaces)) for plan in plans]
         for study in (MAIN, CURVATURE):
             identity = ledger.identity(job, plans, protocol="draws", study=study)
-            numbers = [plan.config.partition for plan in plans]
-            scored = [[one for one in of_plan if (study_of(one) == study)] for of_plan in fitted]
-            rows = [
-                row
-                for of_plan, number in zip(scored, numbers, strict=True)
-                for row in ledger.rows_of(of_plan, identity, number, ())
-            ]
+            rows: list[dict[str, Any]] = []
+            for number, of_plan in scored:
+                rows += ledger.rows_of([one for one in of_plan if study_of(one) == study], identity, number, ())
             parts += [ledger.append(rows, home())] if rows else []
     return parts
 
@@ -170,4 +166,5 @@ def curve_entrants(job: EvaluateDetectorsConfig) -> list[Entrant]:
 
 
 def study_of(scored: Scored) -> str:
+    """The ledger's study of a row: of the methods themselves, or of a curve over c."""
     return MAIN if scored.variant in ("", TWIN) else CURVATURE

@@ -9,14 +9,14 @@ from typing import Any
 
 from hypdefect.config import digest, to_mapping
 from hypdefect.distributed.extract import fill
+from hypdefect.distributed.sweep import publish_fitted
 from hypdefect.distributed.train import check_workers, train
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig, Scored
 from hypdefect.families import detection
 from hypdefect.families.plan import prepare
 from hypdefect.files import home, write_json
-from hypdefect.predictor import save_model
-from hypdefect.registry import ModelEntry, publish
+from hypdefect.registry import ModelEntry
 from hypdefect.results import ledger
 from hypdefect.results.detection_figure import plot_detections
 
@@ -41,7 +41,7 @@ def train_detector(
     *,
     workers: int,
     seed: int = 0,
-    report_every: int = 50,
+    report_every: int,
     name: str = "",
     alias: str = "champion",
 ) -> Trained:
@@ -98,23 +98,8 @@ def train_detector(
         "fitted_on": list(detection.fitted_on(fitting, setting, 0)),
         "metrics": {"test/image/auroc": score.metrics["auroc"]},
     }
-    entry = publish(
-        home(),
-        plan.model_name,
-        lambda to: save_model(
-            to,
-            run_config=run,
-            model=detector,
-            transform=detection.transform_of(run, fitting),
-            backbone=plan.config.backbone,
-            recipe=plan.config.recipe,
-            uses_mask=plan.uses_mask,
-            provenance=provenance,
-            intensities=plan.intensities,
-            details=detection.details(run, fitting, setting, 0, detector),
-        ),
-        alias,
-    )
+    details = detection.details(run, fitting, setting, 0, detector)
+    entry = publish_fitted(plan, run, detector, detection.transform_of(run, fitting), provenance, details, alias)
     plot_detections(plan, entry, score, folder / "pictures.png")
     seconds = {"features": ready - begun, "training": trained - ready, "test": tested - trained}
     record = {"task": plan.provenance(), "losses": losses, "seconds": seconds, "test": score.metrics}

@@ -3,7 +3,6 @@
 Inside an actor a thread reads, decodes and resizes the next image while the network sees the present one.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,7 @@ from hypdefect.features.prompts import embed_prompts
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.files import home
-from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
+from hypdefect.images import exif_orientation, read_image, read_mask, read_unchanged
 from hypdefect.images.intensity import Intensity
 from hypdefect.progress import progress
 
@@ -92,18 +91,14 @@ class Extractor:
 
     def read(self, request: ImageRequest) -> tuple[np.ndarray, np.ndarray | None]:
         """Image and mask, their bytes checked against the manifest's hashes."""
-        data = read_bytes(Path(request.uri))
-        if hashlib.sha256(data).hexdigest() != request.file_id:
-            raise DataError(f"{request.uri} changed since its manifest was written; run jobs/ingest.py again")
+        data = read_unchanged(Path(request.uri), request.file_id)
         intensity = Intensity.from_json(request.intensity) if request.intensity else None
         image = read_image(data, name=request.uri, intensity=intensity)
         mask = None
         if request.mask_id == FULL_REGION:
             mask = np.ones(image.shape[:2], dtype=bool)
         elif request.mask_uri:
-            mask_data = read_bytes(Path(request.mask_uri))
-            if hashlib.sha256(mask_data).hexdigest() != request.mask_id:
-                raise DataError(f"{request.mask_uri} changed since its manifest was written; run jobs/ingest.py again")
+            mask_data = read_unchanged(Path(request.mask_uri), request.mask_id)
             turned = exif_orientation(data, name=request.uri)
             mask, _ = read_mask(mask_data, image.shape[:2], name=request.mask_uri, orientation=turned)
         return image, mask

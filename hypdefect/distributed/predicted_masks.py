@@ -4,7 +4,6 @@ PatchCore learns from the good parts of a set. What its map marks on an image of
 is served with, is that image's mask; where nothing is above it, what reaches half of the map's own peak.
 """
 
-import hashlib
 import logging
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,7 @@ from hypdefect.distributed.extract import fill
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import detection
 from hypdefect.families.plan import DataConfig
-from hypdefect.files import home, replaced_file
+from hypdefect.files import file_sha256, home, replaced_file
 from hypdefect.images.regions import cleaned, resized
 from hypdefect.progress import progress
 
@@ -40,7 +39,7 @@ def with_masks(manifest: pa.Table, config: DataConfig, masks: Masks) -> pa.Table
     for row in rows:
         path = found.get(row["file_id"]) if row["is_defect"] else None
         row["mask_uri"] = str(path) if path else ""
-        row["mask_id"] = hashlib.sha256(path.read_bytes()).hexdigest() if path else ""
+        row["mask_id"] = file_sha256(path) if path else ""
         row["bbox"] = [0, 0, row["width"], row["height"]]
     return pa.Table.from_pylist(rows, schema=manifest.schema)
 
@@ -59,19 +58,19 @@ def predicted(manifest: pa.Table, config: DataConfig) -> dict[str, Path]:
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
     folder = home() / "masks" / digest([plan.provenance(), threshold])[:12]
     folder.mkdir(parents=True, exist_ok=True)
+    defects = reported.defects.seen_by(model)
     found: dict[str, Path] = {}
-    count, overlaps = 0, []
+    overlaps: list[float] = []
     with progress(f"masks of {plan.label}") as advance:
-        for batch in reported.defects.seen_by(model):
-            for image_id, anomaly_map in zip(batch.image_ids, model.anomaly(batch).map.numpy(), strict=True):
-                row = rows[image_id]
-                size = (row["height"], row["width"])
-                mask = region(resized(anomaly_map, size), threshold)
-                found[row["file_id"]] = _store(folder / f"{row['file_id'][:24]}.png", mask)
-                truth = detection.full_mask(reported.defects.masks[count], size) if reported.defects.masks else None
-                overlaps += [] if truth is None else [float((mask & truth).sum() / (mask | truth).sum())]
-                count += 1
-                advance(count, len(reported.defects))
+        maps = (anomaly_map for batch in defects for anomaly_map in model.anomaly(batch).map.numpy())
+        for number, (image_id, anomaly_map) in enumerate(zip(defects.image_ids, maps, strict=True)):
+            row = rows[image_id]
+            mask = region(resized(anomaly_map, (row["height"], row["width"])), threshold)
+            found[row["file_id"]] = _store(folder / f"{row['file_id'][:24]}.png", mask)
+            if defects.masks and defects.masks[number]:
+                truth = detection.full_mask(defects.masks[number], mask.shape)
+                overlaps.append(float((mask & truth).sum() / (mask | truth).sum()))
+            advance(number + 1, len(defects))
     if overlaps:
         logger.info("masks of %s: mean overlap with the drawn ones (IoU) %.3f", plan.label, np.mean(overlaps))
     return found

@@ -17,6 +17,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.results.detection_tables import detector_tasks
 from hypdefect.results.ledger import read_part
 from hypdefect.results.published import MEAN, Cell, published
+from hypdefect.results.reading import format_accuracy
 from hypdefect.statistics import Interval
 
 logger = logging.getLogger(__name__)
@@ -173,7 +174,7 @@ def figure_tables(paper: str, figures: list[Figure]) -> list[Table]:
             right = column in ("published", "ours", "difference")
             table.add_column(column, justify="right" if right else "left")
         for one in (f for f in figures if (f.table, f.dataset) == (name, dataset)):
-            ours = "SKIP" if one.ours is None else _percent(one.ours)
+            ours = "SKIP" if one.ours is None else format_accuracy(one.ours)
             gap = "" if one.ours is None or one.value is None else f"{100 * one.ours.mean - one.value:+.2f}"
             shown = "" if one.value is None else f"{one.value:g}"
             table.add_row(one.product, one.metric.replace("_", " "), shown, ours, gap, one.note)
@@ -194,7 +195,3 @@ def figure_values(figures: list[Figure]) -> list[dict[str, Any]]:
         }
         for one in figures
     ]
-
-
-def _percent(value: Interval) -> str:
-    return value.percent() if value.n > 1 and value.half_width == value.half_width else f"{100 * value.mean:.2f}"

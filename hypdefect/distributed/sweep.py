@@ -23,6 +23,7 @@ from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, choose, metric_name, with_parts
 from hypdefect.families import Family, get_family
 from hypdefect.families.plan import DataConfig, Plan, prepare
+from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import home, write_json, write_table
 from hypdefect.predictor import save_model
 from hypdefect.progress import progress
@@ -323,9 +324,24 @@ def publish_model(
         },
         "init": str(job.init) if job.init and run.pretrained else None,
     }
+    details = family.details(run, fitting, setting, 0, model)
+    return publish_fitted(plan, run, model, transform, provenance, details, job.alias, job.model)
+
+
+def publish_fitted(
+    plan: Plan,
+    run: RunConfig,
+    model: Any,
+    transform: FeatureTransform,
+    provenance: dict[str, Any],
+    details: dict[str, Any],
+    alias: str,
+    name: str = "",
+) -> ModelEntry:
+    """Store a fitted model of a task as the next version of a name (default: the plan's), and move the alias to it."""
     return publish(
         home(),
-        job.model or plan.model_name,
+        name or plan.model_name,
         lambda folder: save_model(
             folder,
             run_config=run,
@@ -337,9 +353,9 @@ def publish_model(
             uses_mask=plan.uses_mask,
             provenance=provenance,
             intensities=plan.intensities,
-            details=family.details(run, fitting, setting, 0, model),
+            details=details,
         ),
-        job.alias,
+        alias,
     )
 
 

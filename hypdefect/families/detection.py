@@ -397,7 +397,7 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
 
 def image_file(row: dict[str, Any]) -> ImageFile:
     """The image of a row of a manifest."""
-    return ImageFile(row["uri"], row["intensity"])
+    return ImageFile(row["uri"], row["file_id"], row["intensity"])
 
 
 def mask_file(row: dict[str, Any]) -> MaskFile:

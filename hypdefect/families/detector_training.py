@@ -40,7 +40,7 @@ class DetectorTraining:
     files: tuple[ImageFile, ...]
     backbone: str
     recipe: RecipeConfig
-    report_every: int = 50
+    report_every: int
 
     @property
     def config(self) -> SteppedConfig:

@@ -185,7 +185,7 @@ class MetaStart:
 
 
 def remarks(fitting: Fitting) -> list[str]:
-    """None."""
+    """Nothing is said of few-shot data."""
     return []
 
 

@@ -12,6 +12,7 @@ stored pixel grid and is turned like the image, unless its size says that it is 
 Shapes: H W pixels, C channels.
 """
 
+import hashlib
 import io
 import math
 import struct
@@ -98,6 +99,18 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error}); check the path and its rights") from error
+
+
+def read_unchanged(path: Path, sha256: str) -> bytes:
+    """The bytes of a file that a manifest names, checked against its hash.
+
+    Raises:
+        DataError: as `read_bytes`, or the file is another one now.
+    """
+    data = read_bytes(path)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise DataError(f"{path} changed since its manifest was written; run jobs/ingest.py again")
+    return data
 
 
 def deep_kind(source: Path | bytes, name: str | None = None) -> PixelKind | None:

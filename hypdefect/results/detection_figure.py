@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
 from hypdefect.evaluation import Score
-from hypdefect.families.detection import DetectionPlan, MaskFile, mask_file
+from hypdefect.families.detection import DetectionPlan, MaskFile, full_mask, mask_file
 from hypdefect.images import read_raw
 from hypdefect.images.regions import as_values, cleaned
 from hypdefect.predictor import Predictor
@@ -88,9 +88,7 @@ def plot_detections(plan: DetectionPlan, entry: ModelEntry, draw: Score, path: P
         row = rows[image_id]
         raw, _ = read_raw(Path(row["uri"]))
         image = predictor.rgb(raw)
-        mask = np.zeros(image.shape[:2], dtype=bool)
-        for file in marked[row["file_id"]]:
-            mask |= file.read()
+        mask = full_mask(marked[row["file_id"]], (image.shape[0], image.shape[1]))
         (answer,) = predictor.predict([(image, None)])
         examples.append(Example(title, image, mask, answer))
     plot_examples(path, examples)

@@ -1,20 +1,19 @@
 """The results of detectors as a page for the browser: leaderboards, curves over c, classes of defects, pictures."""
 
-import base64
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
 from hypdefect.evaluation import TWIN
 from hypdefect.files import replaced_file
 from hypdefect.results.detection_tables import NAMES, OF_CLASS, DetectorTask, curves
-from hypdefect.results.figures import DARK, GREY, GRID, new_figure, percent
+from hypdefect.results.figures import DARK, GREY, GRID, Album, Picture, new_figure, percent
+from hypdefect.results.page import Cell, Line, templates
 from hypdefect.results.reading import format_accuracy, format_difference
 
 COLOURS = ("#3566a8", "#d9822b", "#4c8f5a", "#8a5fa8", "#b5495b", "#6b6f76")
@@ -23,26 +22,13 @@ MOST_DRAWN = 6
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    path: Path
-    title: str
-    caption: str
-
-    @property
-    def base64(self) -> str:
-        return base64.b64encode(self.path.read_bytes()).decode()
-
-
-@dataclass(slots=True)
 class Chapter:
     """What the page says of one task."""
 
     task: DetectorTask
-    slug: str
     columns: list[str]
-    rows: list[list[tuple[str, str]]]
-    """Text and style of each cell."""
-    figures: list[Figure] = field(default_factory=list)
+    lines: list[Line]
+    album: Album
 
 
 def write_detection_page(folder: Path, tasks: Sequence[DetectorTask], home: Path) -> Path:
@@ -53,51 +39,38 @@ def write_detection_page(folder: Path, tasks: Sequence[DetectorTask], home: Path
     """
     folder.mkdir(parents=True, exist_ok=True)
     chapters = [_chapter(folder, task, home) for task in tasks]
-    templates = Environment(
-        loader=PackageLoader("hypdefect.results"),
-        autoescape=select_autoescape(["html.j2"]),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
     page = folder / "detection.html"
     with replaced_file(page) as file:
-        file.write(templates.get_template("detection.html.j2").render(chapters=chapters).encode())
+        file.write(templates().get_template("detection.html.j2").render(chapters=chapters).encode())
     return page
 
 
 def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
     shown = [name for name in task.shown() if not name.startswith(OF_CLASS)]
-    rows = []
-    board = task.rows()
-    best = {m: max((row.metrics[m].mean for row in board), default=0.0) for m in shown if m != "false_alarms"}
-    for row in board:
-        cells = [(row.name, "")]
-        cells += [
-            (format_accuracy(row.metrics[m]), "best" if row.metrics[m].mean == best.get(m) else "") for m in shown
-        ]
+    rows = task.rows()
+    best = {m: max(row.metrics[m].mean for row in rows) for m in shown if m != "false_alarms"}
+    lines = []
+    for row in rows:
+        cells = [Cell(row.name)]
+        for m in shown:
+            cells.append(Cell(format_accuracy(row.metrics[m]), "best" if row.metrics[m].mean == best.get(m) else ""))
         for lead in (row.to_reference, row.to_twin):
-            cells.append(("", "") if lead is None else (format_difference(lead.interval), lead.verdict))
-        rows.append(cells)
-    slug = re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}")
-    chapter = Chapter(task, slug, [NAMES[name] for name in shown], rows)
+            cells.append(Cell("") if lead is None else Cell(format_difference(lead.interval), lead.verdict))
+        lines.append(Line(cells))
+    album = Album(folder, re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}"))
     if task.curve is not None:
-        path = folder / f"{slug}-curvature.png"
-        plot_curves(path, task)
         caption = "Everything but c as its defaults. Right: over the same draws, minus c = 0. Bars are 95 % intervals."
-        chapter.figures.append(Figure(path, "AUROC against curvature", caption))
+        plot_curves(album.add("curvature", "AUROC against curvature", caption), task)
     if task.classes:
-        path = folder / f"{slug}-classes.png"
-        plot_classes(path, task)
         caption = "Image AUROC of the defects of one class against all reported good parts. Bars are 95 % intervals."
-        chapter.figures.append(Figure(path, "Which defects are found", caption))
+        plot_classes(album.add("classes", "Which defects are found", caption), task)
     if (pictures := newest_pictures(task, home)) is not None:
         caption = (
             f"The images that the newest published detector ({pictures.parent.name}) scored highest and lowest of each "
             "class: the image, what is marked, the map, what was found, both outlines (blue: marked, orange: found)."
         )
-        chapter.figures.append(Figure(pictures, "What a detector says", caption))
-    return chapter
+        album.pictures.append(Picture(pictures, "What a detector says", caption))
+    return Chapter(task, [NAMES[name] for name in shown], lines, album)
 
 
 def newest_pictures(task: DetectorTask, home: Path) -> Path | None:
@@ -114,15 +87,15 @@ def newest_pictures(task: DetectorTask, home: Path) -> Path | None:
 def plot_curves(path: Path, task: DetectorTask) -> None:
     """AUROC of each hyperbolic detector against c, and the paired difference to c = 0."""
     found = curves(task)
-    labels = sorted({c for points in found.values() for c, *_ in points})
+    labels = sorted({point.c for curve in found.values() for point in curve})
     with new_figure(path, 9.6, 3.7) as figure:
         left, right = figure.subplots(1, 2)
         right.axhline(0, color=DARK, lw=0.9)
-        for number, (method, points) in enumerate(found.items()):
+        for number, (method, curve) in enumerate(found.items()):
             offset, colour = 0.09 * (number - (len(found) - 1) / 2), COLOURS[number % len(COLOURS)]
             for axes in (left, right):
-                pairs = [(c, d.interval) for c, _, d in points if d is not None]
-                pairs = [(c, value) for c, value, _ in points] if axes is left else pairs
+                pairs = [(point.c, point.to_0.interval) for point in curve if point.to_0 is not None]
+                pairs = [(point.c, point.value) for point in curve] if axes is left else pairs
                 if not pairs:
                     continue
                 x = np.array([labels.index(c) for c, _ in pairs]) + offset

@@ -1,8 +1,7 @@
 """What the ledger says of detectors: a table for each product and split, and one for the mean over products."""
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from rich.table import Table
 from hypdefect.evaluation import TWIN
 from hypdefect.results import ledger
 from hypdefect.results.comparison import Difference, display_name, leaderboard, paired_to
+from hypdefect.results.tables import plain_values, points, signed
 from hypdefect.statistics import Interval
 
 REFERENCE = "patchcore"
@@ -37,6 +37,15 @@ class DetectorRow:
     metrics: dict[str, Interval]
     to_reference: Difference | None
     to_twin: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """A metric of a detector at one c, and its difference to c = 0 (none of that itself)."""
+
+    c: float
+    value: Interval
+    to_0: Difference | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +125,7 @@ def detector_tables(tasks: Sequence[DetectorTask]) -> list[Table]:
         image.caption = "± is the 95 % interval over partitions; ahead and behind by a corrected p below 0.05"
         for row in rows:
             leads = (_lead(row.to_reference), _lead(row.to_twin))
-            image.add_row(row.name, *(_text(row.metrics[m]) for m in IMAGE), *leads)
+            image.add_row(row.name, *(points(row.metrics[m]) for m in IMAGE), *leads)
         tables.append(image)
         shown = task.shown()
         groups = {
@@ -127,21 +136,21 @@ def detector_tables(tasks: Sequence[DetectorTask]) -> list[Table]:
             if columns:
                 table = _table(f"{task.title}: {what}, %", "detector", *columns.values())
                 for row in rows:
-                    table.add_row(row.name, *(_text(row.metrics[m]) for m in columns))
+                    table.add_row(row.name, *(points(row.metrics[m]) for m in columns))
                 tables.append(table)
         tables += [_curve_table(task)] if task.curve is not None else []
     return tables + _means(tasks)
 
 
-def curves(task: DetectorTask, metric: str = "auroc") -> dict[str, list[tuple[float, Interval, Difference | None]]]:
-    """Of each hyperbolic detector the metric at each c, and its difference to c = 0."""
-    found: dict[str, list[tuple[float, Interval, Difference | None]]] = {}
+def curves(task: DetectorTask, metric: str = "auroc") -> dict[str, list[CurvePoint]]:
+    """Of each hyperbolic detector the metric at each c."""
+    found: dict[str, list[CurvePoint]] = {}
     assert task.curve is not None
     for method in dict.fromkeys(task.curve["method"].to_pylist()):
         of_method = task.curve.filter(pc.equal(task.curve["method"], method))
         paired = {d.name: d for d in paired_to(of_method, display_name(method, variant="c = 0"), metric)}
         board = {float(row.variant.removeprefix("c = ")): row for row in leaderboard(of_method, metric)}
-        found[method] = [(c, row.accuracy, paired.get(row.name)) for c, row in sorted(board.items())]
+        found[method] = [CurvePoint(c, row.accuracy, paired.get(row.name)) for c, row in sorted(board.items())]
     return found
 
 
@@ -150,12 +159,11 @@ def _curve_table(task: DetectorTask) -> Table:
     shown = [m for m in ("auroc", "aupro") if m in metric_names(task.curve)]
     columns = [title for m in shown for title in (NAMES[m], "- c = 0")]
     table = _table(f"{task.title}: over the curvature, %", "detector", "c", *columns)
-    of_metric = {m: curves(task, m) for m in shown}
-    for method, points in of_metric["auroc"].items():
-        for place, (c, *_) in enumerate(points):
-            cells = [of_metric[m][method][place] for m in shown]
-            texts = [text for _, value, ahead in cells for text in (_text(value), _lead(ahead))]
-            table.add_row(method, f"{c:g}", *texts)
+    of_metric = [curves(task, m) for m in shown]
+    for method in of_metric[0]:
+        for at_c in zip(*(of[method] for of in of_metric), strict=True):
+            cells = [text for point in at_c for text in (points(point.value), _lead(point.to_0))]
+            table.add_row(method, f"{at_c[0].c:g}", *cells)
     return table
 
 
@@ -180,32 +188,21 @@ def _means(tasks: Sequence[DetectorTask]) -> list[Table]:
 
 def detector_values(tasks: Sequence[DetectorTask]) -> list[dict[str, Any]]:
     """The same as plain values for JSON."""
-    return [
+    values = [
         {
             "label": task.label,
             "split": task.split,
             "run": task.main["run_id"][0].as_py(),
-            "detectors": [
-                {
-                    "name": row.name,
-                    "metrics": {m: _plain(value) for m, value in row.metrics.items()},
-                    "to_reference": row.to_reference and _plain(row.to_reference.interval),
-                    "to_twin": row.to_twin and _plain(row.to_twin.interval),
-                }
-                for row in task.rows()
-            ],
+            "detectors": [asdict(row) for row in task.rows()],
             "curves": {
-                method: [[c, _plain(value), ahead and _plain(ahead.interval)] for c, value, ahead in points]
-                for method, points in (curves(task).items() if task.curve is not None else ())
+                method: [asdict(point) for point in found]
+                for method, found in (curves(task).items() if task.curve is not None else ())
             },
         }
         for task in tasks
     ]
-
-
-def _plain(value: Interval) -> dict[str, float | None]:
-    half = value.half_width
-    return {"mean": value.mean, "half_width": half if math.isfinite(half) else None}
+    plain: list[dict[str, Any]] = plain_values(values)
+    return plain
 
 
 def _table(title: str, first: str, *others: str) -> Table:
@@ -216,12 +213,7 @@ def _table(title: str, first: str, *others: str) -> Table:
     return table
 
 
-def _text(value: Interval) -> str:
-    return value.percent() if value.n > 1 else f"{100 * value.mean:.2f}"
-
-
 def _lead(value: Difference | None) -> str:
     if value is None:
         return ""
-    half = f" ± {100 * value.interval.half_width:.2f}" if value.interval.n > 1 else ""
-    return f"{100 * value.interval.mean:+.2f}{half} {value.verdict if value.interval.n > 1 else ''}".strip()
+    return signed(value.interval) + (f" {value.verdict}" if value.interval.n > 1 else "")

@@ -54,16 +54,17 @@ class Line:
 
 
 @functools.cache
-def _templates() -> Environment:
-    templates = Environment(
+def templates() -> Environment:
+    """The templates of the pages, and the filters that they use."""
+    found = Environment(
         loader=PackageLoader("hypdefect.results"),
         autoescape=select_autoescape(["html.j2"]),
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=StrictUndefined,
     )
-    templates.filters |= {"base64": _base64, "brief": _brief, "unbroken": _unbroken, "study_table": study_table}
-    return templates
+    found.filters |= {"base64": _base64, "brief": _brief, "unbroken": _unbroken, "study_table": study_table}
+    return found
 
 
 def _base64(path: Path) -> str:
@@ -98,7 +99,7 @@ def write_page(
         chapters.append(_chapter(section, album))
     created = max(section.value("created") for section in sections)[:10]
     overview = [overview_line(section) for section in sections]
-    text = _templates().get_template("page.html.j2").render(created=created, overview=overview, chapters=chapters)
+    text = templates().get_template("page.html.j2").render(created=created, overview=overview, chapters=chapters)
     page = folder / "index.html"
     with replaced_file(page) as file:
         file.write(text.encode())
@@ -218,7 +219,7 @@ def markdown(sections: Sequence[Section], command: str, peers: int = 0) -> str:
         peers: rows of each kind of features beside those of HypDFS, the best at the largest K; 0: all.
     """
     parts = [_markdown_part(section, peers) for section in sections]
-    return _templates().get_template("readme.md.j2").render(command=command, parts=parts).strip()
+    return templates().get_template("readme.md.j2").render(command=command, parts=parts).strip()
 
 
 def _markdown_part(section: Section, peers: int) -> dict[str, Any]:

@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from hypdefect.errors import DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.detector_training import DetectorTraining, jittered, unrelated
 from hypdefect.families.image_files import ImageFile
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for
+from hypdefect.files import file_sha256
 from hypdefect.images import read_image
 from hypdefect.methods.hypad import HypADConfig
 from tests.tiny_dataset import make_mtd_tree
@@ -23,10 +25,10 @@ RECIPE = RecipeConfig(whole_size=64)
 @pytest.fixture(scope="module")
 def training(tmp_path_factory: pytest.TempPathFactory) -> DetectorTraining:
     tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=5)
-    files = tuple(ImageFile(str(path)) for path in sorted(tree.glob("MT_Free/Imgs/*.jpg")))
+    files = tuple(ImageFile(str(path), file_sha256(path)) for path in sorted(tree.glob("MT_Free/Imgs/*.jpg")))
     config = HypADConfig(images=2, jitter=0.0, steps=7, items_per_step=3, lr=2e-3, seed=4)
     run = RunConfig(name="hypad", method=config)
-    return DetectorTraining(run=run, dim=8, normals=[], files=files, backbone=BACKBONE, recipe=RECIPE)
+    return DetectorTraining(run=run, dim=8, normals=[], files=files, backbone=BACKBONE, recipe=RECIPE, report_every=50)
 
 
 def changed(training: DetectorTraining, **config: object) -> DetectorTraining:
@@ -57,6 +59,16 @@ def test_patches_are_those_of_the_stored_features(training: DetectorTraining) ->
     for row, name in enumerate(item.image_ids):
         stored = extractor.forward(extractor.prepare(read_image(Path(name)), None))["patch"][0]
         assert torch.equal(item.views["patch"][row], stored)
+
+
+def test_an_image_that_changed_is_named(training: DetectorTraining, tmp_path: Path) -> None:
+    path = tmp_path / "part.jpg"
+    path.write_bytes(Path(training.files[0].uri).read_bytes())
+    file = ImageFile(str(path), file_sha256(path))
+    assert file.read(32).shape == (3, 32, 32)
+    path.write_bytes(path.read_bytes() + b"x")
+    with pytest.raises(DataError, match=r"part\.jpg changed since its manifest"):
+        file.read(32)
 
 
 def test_jitter_changes_what_student_and_teacher_see(training: DetectorTraining) -> None:

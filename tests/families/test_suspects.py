@@ -12,6 +12,7 @@ from PIL import Image
 from hypdefect.errors import ConfigError
 from hypdefect.families.image_files import ImageFile
 from hypdefect.families.suspects import SHOWN, constant, named, suspects
+from hypdefect.files import file_sha256
 from hypdefect.methods.normal_patches import sample_patches
 from hypdefect.types import Batch
 from tests.methods.test_detectors import DIM, images
@@ -40,7 +41,7 @@ def test_images_of_one_colour_are_named(tmp_path: Path) -> None:
     for i in range(SHOWN + 3):
         pixels = np.full((40, 40, 3), 7 * i, np.uint8) if i else rng.integers(0, 255, (40, 40, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{i:02d}.png")
-    files = tuple(ImageFile(str(path)) for path in sorted(tmp_path.glob("*.png")))
+    files = tuple(ImageFile(str(path), file_sha256(path)) for path in sorted(tmp_path.glob("*.png")))
     normals = Normals(images(1, 0), files)
     assert constant(normals) == list(range(1, SHOWN + 3))
     text = named(normals, constant(normals))

@@ -27,7 +27,7 @@ from hypdefect.families.detection import Setting
 from hypdefect.families.image_files import ImageFile
 from hypdefect.families.plan import prepare
 from hypdefect.features.extract import RecipeConfig
-from hypdefect.files import write_json
+from hypdefect.files import file_sha256, write_json
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods import methods_of
@@ -40,6 +40,17 @@ from tests.tiny_dataset import make_mtd_tree
 from tune_spaces import get_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+
+
+SMALL: dict[str, Any] = {
+    "dataset": "mtd",
+    "backbone": "patchcore:test_efficientnet@random",
+    "recipe": RecipeConfig(whole_size=64),
+    "synthesis": SynthesisConfig(textures=3, per_class=2, kind="marks"),
+    "false_alarms": 0.3,
+    "split": "grouped",
+}
+"""A task that takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,8 @@ def ran(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=20)
     home = tmp_path_factory.mktemp("detection")
     job = DetectionJob(
-        dataset="mtd",
+        **SMALL,
         root=tree,
-        backbone="patchcore:test_efficientnet@random",
-        recipe=RecipeConfig(whole_size=64),
-        synthesis=SynthesisConfig(textures=3, per_class=2, kind="marks"),
-        false_alarms=0.3,
-        split="grouped",
         space="hyperbolic_patchcore",
         trials=3,
         episodes=2,
@@ -234,7 +240,7 @@ def test_images_that_should_not_be_among_the_normal_ones_are_named(ran: Ran, tmp
         normals,
         rows=normals.rows + odd.rows * 2,
         units=(*normals.units, "odd", "grey"),
-        files=(*normals.files, *odd.files, ImageFile(str(path))),
+        files=(*normals.files, *odd.files, ImageFile(str(path), file_sha256(path))),
     )
     remarks = detection.remarks(replace(fitting, normals=mixed))
     assert any("of one colour" in remark and str(path) in remark for remark in remarks)
@@ -253,7 +259,7 @@ def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypat
         assert {(r["method"], r["variant"], r["partition"]) for r in task.main.to_pylist()} == {
             ("hyperbolic_patchcore", variant, n) for variant in ("", TWIN) for n in (0, 1)
         }
-        assert [c for c, *_ in curves(task)["hyperbolic_patchcore"]] == [0, 0.5]
+        assert [point.c for point in curves(task)["hyperbolic_patchcore"]] == [0, 0.5]
     (again,) = planned(replace(job, splits=("grouped",)))
     tested = [set(plan.tested_ids) for plan in again]
     assert tested[0] != tested[1]

@@ -17,12 +17,11 @@ from hypdefect.families import detection
 from hypdefect.families.detection import Setting, TaskConfig
 from hypdefect.families.detector_training import DetectorTraining
 from hypdefect.families.plan import prepare
-from hypdefect.features.extract import RecipeConfig
 from hypdefect.images import read_image
-from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.hypad import HypADConfig
 from hypdefect.predictor import Predictor
 from hypdefect.training import fit
+from tests.ray.test_detection import SMALL
 from tests.ray.test_train import kill_one_worker
 from tests.tiny_dataset import make_mtd_tree
 
@@ -43,15 +42,7 @@ class Ran:
 def ran(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=20)
     home = tmp_path_factory.mktemp("detection")
-    job = TaskConfig(
-        dataset="mtd",
-        root=tree,
-        backbone="patchcore:test_efficientnet@random",
-        recipe=RecipeConfig(whole_size=64),
-        synthesis=SynthesisConfig(textures=3, per_class=2, kind="marks"),
-        false_alarms=0.3,
-        split="grouped",
-    )
+    job = TaskConfig(**SMALL, root=tree)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HYPDEFECT_HOME", str(home))
         plan = prepare(detection, job)
@@ -105,4 +96,4 @@ def test_a_detector_is_trained_tested_and_published(ran: Ran) -> None:
     again = train_detector(ran.job, run, workers=1, report_every=2, alias="trained")  # finished: nothing is trained
     assert again.losses == result.losses
     with pytest.raises(ConfigError, match="exists with other settings"):
-        train_detector(ran.job, replace(run, method=HYPAD), workers=1, name=result.folder.name)
+        train_detector(ran.job, replace(run, method=HYPAD), workers=1, report_every=2, name=result.folder.name)

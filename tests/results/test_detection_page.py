@@ -65,9 +65,9 @@ def test_curves_begin_at_0_and_are_paired_to_it(tmp_path: Path) -> None:
     (task,) = detector_tasks(table_of(rows(), tmp_path))
     for metric in ("auroc", "aupro"):
         points = curves(task, metric)["hyperbolic_patchcore"]
-        assert [c for c, *_ in points] == [0, 0.1, 10]
-        assert points[0][2] is None
-        assert [d.interval.mean for *_, d in points[1:] if d] == pytest.approx([0.03, -0.12])
+        assert [point.c for point in points] == [0, 0.1, 10]
+        assert points[0].to_0 is None
+        assert [point.to_0.interval.mean for point in points[1:] if point.to_0] == pytest.approx([0.03, -0.12])
 
 
 def test_without_masks_there_are_no_metrics_of_pixels(tmp_path: Path) -> None:
@@ -101,5 +101,5 @@ def test_the_page_holds_its_pictures_and_few_shot_rows_are_none_of_it(tmp_path: 
         with Image.open(picture) as image:
             assert image.width > 500
     (values,) = detector_values(tasks)
-    assert values["curves"]["hyperbolic_patchcore"][0][0] == 0
+    assert [point["c"] for point in values["curves"]["hyperbolic_patchcore"]] == [0, 0.1, 10]
     assert {row["name"] for row in values["detectors"]} >= set(PLAIN)
