@@ -114,6 +114,22 @@ def parse_job(cls: type[T], argv: list[str] | None = None, description: str | No
     return job, options
 
 
+def parse_one_of(
+    flag: str, jobs: Mapping[str, type[Any]], usual: type[Any], description: str | None
+) -> tuple[Any, JobOptions]:
+    """`parse_job` of the config class that a flag of this process's command line names: one of `jobs`, or the usual.
+
+    Raises:
+        ConfigError: as `parse_job`, or a `--config` file says of the flag what the command line does not.
+    """
+    chosen = job_of(sys.argv[1:], f"--{flag}", jobs, usual)
+    job, options = parse_job(chosen, description=description)
+    value = getattr(job, flag)
+    if jobs.get(value, usual) is not chosen:
+        raise ConfigError(f"give --{flag} {value} on the command line, too: it decides which other flags there are")
+    return job, options
+
+
 def job_of(words: Sequence[str], flag: str, jobs: Mapping[str, type[Any]], usual: type[Any]) -> type[Any]:
     """The config class that a flag of the command line names; it decides which other flags there are."""
     pairs = pairwise([*words, ""])

@@ -16,13 +16,12 @@ python jobs/evaluate.py --task detection --dataset mtd --partitions 5: detectors
 python jobs/evaluate.py --task detection --dataset mtd --curvatures 0.01 0.05 0.1 0.3 0.5 1: also their curves over c
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Literal
 
 import pyarrow as pa
 
-from hypdefect.command_line import JobOptions, configure_logging, job_of, parse_job, run_job, table_console
+from hypdefect.command_line import JobOptions, configure_logging, parse_one_of, run_job, table_console
 from hypdefect.config import to_mapping
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig, evaluate_detectors
@@ -49,8 +48,7 @@ class EvaluateDetectorsJob(EvaluateDetectorsConfig):
 
 def main() -> None:
     configure_logging()
-    chosen = job_of(sys.argv[1:], "--task", {"detection": EvaluateDetectorsJob}, EvaluateJob)
-    job, options = parse_job(chosen, description=__doc__)
+    job, options = parse_one_of("task", {"detection": EvaluateDetectorsJob}, EvaluateJob, __doc__)
     if job.task == "detection":
         detectors(job, options)
     else:

@@ -11,11 +11,10 @@ win only by more than one standard error of the paired difference. The temperatu
 The queries are scored once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hypdefect.command_line import configure_logging, job_of, parse_job, run_job, say, table_console
+from hypdefect.command_line import configure_logging, parse_one_of, run_job, say, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.families.detection import TaskConfig as DetectionConfig
@@ -65,7 +64,7 @@ JOBS: dict[str, type[Any]] = {"detection": DetectionJob}
 
 def main() -> None:
     configure_logging()
-    job, options = parse_job(job_of(sys.argv[1:], "--task", JOBS, SweepJob), description=__doc__)
+    job, options = parse_one_of("task", JOBS, SweepJob, __doc__)
     job = named(job)
     space = get_space(job.space)
     start, base = starting_point(space.METHOD, job.init)

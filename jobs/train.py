@@ -13,11 +13,10 @@ checkpoint when the same command is given again.
 """
 
 import json
-import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hypdefect.command_line import JobOptions, configure_logging, job_of, parse_job, run_job, table_console
+from hypdefect.command_line import JobOptions, configure_logging, parse_one_of, run_job, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
@@ -73,8 +72,7 @@ class TrainDetectorJob(DetectionConfig):
 
 def main() -> None:
     configure_logging()
-    chosen = job_of(sys.argv[1:], "--method", {"hypad": TrainDetectorJob}, TrainJob)
-    job, options = parse_job(chosen, description=__doc__)
+    job, options = parse_one_of("method", {"hypad": TrainDetectorJob}, TrainJob, __doc__)
     if job.method == "hypad":
         train_hypad(job, options)
     else:

@@ -13,12 +13,14 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from hypdefect.command_line import RAY_JOB, TYPED_IN, WRITTEN, parse_job, run_job
+from hypdefect.command_line import RAY_JOB, TYPED_IN, WRITTEN, parse_job, parse_one_of, run_job
 from hypdefect.config import digest, from_mapping, load_yaml, override, to_mapping
+from hypdefect.distributed.reproduce_detectors import ReproduceDetectorsConfig
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.files import write_json
 from hypdefect.methods.hypdfs import HypDFSConfig
+from jobs.sweep import JOBS, DetectionJob, SweepJob
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -426,3 +428,23 @@ def test_a_job_in_a_copy_reads_what_the_copy_has_and_refuses_the_rest(
         with pytest.raises(ConfigError, match=r"here: this Ray job runs in a copy .* vanishes"):
             parse_job(Places, [flag, "here"])
         parse_job(Places, [flag, "/absolute"])
+
+
+def test_a_file_that_names_another_task_than_the_command_line_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "job.yaml").write_text("task: detection\n")
+    words = ["sweep.py", "--config", str(tmp_path / "job.yaml")]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(ConfigError, match="give --task detection on the command line, too"):
+        parse_one_of("task", JOBS, SweepJob, None)
+    monkeypatch.setattr("sys.argv", [*words, "--task", "detection"])
+    job, _ = parse_one_of("task", JOBS, SweepJob, None)
+    assert type(job) is DetectionJob
+
+
+def test_paths_in_dicts_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "set").mkdir()
+    monkeypatch.chdir(tmp_path)
+    job, _ = parse_job(ReproduceDetectorsConfig, ["hypad", "--roots", "visa", "set"])
+    assert job.roots == {"visa": tmp_path / "set"}

@@ -1,6 +1,7 @@
 """Pseudo-defects: they follow their law, change nothing outside their region, and depend on nothing but the seed."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -8,7 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from hypdefect.distributed.synthesize import _make
 from hypdefect.errors import ConfigError
+from hypdefect.images import read_image
+from hypdefect.images.marks import marked
 from hypdefect.images.pseudo_defects import (
     ELONGATIONS,
     MIN_PIXELS,
@@ -139,3 +143,19 @@ def test_textures_come_from_a_folder_or_with_an_installed_package(
 def test_settings_that_give_no_classes_are_refused(values: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="must be at least"):
         SynthesisConfig(**values)
+
+
+def test_a_set_of_marks_holds_marks_and_one_of_textures_none(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    Image.fromarray(part()).save(tmp_path / "part.png")
+    row = {"image_id": "part", "uri": str(tmp_path / "part.png"), "intensity": "", "is_defect": False, "dataset": "own"}
+
+    def painted(kind: Literal["marks", "textures"]) -> np.ndarray:
+        config = SynthesisConfig(kind=kind)
+        (made,) = _make(TEXTURE, law(), 7, [row], config, str(tmp_path), "own")
+        return read_image(Path(made["uri"]))
+
+    for kind, paint in (("marks", marked), ("textures", pseudo_defect)):
+        expected = paint(part(), law(), TEXTURE, np.random.default_rng([0, 2, 7, 0]), None)
+        assert expected is not None
+        assert np.array_equal(painted(kind), expected[0])  # type: ignore[arg-type]

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -23,8 +24,8 @@ from hypdefect.families.episodic import (
 )
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import MeanLoss, fit
-from hypdefect.types import EpisodeSpec
+from hypdefect.training import MeanLoss, SteppedConfig, TrainConfig, fit
+from hypdefect.types import EpisodeSpec, LossTerms
 from tests.toy_features import DIM, toy_batch, toy_pool
 
 METHOD = HypDFSConfig(steps=3, adapter_rank=4, ode_hidden=6, n_syn=3)
@@ -310,3 +311,23 @@ def test_an_unfinished_run_directory_is_named(tmp_path: Path, missing: str, cut:
         file.unlink()
     with pytest.raises(ArtifactError, match="run holds no finished training run"):
         load_start(tmp_path / "run")
+
+
+class Slope(torch.nn.Module):
+    """Its loss falls by 1 where its number grows by 1: AdamW then moves it by the rate of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = torch.nn.Parameter(torch.zeros(()))
+
+    def loss(self, item: torch.Tensor, generator: torch.Generator) -> LossTerms:
+        return LossTerms(total=-self.number, parts={})
+
+
+def test_each_step_has_the_rate_of_its_schedule() -> None:
+    for config in (TrainConfig(steps=40, lr=0.1, weight_decay=0.0), SteppedConfig(steps=40, lr=0.1, weight_decay=0.0)):
+        losses = fit(Slope(), lambda number: torch.zeros(()), config, quiet)
+        moved = -np.diff(losses)
+        assert moved == pytest.approx([config.rate(step) for step in range(39)], rel=1e-4)
+    assert moved[37] == pytest.approx(0.1, rel=1e-3)
+    assert moved[38] == pytest.approx(0.01, rel=1e-3)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from hypdefect.errors import HypdefectError
+from hypdefect.files import data_root, home
 
 logger = logging.getLogger(__name__)
 
@@ -24,13 +25,15 @@ _SETTINGS = {
 def connected(num_cpus: int | None = None) -> Iterator[str]:
     """Join the cluster of `RAY_ADDRESS` (a submitted job has it set), else run a private one for the block's duration.
 
-    Gives the address of the dashboard, "" where there is none.
+    Gives the address of the dashboard, "" where there is none. Workers are told absolute places: those of Ray Train and
+    Ray Tune run in folders of their own, where `../shared/data` means nothing.
 
     Raises:
         HypdefectError: the named cluster does not answer.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
+    os.environ["HYPDEFECT_DATA"], os.environ["HYPDEFECT_HOME"] = str(data_root()), str(home())
     import ray  # after the settings: Ray reads them once
 
     if ray.is_initialized():

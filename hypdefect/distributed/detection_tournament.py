@@ -30,12 +30,12 @@ from hypdefect.results.sections import CURVATURE, MAIN
 from hypdefect.types import SplitKind
 
 logger = logging.getLogger(__name__)
-QUICK = ("patchcore", "hyperbolic_patchcore", "bank_and_discriminator")
+DEFAULT_METHODS = ("patchcore", "hyperbolic_patchcore", "bank_and_discriminator")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateDetectorsConfig(TaskConfig):
-    methods: tuple[str, ...] = QUICK
+    methods: tuple[str, ...] = DEFAULT_METHODS
     """Names of detectors, or all. hypad trains networks: minutes a draw."""
     splits: tuple[SplitKind, ...] = ("grouped", "random")
     """How normal images are parted; a set with an official split has that one alone."""

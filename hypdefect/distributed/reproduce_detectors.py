@@ -62,9 +62,8 @@ class ReproduceDetectorsConfig:
     def __post_init__(self) -> None:
         for name in self.datasets:
             get_dataset(name)
-        for name, root in self.roots.items():
-            if not root.exists():
-                raise ConfigError(f"--roots {name} {root} does not exist; name the folder or archive of the set")
+        if odd := sorted(self.roots.keys() - set(self.datasets)):
+            raise ConfigError(f"--roots names {', '.join(odd)}, which --datasets does not")
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,11 +121,17 @@ def cells_of(paper: str, dataset: str) -> list[Cell]:
 
 
 def missing_set(config: ReproduceDetectorsConfig, dataset: str) -> str:
-    """What to download and where to put it; "" where the set is there."""
-    card = get_dataset(dataset)
-    place = config.roots.get(dataset) or card.default_root()
+    """What to download and where to put it; "" where the set is there.
+
+    Raises:
+        ConfigError: a folder was named, and does not exist.
+    """
+    card, named = get_dataset(dataset), config.roots.get(dataset)
+    place = named or card.default_root()
     if place is not None and place.exists():
         return ""
+    if named:
+        raise ConfigError(f"--roots {dataset} {named} does not exist; name the folder or archive of {card.title}")
     where = f"put it at {place}, or " if place else ""
     return (
         f"{dataset} is not here: get it from {card.source} Licence: {card.licence}. To use it, {where}pass --roots "

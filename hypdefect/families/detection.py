@@ -44,7 +44,7 @@ from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.images import exif_orientation, read_bytes, read_mask
-from hypdefect.images.pseudo_defects import SynthesisConfig
+from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods import get_method
 from hypdefect.methods.anomaly_maps import STRIDE
 from hypdefect.metrics import PixelMetrics, image_metrics
@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 METRIC = "val/image/auroc"
 SLICE = 32
 """Images read from the store at a time."""
-LATER_SHARE = 0.1
+SCALE_SHARE = 0.1
 """Share of a draw's normals that its networks are not trained on: the scale of their maps comes from these."""
 
 
@@ -490,7 +490,7 @@ def scores_of(model: AnomalyDetector, images: Images) -> np.ndarray:
 def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: Any = None) -> AnomalyDetector:
     """The detector of a draw, which learned from the normals that are not calibrated on.
 
-    One of networks is trained on most of them first, in this process.
+    A detector of networks is first trained on most of them, in this process.
     """
     learned, _ = sides(fitting.normals.image_ids, fitting.normals.units, setting, number)
     normals = fitting.normals.select(learned)
@@ -518,19 +518,20 @@ def training_of(
         files=normals.files,
         backbone=fitting.backbone,
         recipe=recipe,
+        pictures=tuple(load_textures(SynthesisConfig())[1]),
         report_every=report_every,
     )
 
 
 def _trained_on(fitting: Fitting, setting: Setting, number: int) -> tuple[Images, Images]:
-    """The normals that a draw trains networks on, and those that it looks at afterwards; both are learned from."""
+    """The normals that a draw's networks are trained on, and the others, which give the scale of their maps."""
     learned, _ = sides(fitting.normals.image_ids, fitting.normals.units, setting, number)
     normals = fitting.normals.select(learned)
     unit_of = dict(zip(normals.image_ids, normals.units, strict=True))
-    later = set(parted(unit_of, LATER_SHARE, [setting.seed, number, "later"])[0])
+    later = set(parted(unit_of, SCALE_SHARE, [setting.seed, number, "later"])[0])
     there = [image_id in later for image_id in normals.image_ids]
-    first, second = ([i for i, held in enumerate(there) if held is side] for side in (False, True))
-    return normals.select(first), normals.select(second)
+    trained, scaling = ([i for i, held in enumerate(there) if held is side] for side in (False, True))
+    return normals.select(trained), normals.select(scaling)
 
 
 def finished(model: Any, fitting: Fitting, setting: Setting, number: int) -> AnomalyDetector:

@@ -1,24 +1,25 @@
 """Training of detectors that are networks: what an item holds, for this process and for Ray Train alike.
 
-An item are a few normal images, each perhaps with another brightness, contrast and saturation, the teacher's patches of
+An item is a few normal images, each perhaps with another brightness, contrast and saturation, the teacher's patches of
 them as they then are, and as many pieces of pictures of other things, half as wide. It depends on its number alone.
 
 Shapes: N images of an item, S side of the network input.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 
 from hypdefect.evaluation import RunConfig
 from hypdefect.families.image_files import ImageFile
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for, pixels_of, resize
-from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.training import SteppedConfig
 from hypdefect.types import Batch, Batches
 
@@ -40,6 +41,8 @@ class DetectorTraining:
     files: tuple[ImageFile, ...]
     backbone: str
     recipe: RecipeConfig
+    pictures: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    """Of other things: none shows a part."""
     report_every: int
 
     @property
@@ -71,7 +74,7 @@ class DetectorTraining:
         side = self.recipe.whole_size
         pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
         views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
-        views["unrelated"] = torch.stack([unrelated(side // 2, generator) for _ in chosen])
+        views["unrelated"] = torch.stack([unrelated(self.pictures, side // 2, generator) for _ in chosen])
         none = torch.zeros(len(chosen), dtype=torch.long)
         return Batch(image_ids=tuple(self.files[i].uri for i in chosen), views=views, labels=none, aug_index=none)
 
@@ -90,12 +93,6 @@ def _teacher(backbone: str, recipe: RecipeConfig) -> PatchExtractor:
     return extractor
 
 
-@functools.lru_cache(maxsize=1)
-def _pictures() -> list[Float[Tensor, "3 _ _"]]:
-    """The pictures that pseudo-defects are pasted from: none shows a part."""
-    return [pixels_of(picture) for picture in load_textures(SynthesisConfig())[1]]
-
-
 def jittered(pixels: Float[Tensor, "3 S S"], chance: float, generator: torch.Generator) -> Float[Tensor, "3 S S"]:
     """The image, or by chance one of another brightness, contrast and saturation (in this order)."""
     draw, brightness, contrast, saturation = torch.rand(4, generator=generator).tolist()
@@ -108,14 +105,15 @@ def jittered(pixels: Float[Tensor, "3 S S"], chance: float, generator: torch.Gen
     return (_grey(pixels) + saturation * (pixels - _grey(pixels))).clamp(0, 1)
 
 
-def unrelated(side: int, generator: torch.Generator) -> Float[Tensor, "3 S S"]:
-    """A square piece, a quarter to all of the shorter side long, of a picture of something else."""
-    pictures = _pictures()
+def unrelated(
+    pictures: Sequence[UInt8[np.ndarray, "_ _ 3"]], side: int, generator: torch.Generator
+) -> Float[Tensor, "3 S S"]:
+    """A square piece, a quarter to all of the shorter side long, of one of the pictures."""
     which, size, top, left, grey = torch.rand(5, generator=generator).tolist()
     picture = pictures[int(which * len(pictures))]
-    length = max(8, int(min(picture.shape[1:]) * (0.25 + 0.75 * size)))
-    y, x = (int(share * (whole - length + 1)) for share, whole in zip((top, left), picture.shape[1:], strict=True))
-    piece = resize(picture[:, y : y + length, x : x + length], side)
+    length = max(8, int(min(picture.shape[:2]) * (0.25 + 0.75 * size)))
+    y, x = (int(share * (whole - length + 1)) for share, whole in zip((top, left), picture.shape[:2], strict=True))
+    piece = resize(pixels_of(picture[y : y + length, x : x + length]), side)
     return _grey(piece).expand_as(piece).contiguous() if grey < GREY else piece
 
 

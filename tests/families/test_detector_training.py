@@ -15,6 +15,7 @@ from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for
 from hypdefect.files import file_sha256
 from hypdefect.images import read_image
+from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods.hypad import HypADConfig
 from tests.tiny_dataset import make_mtd_tree
 
@@ -28,7 +29,16 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> DetectorTraining:
     files = tuple(ImageFile(str(path), file_sha256(path)) for path in sorted(tree.glob("MT_Free/Imgs/*.jpg")))
     config = HypADConfig(images=2, jitter=0.0, steps=7, items_per_step=3, lr=2e-3, seed=4)
     run = RunConfig(name="hypad", method=config)
-    return DetectorTraining(run=run, dim=8, normals=[], files=files, backbone=BACKBONE, recipe=RECIPE, report_every=50)
+    return DetectorTraining(
+        run=run,
+        dim=8,
+        normals=[],
+        files=files,
+        backbone=BACKBONE,
+        recipe=RECIPE,
+        pictures=tuple(load_textures(SynthesisConfig())[1]),
+        report_every=50,
+    )
 
 
 def changed(training: DetectorTraining, **config: object) -> DetectorTraining:
@@ -42,6 +52,15 @@ def test_an_item_depends_on_its_number_alone(training: DetectorTraining) -> None
     assert not torch.equal(first.views["unrelated"], other.views["unrelated"])
     assert first.views["pixels"].shape == (2, 3, 64, 64)
     assert first.views["unrelated"].shape == (2, 3, 32, 32)
+
+
+def test_an_item_is_the_same_wherever_a_process_runs(
+    training: DetectorTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = training.item(3)
+    monkeypatch.delenv("HYPDEFECT_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(training.item(3).views["unrelated"], here.views["unrelated"])
 
 
 def test_every_image_comes_once_before_any_comes_again(training: DetectorTraining) -> None:
@@ -83,8 +102,8 @@ def test_jitter_changes_what_student_and_teacher_see(training: DetectorTraining)
     assert many.mean((1, 2, 3)).std() > 0.01
 
 
-def test_other_things_are_neither_normal_nor_alike() -> None:
-    pieces = torch.stack([unrelated(32, torch.Generator().manual_seed(i)) for i in range(20)])
+def test_other_things_are_neither_normal_nor_alike(training: DetectorTraining) -> None:
+    pieces = torch.stack([unrelated(training.pictures, 32, torch.Generator().manual_seed(i)) for i in range(20)])
     assert 0 <= float(pieces.min()) <= float(pieces.max()) <= 1
     assert len({tuple(piece[0, :2].flatten().tolist()) for piece in pieces}) == 20
     grey = [(piece - piece.mean(0)).abs().max() < 1e-6 for piece in pieces]

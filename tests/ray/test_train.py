@@ -1,5 +1,6 @@
 """Meta-training with Ray Train: the same run for any number of workers, however often it is interrupted."""
 
+import os
 import threading
 import time
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError, DataError, HypdefectError, NumericsError
 from hypdefect.families.episodes import LabelledFeatures
@@ -92,3 +94,12 @@ def test_an_error_of_a_worker_is_the_error_of_the_run(ray_local: Any, pool: Labe
     config = replace(CONFIG, lr=1e30)
     with pytest.raises(NumericsError, match=r"finite numbers|loss at step"):
         train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path, max_failures=0)
+
+
+def test_workers_are_told_absolute_places(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYPDEFECT_DATA", "sets")
+    monkeypatch.setenv("HYPDEFECT_HOME", "home")
+    with connected():
+        assert os.environ["HYPDEFECT_DATA"] == str(tmp_path / "sets")
+        assert os.environ["HYPDEFECT_HOME"] == str(tmp_path / "home")

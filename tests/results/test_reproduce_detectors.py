@@ -40,5 +40,8 @@ def test_patchcore_on_magnetic_tiles_stands_beside_its_paper() -> None:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    config = ReproduceDetectorsConfig(datasets=("visa",), roots={"visa": tmp_path / "none"})
     with pytest.raises(ConfigError, match=r"--roots visa .* does not exist"):
-        ReproduceDetectorsConfig(roots={"visa": tmp_path / "none"})
+        reproduce_detectors(config, get_space)
+    with pytest.raises(ConfigError, match="--roots names mvtec_fs, which --datasets does not"):
+        ReproduceDetectorsConfig(roots={"mvtec_fs": tmp_path})
