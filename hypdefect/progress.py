@@ -28,13 +28,26 @@ def progress(label: str, every_s: float = 5.0) -> Iterator[Advance]:
             task = bar.add_task(label, total=None)
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
+    yield lines(label, every_s)
+
+
+def lines(label: str, every_s: float = 5.0, quick: bool = True) -> Advance:
+    """Log every few seconds how far some work is, and how long the rest takes at the pace since the first call.
+
+    Args:
+        quick: log the end of work that took less than `every_s`, too.
+    """
     begun = last = time.monotonic()
+    first: tuple[int, float] | None = None
 
     def line(done: int, total: int) -> None:
-        nonlocal last
+        nonlocal first, last
         now = time.monotonic()
-        if now - last >= every_s or done == total:
+        first = first or (done, now)
+        if now - last >= every_s or (done == total and (quick or last > begun)):
             last = now
-            logger.info("%s: %d/%d (%.0f s)", label, done, total, now - begun)
+            pace = (now - first[1]) / (done - first[0]) if done > first[0] else None
+            left = f", {pace * (total - done):.0f} s left" if pace is not None and done < total else ""
+            logger.info("%s: %d/%d (%.0f s%s)", label, done, total, now - begun, left)
 
-    yield line
+    return line

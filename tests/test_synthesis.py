@@ -1,7 +1,7 @@
 """Pseudo-defects: they follow their law, change nothing outside their region, and depend on nothing but the seed."""
 
 from pathlib import Path
-from typing import Literal
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from hypdefect.distributed.synthesize import _make
+from hypdefect.config import from_mapping
+from hypdefect.distributed.synthesize import GENERATORS, _make
 from hypdefect.errors import ConfigError
 from hypdefect.images import read_image
 from hypdefect.images.marks import marked
@@ -145,17 +146,21 @@ def test_settings_that_give_no_classes_are_refused(values: dict[str, int]) -> No
         SynthesisConfig(**values)
 
 
-def test_a_set_of_marks_holds_marks_and_one_of_textures_none(tmp_path: Path) -> None:
+def test_a_set_is_painted_by_the_generator_of_its_kind(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     Image.fromarray(part()).save(tmp_path / "part.png")
     row = {"image_id": "part", "uri": str(tmp_path / "part.png"), "intensity": "", "is_defect": False, "dataset": "own"}
-
-    def painted(kind: Literal["marks", "textures"]) -> np.ndarray:
-        config = SynthesisConfig(kind=kind)
-        (made,) = _make(TEXTURE, law(), 7, [row], config, str(tmp_path), "own")
-        return read_image(Path(made["uri"]))
-
-    for kind, paint in (("marks", marked), ("textures", pseudo_defect)):
-        expected = paint(part(), law(), TEXTURE, np.random.default_rng([0, 2, 7, 0]), None)
-        assert expected is not None
-        assert np.array_equal(painted(kind), expected[0])  # type: ignore[arg-type]
+    assert set(GENERATORS) == set(get_args(get_type_hints(SynthesisConfig)["kind"]))
+    painted = []
+    for kind, (shapes, paint) in GENERATORS.items():
+        config = from_mapping(SynthesisConfig, {"kind": kind})
+        for shape in shapes(0)[:2]:
+            (made,) = _make(TEXTURE, shape, 7, [row], config, str(tmp_path), "own")
+            expected = paint(part(), shape, TEXTURE, np.random.default_rng([0, 2, 7, 0]), None)
+            assert expected is not None
+            assert np.array_equal(read_image(Path(made["uri"])), expected[0])
+            assert made["family"] == shape.name
+            painted.append(made["image_id"])
+    assert GENERATORS["marks"][1] is marked
+    assert GENERATORS["textures"][1] is pseudo_defect
+    assert len(set(painted)) == len(painted) == 8

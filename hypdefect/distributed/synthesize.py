@@ -3,7 +3,7 @@
 import hashlib
 import io
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,19 @@ from hypdefect.files import home, replaced_file
 from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask
 from hypdefect.images.intensity import Intensity
 from hypdefect.images.marks import marked
-from hypdefect.images.pseudo_defects import Law, SynthesisConfig, draw_laws, load_textures, pseudo_defect
+from hypdefect.images.pasted_textures import PERLIN, POISSON, POLYGONS, pasted
+from hypdefect.images.pseudo_defects import SynthesisConfig, draw_laws, load_textures, pseudo_defect
 from hypdefect.progress import progress
 
 logger = logging.getLogger(__name__)
+GENERATORS: dict[str, tuple[Callable[[int], Sequence[Any]], Callable[..., Any]]] = {
+    "textures": (draw_laws, pseudo_defect),
+    "marks": (draw_laws, marked),
+    "perlin": (lambda seed: [PERLIN], pasted),
+    "poisson": (lambda seed: [POISSON], pasted),
+    "polygons": (lambda seed: POLYGONS, pasted),
+}
+"""Of each kind, the shapes of a seed, each with a name, and what paints one."""
 
 
 def synthesize(
@@ -42,16 +51,17 @@ def synthesize(
     if found := stored(manifest, label, home, config):
         return found
     named, textures = load_textures(config)
-    classes = [(law, texture) for texture in textures for law in draw_laws(config.seed)]
+    shapes, _ = GENERATORS[config.kind]
+    classes = [(shape, texture) for texture in textures for shape in shapes(config.seed)]
     chosen = sources(manifest)
     folder = set_folder(manifest, label, home, config, named)
     (folder / "images").mkdir(parents=True, exist_ok=True)
     order = np.random.default_rng([config.seed, 1]).permutation(len(chosen)).tolist()
     waiting = []
-    for number, (law, texture) in enumerate(classes):
+    for number, (shape, texture) in enumerate(classes):
         first = number * config.per_class
         own = [chosen[order[(first + k) % len(order)]] for k in range(config.per_class)]
-        waiting.append(_MAKE.remote(texture, law, number, own, config, str(folder), label))
+        waiting.append(_MAKE.remote(texture, shape, number, own, config, str(folder), label))
     rows: list[dict[str, Any]] = []
     total = len(waiting)
     while waiting:
@@ -66,7 +76,7 @@ def synthesize(
 
 def _make(
     texture: UInt8[np.ndarray, "_ _ 3"],
-    law: Law,
+    shape: Any,
     number: int,
     rows: list[dict[str, Any]],
     config: SynthesisConfig,
@@ -78,8 +88,8 @@ def _make(
     for k, row in enumerate(rows):
         image, defect = _read(row)
         rng = np.random.default_rng([config.seed, 2, number, k])
-        paint = marked if config.kind == "marks" else pseudo_defect
-        made = paint(image, law, texture, rng, None if defect is None else ~defect)
+        _, paint = GENERATORS[config.kind]
+        made = paint(image, shape, texture, rng, None if defect is None else ~defect)
         if made is None:
             continue
         stem = Path(folder) / "images" / f"{number:04d}-{k:02d}"
@@ -94,7 +104,7 @@ def _make(
                 "uri": str(stem.with_suffix(".png")),
                 "dataset": f"pseudo-{row['dataset']}",
                 "product": label,
-                "family": law.name,
+                "family": shape.name,
                 "defect": f"pseudo-{number:04d}",
                 "is_defect": True,
                 "mask_uri": str(stem.with_name(f"{stem.name}_mask.png")),

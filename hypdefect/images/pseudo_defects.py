@@ -63,9 +63,10 @@ class SynthesisConfig:
     texture_folder: Path | None = None
     """Folder of pictures to paste from (searched with its sub-folders); default: dtd under $HYPDEFECT_DATA where it is,
     else pieces of the two photographs that come with scikit-learn."""
-    kind: Literal["textures", "marks"] = "textures"
+    kind: Literal["textures", "marks", "perlin", "poisson", "polygons"] = "textures"
     """textures: a region of each class's law and texture, which classifiers learn to tell apart; marks: also lines and
-    spots, most of them darker or brighter than the part, which detectors learn to find (images.marks)."""
+    spots, most of them darker or brighter than the part, which detectors learn to find (images.marks); the others are
+    AMC's: a class is a texture under a noise mask, or a texture and a number of corners (images.pasted_textures)."""
     seed: int = 0
 
     def __post_init__(self) -> None:

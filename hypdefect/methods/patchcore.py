@@ -32,6 +32,7 @@ from hypdefect.methods.anomaly_maps import pixel_maps, top_mean
 from hypdefect.methods.memory_bank import Neighbours, greedy_coreset
 from hypdefect.methods.normal_patches import sample_patches
 from hypdefect.methods.ranges import require_positive
+from hypdefect.progress import lines
 from hypdefect.types import AnomalyMaps, Batch, Batches, Method, Needs
 
 
@@ -103,7 +104,9 @@ class PatchCore:
             self.scale = self.config.feature_scale / length
         num = max(1, round(self.config.bank_share * total))
         num = min(num, self.config.bank_size or num, len(patches))
-        chosen = greedy_coreset(patches, num, seed=self.config.seed, projection=self.config.projection or None)
+        projection = self.config.projection or None
+        said = lines(f"memory bank of {total} patches", quick=False)
+        chosen = greedy_coreset(patches, num, seed=self.config.seed, projection=projection, progress=said)
         self._keep(self.embedded(patches[chosen]))
 
     def _keep(self, bank: Float[Tensor, "B D"]) -> None:

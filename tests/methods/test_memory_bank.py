@@ -1,6 +1,8 @@
 """The memory bank against its definitions: which rows are chosen, and which are nearest."""
 
 import copy
+import logging
+import re
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from hypdefect import geometry
 from hypdefect.errors import ConfigError, DataError, NumericsError
 from hypdefect.methods.memory_bank import Neighbours, coreset_bytes, greedy_coreset
+from hypdefect.progress import lines
 
 
 def rows(n: int, dim: int, seed: int) -> torch.Tensor:
@@ -80,6 +83,18 @@ def test_progress_is_told_about_a_hundred_times() -> None:
     greedy_coreset(rows(1000, 4, 0), 500, progress=lambda done, all_: seen.append((done, all_)))
     assert seen[-1] == (500, 500)
     assert 90 <= len(seen) <= 110
+
+
+def test_a_long_choice_is_logged_with_what_is_left(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "hypdefect")
+    greedy_coreset(rows(50, 4, 0), 5, progress=lines("memory bank", every_s=0.0, quick=False))
+    first, *between, last = caplog.messages
+    assert re.fullmatch(r"memory bank: 1/5 \(\d+ s\)", first)
+    assert [bool(re.fullmatch(r"memory bank: [2-4]/5 \(\d+ s, \d+ s left\)", line)) for line in between] == 3 * [True]
+    assert re.fullmatch(r"memory bank: 5/5 \(\d+ s\)", last)
+    caplog.clear()
+    greedy_coreset(rows(50, 4, 0), 5, progress=lines("memory bank", quick=False))
+    assert not caplog.messages
 
 
 def test_what_is_too_large_or_impossible_is_refused_before_work_starts() -> None:
