@@ -2,6 +2,7 @@
 
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -65,7 +66,10 @@ def num_workers(wanted: int = 0) -> int:
     """`wanted`, or as many as the cluster has free CPUs: ask before starting anything."""
     import ray
 
-    free = int(ray.available_resources().get("CPU", 0))
+    for _ in range(10):  # a cluster that has just started says so a moment later
+        if free := int(ray.available_resources().get("CPU", 0)):
+            break
+        time.sleep(0.2)
     if not free:
         logger.warning("no CPU of the cluster is free: this job waits until another one ends")
     return wanted or max(1, free)

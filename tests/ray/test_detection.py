@@ -89,6 +89,10 @@ def warned() -> Iterator[list[str]]:
         log.removeHandler(handler)
 
 
+def of_one_colour(said: list[str]) -> list[str]:
+    return [line for line in said if "of one colour" in line]
+
+
 @pytest.fixture(scope="module")
 def ran(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=20)
@@ -259,7 +263,7 @@ def test_it_answers_over_http(ran: Ran) -> None:
 
 
 def test_images_that_should_not_be_among_the_normal_ones_are_named(ran: Ran) -> None:
-    assert [f"mtd: 1 normal images are of one colour, and teach nothing: {ran.grey}"] == ran.warnings
+    assert of_one_colour(ran.warnings) == [f"mtd: 1 normal images are of one colour, and teach nothing: {ran.grey}"]
 
 
 def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +274,7 @@ def test_detectors_are_compared_on_every_split_and_partition(ran: Ran, monkeypat
     )
     with warned() as said:
         parts = evaluate_detectors(job, get_space)
-    assert [line for line in said if "of one colour" in line] == ran.warnings
+    assert of_one_colour(said) == of_one_colour(ran.warnings)
     tasks = detector_tasks(pa.concat_tables([ledger.read_part(part) for part in parts]))
     assert [task.split for task in tasks] == ["grouped", "random"]
     for task in tasks:
