@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
 from hypdefect.images.regions import as_png, regions_of, resized
 from hypdefect.methods import get_method
+from hypdefect.methods.residuals import Residuals
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
 from hypdefect.statistics import p_values
 from hypdefect.types import VIEWS, Batch, Published
@@ -163,6 +164,8 @@ class Predictor(ABC):
     A family's predictor says what an answer is (`answer`) and whether the tensors fit one another (`check`).
     """
 
+    transform_type: ClassVar[type[FeatureTransform]] = FeatureTransform
+
     def __init__(
         self,
         card: ModelCard,
@@ -196,7 +199,8 @@ class Predictor(ABC):
             tensors = load_file(_tensors(folder))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
-        transform = FeatureTransform(card.block_dims, _below("transform.", tensors))
+        kind: type[Predictor] = get_family(card.run.name).Predictor
+        transform = kind.transform_type(card.block_dims, _below("transform.", tensors))
         given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
         if given != expected:
             raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
@@ -206,7 +210,6 @@ class Predictor(ABC):
         except (KeyError, RuntimeError) as error:
             raise ArtifactError(f"{folder}: its tensors do not fit method {card.run.name!r}: {error}") from error
         extractor = extractor_for(spec, card.recipe, device, needs=model.needs)
-        kind: type[Predictor] = get_family(card.run.name).Predictor
         predictor = kind(card, extractor, transform, model, source if isinstance(source, ModelEntry) else None)
         predictor.check(folder)
         return predictor
@@ -300,6 +303,20 @@ class ClassPredictor(Predictor):
         if scores.shape != (1, len(self.card.class_names)) or not torch.isfinite(scores).all():
             names = len(self.card.class_names)
             raise ArtifactError(f"{folder}: scores {tuple(scores.shape)} for {names} classes, or not finite ones")
+
+
+class PatchClassPredictor(ClassPredictor):
+    """Few-shot classification from patches."""
+
+    transform_type = Residuals
+
+    def check(self, folder: Path) -> None:
+        """Look at one grey image."""
+        try:
+            self.probe()
+        except (KeyError, RuntimeError, NumericsError, ValueError) as error:
+            name = self.card.run.name
+            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
 
 
 class DetectionPredictor(Predictor):

@@ -9,7 +9,7 @@ rows and columns of a patch grid, H W pixels.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -135,7 +135,8 @@ class Batches(Protocol):
 class Published(Protocol):
     """What the registry can keep: `export` gives every tensor that `restore` needs."""
 
-    needs: ClassVar[Needs]
+    @property
+    def needs(self) -> Needs: ...
 
     def export(self) -> dict[str, Tensor]: ...
 

@@ -50,8 +50,8 @@ class LabelledFeatures:
 
     @property
     def dim(self) -> int:
-        """D, numbers a view."""
-        return int(next(iter(self.table.views.values())).shape[1])
+        """D, numbers a view; of patches, numbers a patch."""
+        return int(next(iter(self.table.views.values())).shape[-1])
 
     def batch(self, positions: np.ndarray, *, copies: int = 0) -> Batch:
         """Rows of the given images and of their first `copies` augmented copies."""

@@ -257,13 +257,16 @@ def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     """Read a task's features from the store.
 
     Raises:
-        ConfigError: patch features, which no few-shot method reads.
+        ConfigError: features that are patches.
         ArtifactError: rows are missing (run the extraction first) or a part is damaged.
     """
     if plan.key.grid is not None:
-        raise ConfigError(
-            f"{plan.spec.name} gives patch features, which no few-shot method reads; use another backbone"
-        )
+        raise ConfigError(f"{plan.spec.name} gives patches, which this method does not read; use another backbone")
+    return read(plan, home)
+
+
+def read(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
+    """A task's features, of whatever kind. Raises ArtifactError as `load`."""
     store = FeatureStore(home, plan.key)
     requests = {r.image_id: r for r in plan.requests()}
     table = store.load([key for r in requests.values() for key in r.row_keys()])

@@ -83,7 +83,8 @@ class ImageRequest:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureTable:
-    """Features in memory, one row per RowKey: `views[name]` is `[N, D]` float32 in the order of `image_ids`.
+    """Features in memory, one row per RowKey: `views[name]` is `[N, D]` float32 in the order of `image_ids`, of patches
+    `[N, h, w, D]`.
 
     The last `shape_dims` numbers of a transformed view describe the region's shape.
     """

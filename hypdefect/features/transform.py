@@ -43,10 +43,19 @@ class TransformConfig:
     """Numbers, from 0, of the parts (blocks) of a feature that count, in rising order: "0", "0+2"; None: all."""
     centring: Centring = "none"
     """supports: each task also subtracts the mean of its support rows from every view and scales it to unit norm."""
+    residuals: bool = True
+    """Of patches: subtract the nearest row of a bank of normal patches (AMC, eq. 2). The rest above is of vectors."""
+    bank_share: float = 0.1
+    """Share of the candidates that the bank keeps."""
+    bank_candidates: int = 50_000
+    """Random normal patches that the bank is chosen from."""
+    bank_seed: int = 0
 
     def __post_init__(self) -> None:
         if self.whitening is not None and not self.whitening > 0:
             raise ConfigError(f"transform.whitening must be positive, got {self.whitening}")
+        if not 0 < self.bank_share <= 1 or self.bank_candidates < 1:
+            raise ConfigError("transform.bank_share must be in (0, 1] and transform.bank_candidates positive")
         if self.max_normals < 0:
             raise ConfigError(f"transform.max_normals must not be negative, got {self.max_normals}")
         if not 0 <= self.shape_weight < math.inf:
@@ -75,9 +84,10 @@ class TransformConfig:
         return numbers
 
     def identity(self) -> dict[str, Any]:
-        """Plain values for a digest: that of a configuration from before `parts` and `centring` stays what it was."""
-        neutral = {"parts": None, "centring": "none"}
-        return {k: v for k, v in to_mapping(self).items() if k not in neutral or v != neutral[k]}
+        """Plain values for a digest: that of a configuration from before some field was there stays what it was."""
+        added = ("parts", "centring", "residuals", "bank_share", "bank_candidates", "bank_seed")
+        usual = to_mapping(TransformConfig())
+        return {k: v for k, v in to_mapping(self).items() if k not in added or v != usual[k]}
 
 
 @dataclass(frozen=True, slots=True)

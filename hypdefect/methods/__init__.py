@@ -21,6 +21,7 @@ _MODULES = (
     "patch_discriminator",
     "bank_and_discriminator",
     "hypad",
+    "amc",
 )
 
 

@@ -8,7 +8,6 @@ Shapes: N rows, D = E + S features of one view, E of them embedded, S descriptor
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -26,11 +25,13 @@ class CentredClassifier:
     The region's shape descriptors pass unchanged. Class text, where there is any, passes unchanged too.
     """
 
-    needs: ClassVar[Needs] = "vectors"
-
     def __init__(self, inner: FewShotClassifier) -> None:
         self.inner = inner
         self.means: dict[str, Tensor] | None = None
+
+    @property
+    def needs(self) -> Needs:
+        return self.inner.needs
 
     def adapt(self, support: Batch, n_way: int) -> None:
         means = row_means(support)

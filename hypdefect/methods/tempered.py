@@ -10,7 +10,6 @@ Shapes: Q queries, W ways (classes).
 
 import math
 from collections.abc import Sequence
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float
@@ -28,10 +27,12 @@ LOWEST, HIGHEST = 0.05, 20.0
 class TemperedClassifier:
     """Any classifier with its logits over a temperature. Its tensors are those of the inner one."""
 
-    needs: ClassVar[Needs] = "vectors"
-
     def __init__(self, inner: FewShotClassifier, temperature: float) -> None:
         self.inner, self.temperature = inner, temperature
+
+    @property
+    def needs(self) -> Needs:
+        return self.inner.needs
 
     def adapt(self, support: Batch, n_way: int) -> None:
         self.inner.adapt(support, n_way)

@@ -424,5 +424,5 @@ def test_normals_never_share_a_group_with_a_query(mtd: pa.Table) -> None:
 def test_patch_features_are_no_task(elpv: pa.Table, tmp_path: Path) -> None:
     plan = few_shot.plan(config(dataset="elpv", backbone="patchcore_lite0"), elpv)
     assert (plan.key.views, plan.key.grid) == (("patch",), (4, 4))
-    with pytest.raises(ConfigError, match="patchcore_lite0 gives patch features, which no few-shot method reads"):
+    with pytest.raises(ConfigError, match="patchcore_lite0 gives patches, which this method does not read"):
         few_shot.load(plan, tmp_path)

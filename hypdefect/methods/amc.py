@@ -1,0 +1,247 @@
+"""AMC: few-shot classification of anomalies by PatchCore's residuals, arXiv 2406.05645.
+
+| paper | here |
+| --- | --- |
+| residual of each patch to its nearest normal one (eq. 2) | view "patch", by `methods.residuals` |
+| vanilla baseline: relation network, weighted BCE (eq. 1), algorithm 2 | `head="relation"` |
+| contrastive classifier: shared encoder, InfoNCE (eq. 3), algorithm 1 | `head="contrastive"` |
+| direct classification: a new last layer | `head="direct"` |
+| passes of fine-tuning by shot, none of one shot | `passes_of` |
+
+Deviations: residual maps are averaged to `grid` x `grid` cells before the first layer (the paper keeps 28 x 28, 100 352
+numbers, into one linear layer), and divided by the root mean square of the supports. A query's support sets are one
+step, where algorithm 1 takes one each. Pretraining on pseudo-defects and MAML are not here yet.
+
+Shapes: N rows, Q queries, W ways, S shots, D features of a patch, g cells a side, E numbers of an embedding.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hypdefect.errors import DataError
+from hypdefect.methods.fitting import full_batch
+from hypdefect.methods.ranges import require_at_least, require_positive
+from hypdefect.methods.support import by_image, check_every_class
+from hypdefect.types import Batch, Method, Needs
+
+SLICE = 64
+"""Queries scored at a time."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AMCConfig:
+    head: Literal["contrastive", "relation", "direct"] = "contrastive"
+    grid: int = 8
+    """Cells a side that a residual map is averaged to."""
+    hidden: int = 256
+    """Channels of the first layer; the relation network has twice as many."""
+    width: int = 128
+    """Channels of the second layer, and numbers of an embedding."""
+    temperature: float = 0.07
+    """T of InfoNCE, and of the probabilities."""
+    passes: int | None = None
+    """Times that the supports are gone through; None: the paper's number for the shots and the head."""
+    lr: float = 1e-4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "grid", "hidden", "width", "temperature", "lr")
+        if self.passes is not None:
+            require_at_least(self, 0, "passes")
+
+
+def passes_of(config: AMCConfig, shots: int) -> int:
+    """How often the supports are gone through (section 4.1.3)."""
+    if shots < 2:
+        return 0  # no other image of the class to compare with
+    if config.passes is not None:
+        return config.passes
+    if config.head == "relation" or shots == 2:
+        return 45
+    return 25 if shots == 3 else 15
+
+
+def encoder(dim: int, config: AMCConfig) -> nn.Sequential:
+    """1 x 1 convolutions, then one linear layer over all cells; embeddings are scaled to unit norm where they are
+    compared."""
+    return nn.Sequential(
+        *_layers(dim, config.hidden, config.width),
+        nn.Flatten(),
+        nn.Linear(config.width * config.grid**2, config.width),
+        nn.ReLU(),
+    )
+
+
+def relation_network(dim: int, config: AMCConfig) -> nn.Sequential:
+    """The score, before the sigmoid, of a support's map on top of a query's."""
+    return nn.Sequential(
+        *_layers(2 * dim, 2 * config.hidden, config.width),
+        nn.Flatten(),
+        nn.Linear(config.width * config.grid**2, config.width),
+        nn.ReLU(),
+        nn.Linear(config.width, 1),
+    )
+
+
+def _layers(dim: int, hidden: int, width: int) -> list[nn.Module]:
+    layers: list[nn.Module] = []
+    for before, after in ((dim, hidden), (hidden, width)):
+        layers += [nn.Conv2d(before, after, 1), nn.BatchNorm2d(after), nn.ReLU()]
+    return layers
+
+
+@dataclass(frozen=True, slots=True)
+class Supports:
+    """Rows sorted by image; `image` numbers the images, `clean` are the unaugmented rows of each class `[W S]`."""
+
+    maps: Float[Tensor, "N D g g"]
+    labels: Int[Tensor, "N"]
+    image: Int[Tensor, "N"]
+    clean: Int[Tensor, "W S"]
+
+
+class AMC(nn.Module):
+    """Scores of a query with every support, averaged over those of a class."""
+
+    needs: ClassVar[Needs] = "patches"
+    clean: Tensor
+    scale: Tensor
+
+    def __init__(self, config: AMCConfig, dim: int) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        self.net: nn.Module = nn.Identity()
+        self.fitted = False
+
+    def begin(self) -> None:
+        """Fresh weights of the seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            build = {"contrastive": encoder, "relation": relation_network}.get(self.config.head)
+            self.net = nn.Identity() if build is None else build(self.dim, self.config)
+
+    def adapt(self, support: Batch, n_way: int) -> None:
+        """Learn from the supports; copies are further queries, never supports.
+
+        Raises:
+            DataError: a class without an unaugmented row.
+        """
+        check_every_class(support, n_way)
+        self.begin()
+        rows = by_image(support)
+        maps = self.maps(rows)
+        self.scale = maps.square().mean().sqrt().clamp_min(1e-12)
+        maps = maps / self.scale
+        names = {name: number for number, name in enumerate(dict.fromkeys(rows.image_ids))}
+        image = torch.tensor([names[name] for name in rows.image_ids])
+        of_class = [((rows.aug_index == 0) & (rows.labels == way)).nonzero().flatten() for way in range(n_way)]
+        shots = min(len(own) for own in of_class)
+        if not shots:
+            raise DataError("every class needs an unaugmented support row")
+        supports = Supports(maps, rows.labels, image, torch.stack([own[:shots] for own in of_class]))
+        if self.config.head == "direct":
+            self._linear(supports, n_way)
+        else:
+            self._train(supports)
+            self.clean = maps[supports.clean]
+        self.fitted = True
+
+    def maps(self, batch: Batch) -> Float[Tensor, "N D g g"]:
+        """Residual maps, averaged to the grid."""
+        patches = batch.views["patch"].permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(patches, self.config.grid).contiguous()
+
+    def _train(self, supports: Supports) -> None:
+        passes = passes_of(self.config, supports.clean.shape[1])
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=self.config.lr)
+        self.net.train()
+        step = self._contrast if self.config.head == "contrastive" else self._relate
+        for _ in range(passes):
+            for number in range(len(supports.maps)):
+                loss = step(supports, number)
+                if loss is None:
+                    continue
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+        self.net.eval()
+
+    def _contrast(self, supports: Supports, number: int) -> Tensor:
+        """InfoNCE of a row with the jth image of each class, its own image left out (algorithm 1); mean over j."""
+        ways, shots = supports.clean.shape
+        others = [
+            torch.stack([at for at in own if supports.image[at] != supports.image[number]])[: shots - 1]
+            for own in supports.clean
+        ]
+        chosen = torch.stack(others, 1).flatten()  # j outside, class inside
+        z = F.normalize(self.net(torch.cat([supports.maps[number : number + 1], supports.maps[chosen]])), dim=1)
+        scores = (z[1:] @ z[0]).view(shots - 1, ways) / self.config.temperature
+        return F.cross_entropy(scores, supports.labels[number].expand(shots - 1))
+
+    def _relate(self, supports: Supports, number: int) -> Tensor | None:
+        """Weighted BCE (eq. 1) of a row with the first image of each class, none of these itself (algorithm 2)."""
+        first = supports.clean[:, 0]
+        if (supports.image[first] == supports.image[number]).any():
+            return None
+        ways = len(first)
+        query = supports.maps[number].expand(ways, -1, -1, -1)
+        scores = self.net(torch.cat([supports.maps[first], query], 1)).flatten()
+        truth = F.one_hot(supports.labels[number], ways).to(scores)
+        return F.binary_cross_entropy_with_logits(scores, truth, weight=1 + (ways - 2) * truth)
+
+    def _linear(self, supports: Supports, n_way: int) -> None:
+        """Logistic regression on the mean over all cells."""
+        x = supports.maps.mean((2, 3)).double()
+        weight = torch.zeros(self.dim, n_way, dtype=torch.float64)
+        bias = torch.zeros(n_way, dtype=torch.float64)
+        full_batch(
+            [weight, bias],
+            lambda: F.cross_entropy(x @ weight + bias, supports.labels),
+            steps=200,
+            lr=1e-2,
+            weight_decay=1e-2,
+        )
+        self.clean = torch.cat([weight, bias[None]])
+
+    @torch.no_grad()
+    def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
+        """Raises RuntimeError before `adapt`."""
+        self._check("logits")
+        maps = self.maps(query) / self.scale
+        return torch.cat([self._scores(part) for part in maps.split(SLICE)]).double()
+
+    def _scores(self, maps: Float[Tensor, "Q D g g"]) -> Float[Tensor, "Q W"]:
+        if self.config.head == "direct":
+            return maps.mean((2, 3)).double() @ self.clean[:-1] + self.clean[-1]
+        ways, shots = self.clean.shape[:2]
+        flat = self.clean.flatten(0, 1)
+        if self.config.head == "contrastive":
+            z, own = (F.normalize(self.net(x), dim=1) for x in (maps, flat))
+            return (z @ own.T).view(len(maps), ways, shots).mean(2) / self.config.temperature
+        scores = [self.net(torch.cat([flat, one.expand(len(flat), -1, -1, -1)], 1)).sigmoid().flatten() for one in maps]
+        return torch.stack(scores).view(len(maps), ways, shots).mean(2) / self.config.temperature
+
+    def _check(self, what: str) -> None:
+        if not self.fitted:
+            raise RuntimeError(f"AMC.{what} needs adapt() first")
+
+    def export(self) -> dict[str, Tensor]:
+        """The network, the supports' maps (direct: the linear layer) and their scale."""
+        self._check("export")
+        weights = {f"net.{name}": value.clone() for name, value in self.net.state_dict().items()}
+        return weights | {"clean": self.clean.clone(), "scale": self.scale.clone().view(1)}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.begin()
+        self.net.load_state_dict({n.removeprefix("net."): v for n, v in tensors.items() if n.startswith("net.")})
+        self.net.eval()
+        self.clean, self.scale = tensors["clean"].clone(), tensors["scale"].clone()[0]
+        self.fitted = True
+
+
+METHODS = {"amc": Method(config=AMCConfig, build=AMC, family="few_shot_patches")}

@@ -1,0 +1,61 @@
+"""AMC from normal images and a few defects to a published classifier that answers."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from hypdefect.distributed.extract import fill
+from hypdefect.distributed.sweep import publish_fitted
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot_patches as family
+from hypdefect.families.few_shot import Setting, TaskConfig
+from hypdefect.families.plan import prepare
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.images import read_image
+from hypdefect.predictor import Predictor
+from tests.tiny_dataset import make_mtd_tree
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+
+
+def test_it_is_scored_published_and_answers(ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    job = TaskConfig(
+        dataset="mtd",
+        root=make_mtd_tree(tmp_path / "mtd", per_class=12),
+        backbone="patchcore:test_efficientnet@random",
+        recipe=RecipeConfig(whole_size=64),
+        k_shot=2,
+        copies=1,
+    )
+    plan = prepare(family, job)
+    fill(plan)
+    fitting, reported = family.load(plan, tmp_path / "home")
+    setting = Setting(k_shot=2)
+    (direct,) = family.references(plan, job)
+    scores = {}
+    for run in (RunConfig(name="amc"), RunConfig(name="amc", method={"head": "relation"}), direct):
+        transform = family.transform_of(run, fitting)
+        assert ("bank" in transform.tensors) is (run is not direct)
+        seen = family.transformed(fitting, transform)
+        scores[run.method.head] = family.score(run, seen, family.transformed(reported, transform), setting, 0)
+        assert list(family.validation_scores(run, seen, setting, range(1)))
+    assert len({score.probabilities.tobytes() for score in scores.values() if score.probabilities is not None}) == 3
+
+    run = RunConfig(name="amc", temperature=1.5)
+    transform = family.transform_of(run, fitting)
+    model = family.fit(run, family.transformed(fitting, transform), setting, 0)
+    entry = publish_fitted(plan, run, model, transform, plan.provenance(), {}, "tried")
+    predictor = Predictor.load(entry)
+    seen = family.transformed(fitting, transform)
+    expected = family.score(run, seen, family.transformed(reported, transform), setting, 0)
+    assert expected.probabilities is not None
+    uris = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["uri"].to_pylist(), strict=True))
+    for number, image_id in enumerate(expected.image_ids[:4]):
+        (answer,) = predictor.predict([(read_image(Path(uris[image_id])), None)])
+        assert list(answer.probabilities.values()) == pytest.approx(expected.probabilities[number].tolist(), abs=1e-4)
+    Image.new("RGB", (90, 60), (80, 80, 80)).save(tmp_path / "grey.png")
+    (blank,) = predictor.predict([(read_image(tmp_path / "grey.png"), None)])
+    assert sum(blank.probabilities.values()) == pytest.approx(1)
