@@ -13,6 +13,6 @@ FIRST: list[dict[str, object]] = [
 def space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("method.head", ["contrastive", "relation", "direct"])
     trial.suggest_categorical("transform.residuals", [True, False])
-    trial.suggest_categorical("support_copies", [None, 0])
+    trial.suggest_categorical("method.copies", [False, True])
     trial.suggest_categorical("method.grid", [4, 8, 16])
     trial.suggest_float("method.lr", 3e-5, 1e-3, log=True)

@@ -46,6 +46,8 @@ class AMCConfig:
     """T of InfoNCE, and of the probabilities."""
     passes: int | None = None
     """Times that the supports are gone through; None: the paper's number for the shots and the head."""
+    copies: bool = False
+    """Whether augmented copies are further queries to learn from; the paper has none, and each costs its time."""
     lr: float = 1e-4
     seed: int = 0
 
@@ -126,7 +128,7 @@ class AMC(nn.Module):
             self.net = nn.Identity() if build is None else build(self.dim, self.config)
 
     def adapt(self, support: Batch, n_way: int) -> None:
-        """Learn from the supports; copies are further queries, never supports.
+        """Learn from the supports; a query is compared with unaugmented rows alone.
 
         Raises:
             DataError: a class without an unaugmented row.
@@ -134,6 +136,9 @@ class AMC(nn.Module):
         check_every_class(support, n_way)
         self.begin()
         rows = by_image(support)
+        if not self.config.copies:
+            rows = rows.select((rows.aug_index == 0).nonzero().flatten())
+            check_every_class(rows, n_way)
         maps = self.maps(rows)
         self.scale = maps.square().mean().sqrt().clamp_min(1e-12)
         maps = maps / self.scale
@@ -142,7 +147,7 @@ class AMC(nn.Module):
         of_class = [((rows.aug_index == 0) & (rows.labels == way)).nonzero().flatten() for way in range(n_way)]
         shots = min(len(own) for own in of_class)
         if not shots:
-            raise DataError("every class needs an unaugmented support row")
+            raise DataError(f"rows without augmentation per class are {list(map(len, of_class))}; every one needs 1")
         supports = Supports(maps, rows.labels, image, torch.stack([own[:shots] for own in of_class]))
         if self.config.head == "direct":
             self._linear(supports, n_way)

@@ -195,16 +195,19 @@ def test_a_class_without_supports_is_refused() -> None:
     with pytest.raises(DataError, match="every one of 4 classes"):
         AMC(SMALL, DIM).adapt(maps(), 4)
     copies_only = replace(maps(), aug_index=torch.ones(12, dtype=torch.long))
-    with pytest.raises(DataError, match="unaugmented"):
-        AMC(SMALL, DIM).adapt(copies_only, 3)
+    for copies in (False, True):
+        with pytest.raises(DataError, match="per class are"):
+            AMC(replace(SMALL, copies=copies), DIM).adapt(copies_only, 3)
 
 
-def test_copies_are_queries_and_never_supports() -> None:
+def test_copies_are_queries_if_at_all_and_never_supports() -> None:
     support = maps(copies=2)
-    model = fitted("contrastive", support)
+    model = fitted("contrastive", support, copies=True)
     assert model.clean.shape[:2] == (3, 4)
     plain = support.select((support.aug_index == 0).nonzero().flatten())
-    assert not torch.equal(model.logits(maps(seed=5)), fitted("contrastive", plain).logits(maps(seed=5)))
+    without = fitted("contrastive", plain).logits(maps(seed=5))
+    assert not torch.equal(model.logits(maps(seed=5)), without)
+    assert torch.equal(fitted("contrastive", support).logits(maps(seed=5)), without)
 
 
 def test_vectors_are_refused_before_any_work(tmp_path: Path) -> None:
