@@ -255,6 +255,14 @@ class Predictor(ABC):
         """One small forward through everything, for health checks."""
         self.predict([(np.full((32, 32, 3), 128, np.uint8), None)])
 
+    def check_probe(self, folder: Path) -> None:
+        """`probe`, whose failure is an ArtifactError that names the folder."""
+        try:
+            self.probe()
+        except (KeyError, RuntimeError, NumericsError, ValueError) as error:
+            name = self.card.run.name
+            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
+
     def batch(self, image: np.ndarray, mask: np.ndarray | None) -> Batch:
         """What the model sees of an image. Where it was made with masks, an image without one is region as a whole."""
         if mask is None and self.card.uses_mask:
@@ -311,12 +319,7 @@ class PatchClassPredictor(ClassPredictor):
     transform_type = Residuals
 
     def check(self, folder: Path) -> None:
-        """Look at one grey image."""
-        try:
-            self.probe()
-        except (KeyError, RuntimeError, NumericsError, ValueError) as error:
-            name = self.card.run.name
-            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
+        self.check_probe(folder)
 
 
 class DetectionPredictor(Predictor):
@@ -344,11 +347,7 @@ class DetectionPredictor(Predictor):
         wanted = {"calibration", "false_alarms", "pixel_threshold"}
         if missing := wanted - self.card.details.keys():
             raise ArtifactError(f"{folder}: details lack {', '.join(sorted(missing))}; publish the model again")
-        try:
-            self.probe()
-        except (KeyError, RuntimeError, NumericsError) as error:
-            name = self.card.run.name
-            raise ArtifactError(f"{folder}: its tensors do not fit method {name!r} or one another: {error}") from error
+        self.check_probe(folder)
 
 
 def _blocks(block_dims: tuple[int, ...], shape_dims: int) -> str:

@@ -10,7 +10,7 @@
 
 Deviations: residual maps are averaged to `grid` x `grid` cells before the first layer (the paper keeps 28 x 28, 100 352
 numbers, into one linear layer), and divided by the root mean square of the supports. A query's support sets are one
-step, where algorithm 1 takes one each. Pretraining on pseudo-defects and MAML are not here yet.
+step, where algorithm 1 takes one each. Pretraining, MAML and normals as one more class are not here yet.
 
 Shapes: N rows, Q queries, W ways, S shots, D features of a patch, g cells a side, E numbers of an embedding.
 """
@@ -31,6 +31,8 @@ from hypdefect.types import Batch, Method, Needs
 
 SLICE = 64
 """Queries scored at a time."""
+DIRECT_STEPS, DIRECT_LR, DIRECT_DECAY = 200, 1e-2, 1e-2
+"""Of the direct head; the paper says nothing of its training."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,6 +51,7 @@ class AMCConfig:
     copies: bool = False
     """Whether augmented copies are further queries to learn from; the paper has none, and each costs its time."""
     lr: float = 1e-4
+    """Of the contrastive and the relation head."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -111,7 +114,8 @@ class AMC(nn.Module):
     """Scores of a query with every support, averaged over those of a class."""
 
     needs: ClassVar[Needs] = "patches"
-    clean: Tensor
+    compared: Tensor
+    """The supports' maps `[W S D g g]`, which queries are compared with; of the direct head its layer `[D+1 W]`."""
     scale: Tensor
 
     def __init__(self, config: AMCConfig, dim: int) -> None:
@@ -120,7 +124,7 @@ class AMC(nn.Module):
         self.net: nn.Module = nn.Identity()
         self.fitted = False
 
-    def begin(self) -> None:
+    def _start(self) -> None:
         """Fresh weights of the seed."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -134,7 +138,7 @@ class AMC(nn.Module):
             DataError: a class without an unaugmented row.
         """
         check_every_class(support, n_way)
-        self.begin()
+        self._start()
         rows = by_image(support)
         if not self.config.copies:
             rows = rows.select((rows.aug_index == 0).nonzero().flatten())
@@ -153,7 +157,7 @@ class AMC(nn.Module):
             self._linear(supports, n_way)
         else:
             self._train(supports)
-            self.clean = maps[supports.clean]
+            self.compared = maps[supports.clean]
         self.fitted = True
 
     def maps(self, batch: Batch) -> Float[Tensor, "N D g g"]:
@@ -207,11 +211,11 @@ class AMC(nn.Module):
         full_batch(
             [weight, bias],
             lambda: F.cross_entropy(x @ weight + bias, supports.labels),
-            steps=200,
-            lr=1e-2,
-            weight_decay=1e-2,
+            steps=DIRECT_STEPS,
+            lr=DIRECT_LR,
+            weight_decay=DIRECT_DECAY,
         )
-        self.clean = torch.cat([weight, bias[None]])
+        self.compared = torch.cat([weight, bias[None]])
 
     @torch.no_grad()
     def logits(self, query: Batch) -> Float[Tensor, "Q W"]:
@@ -222,9 +226,9 @@ class AMC(nn.Module):
 
     def _scores(self, maps: Float[Tensor, "Q D g g"]) -> Float[Tensor, "Q W"]:
         if self.config.head == "direct":
-            return maps.mean((2, 3)).double() @ self.clean[:-1] + self.clean[-1]
-        ways, shots = self.clean.shape[:2]
-        flat = self.clean.flatten(0, 1)
+            return maps.mean((2, 3)).double() @ self.compared[:-1] + self.compared[-1]
+        ways, shots = self.compared.shape[:2]
+        flat = self.compared.flatten(0, 1)
         if self.config.head == "contrastive":
             z, own = (F.normalize(self.net(x), dim=1) for x in (maps, flat))
             return (z @ own.T).view(len(maps), ways, shots).mean(2) / self.config.temperature
@@ -239,13 +243,13 @@ class AMC(nn.Module):
         """The network, the supports' maps (direct: the linear layer) and their scale."""
         self._check("export")
         weights = {f"net.{name}": value.clone() for name, value in self.net.state_dict().items()}
-        return weights | {"clean": self.clean.clone(), "scale": self.scale.clone().view(1)}
+        return weights | {"compared": self.compared.clone(), "scale": self.scale.clone().view(1)}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.begin()
+        self._start()
         self.net.load_state_dict({n.removeprefix("net."): v for n, v in tensors.items() if n.startswith("net.")})
         self.net.eval()
-        self.clean, self.scale = tensors["clean"].clone(), tensors["scale"].clone()[0]
+        self.compared, self.scale = tensors["compared"].clone(), tensors["scale"].clone()[0]
         self.fitted = True
 
 

@@ -30,7 +30,9 @@ class Residuals(FeatureTransform):
     def of_patches(
         cls, normals: Float[np.ndarray, "N h w D"] | None, block_dims: Sequence[int], config: TransformConfig
     ) -> "Residuals":
-        """The bank of some normal images, chosen as PatchCore's.
+        """The bank of some normal images, chosen as PatchCore's but from a random sample of their patches.
+
+        The paper keeps 10 % of all patches, `bank_share` is a share of the sample.
 
         Raises:
             DataError: residuals without normal images.

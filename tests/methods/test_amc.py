@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import usual_copies
+from hypdefect.evaluation import RunConfig, usual_copies
 from hypdefect.families import few_shot_patches
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
@@ -121,6 +121,12 @@ def test_an_exported_model_is_restored_exactly(head: str, tmp_path: Path) -> Non
     assert torch.equal(restored.logits(queries), model.logits(queries))
 
 
+def test_a_wrapped_model_needs_what_it_holds() -> None:
+    for config in ({"temperature": 2.0}, {"transform": TransformConfig(centring="supports")}):
+        assert RunConfig(name="amc", **config).model(DIM).needs == "patches"
+        assert RunConfig(name="prototype", **config).model(DIM).needs == "vectors"
+
+
 @pytest.mark.parametrize("head", ["contrastive", "relation"])
 def test_fine_tuning_changes_the_answer_and_takes_the_papers_passes(head: Any) -> None:
     support, queries = maps(spread=2.0), maps(seed=5, spread=2.0, k_shot=20)
@@ -203,7 +209,7 @@ def test_a_class_without_supports_is_refused() -> None:
 def test_copies_are_queries_if_at_all_and_never_supports() -> None:
     support = maps(copies=2)
     model = fitted("contrastive", support, copies=True)
-    assert model.clean.shape[:2] == (3, 4)
+    assert model.compared.shape[:2] == (3, 4)
     plain = support.select((support.aug_index == 0).nonzero().flatten())
     without = fitted("contrastive", plain).logits(maps(seed=5))
     assert not torch.equal(model.logits(maps(seed=5)), without)
@@ -214,6 +220,7 @@ def test_vectors_are_refused_before_any_work(tmp_path: Path) -> None:
     task = TaskConfig(dataset="mtd", root=make_mtd_tree(tmp_path / "mtd"), k_shot=1)
     with pytest.raises(ConfigError, match=r"efficientnet_lite0 gives vectors.*--backbone patchcore_lite0"):
         prepare(few_shot_patches, task)
+    assert few_shot_patches.Predictor.transform_type is Residuals
     plan = prepare(few_shot_patches, replace(task, backbone="patchcore_lite0"))
     assert not any(request.mask_id for request in plan.requests())
     assert max(request.copies for request in plan.requests()) == usual_copies(1)
