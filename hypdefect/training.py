@@ -6,9 +6,10 @@ stream, and averaging the ranks' gradients (DDP) gives the same step.
 
 import json
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -53,6 +54,14 @@ class TrainConfig:
         """What the loss is computed within."""
         return nullcontext()
 
+    def stops(self, parts: Mapping[str, float]) -> bool:
+        """Whether a step with these means of `LossTerms.parts` is the last one."""
+        return False
+
+    def is_stale(self, reports: int) -> bool:
+        """Whether so many reports in a row without a better validation are the end."""
+        return False
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SteppedConfig(TrainConfig):
@@ -82,17 +91,44 @@ class Training(Protocol):
         ...
 
 
+@runtime_checkable
+class ValidatedTraining(Training, Protocol):
+    """A training whose best weights are kept, of those at every report."""
+
+    def validate(self, model: nn.Module) -> float:
+        """How good the model is on what it is not trained on; more is better. It may change buffers alone."""
+        ...
+
+
+@dataclass(slots=True)
+class Best:
+    """The weights that validated best so far, and the reports since."""
+
+    value: float = -math.inf
+    reports: int = 0
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def see(self, value: float, model: nn.Module) -> None:
+        self.reports += 1
+        if value > self.value:
+            self.value, self.reports = value, 0
+            self.weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
+
+
 class MeanLoss(nn.Module):
-    """Mean loss of some items, each with noise of its own seed: what distributed training differentiates."""
+    """Mean loss of some items, each with noise of its own seed: what distributed training differentiates; and the mean
+    of each of its parts."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, items: Sequence[Any], seeds: Sequence[int]) -> Tensor:
+    def forward(self, items: Sequence[Any], seeds: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         model: Any = self.model
-        return torch.stack([model.loss(i, g).total for i, g in zip(items, generators, strict=True)]).mean()
+        terms = [model.loss(i, g) for i, g in zip(items, generators, strict=True)]
+        parts = {name: sum(term.parts[name] for term in terms) / len(terms) for name in sorted(terms[0].parts)}
+        return torch.stack([term.total for term in terms]).mean(), parts
 
 
 def fit(
@@ -101,6 +137,7 @@ def fit(
     config: TrainConfig,
     report: Report,
     *,
+    validate: Callable[[nn.Module], float] | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     rank: int = 0,
     world_size: int = 1,
@@ -111,6 +148,7 @@ def fit(
 
     Args:
         stream: gives item `number`.
+        validate: asked at every report; the model then ends at its best weights (`ValidatedTraining`).
         wrap: puts a module inside DistributedDataParallel, where there are several ranks.
         resume: checkpoint folder to continue from.
 
@@ -123,49 +161,72 @@ def fit(
     optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     first = 0 if resume is None else load_checkpoint(resume, model, optimizer)
     earlier = [] if resume is None else checkpoint_losses(resume)
+    best = Best() if resume is None else _load_best(resume)
     losses: list[float] = []
-    for step in range(first, config.steps):
+    for step in range(first, config.steps if resume is None or not _is_finished(resume) else first):
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
         items = [stream(number).to(device) for number in numbers]
         with config.precision(device):
-            loss = call(items, [config.seed * 1_000_003 + number for number in numbers])
-        mean = _mean_over_ranks(loss, world_size)
+            loss, parts = call(items, [config.seed * 1_000_003 + number for number in numbers])
+        mean, *others = _mean_over_ranks([float(loss.detach()), *parts.values()], world_size, device)
         if not math.isfinite(mean):
             raise NumericsError(f"training loss at step {step} is {mean}; lower train.lr")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses.append(mean)
-        if (step + 1) % config.report_every == 0 or step + 1 == config.steps:
-            window = losses[-config.report_every :]
-            metrics = {"step": float(step + 1), "train/loss/total": sum(window) / len(window)}
-            done = step + 1
-            past = earlier + losses
-            write = (lambda to, n=done, s=past: save_checkpoint(to, model, optimizer, n, s)) if rank == 0 else None
-            report(metrics, write)
+        done = step + 1
+        parts = dict(zip(parts, others, strict=True))
+        last = done == config.steps or config.stops(parts)
+        if done % config.report_every and not last:
+            continue
+        window = losses[-config.report_every :]
+        metrics = {"step": float(done), "train/loss/total": sum(window) / len(window)}
+        metrics |= {f"train/{name}": value for name, value in parts.items()}
+        if validate is not None:
+            (metrics["val"],) = _mean_over_ranks([validate(model)], world_size, device)
+            best.see(metrics["val"], model)
+            last = last or config.is_stale(best.reports)
+            if last:
+                model.load_state_dict(best.weights)
+        state = {"step": done, "losses": earlier + losses, "finished": last}
+        write = partial(save_checkpoint, model=model, optimizer=optimizer, state=state, best=best)
+        report(metrics, write if rank == 0 else None)
+        if last:
+            break
     return losses
 
 
-def _mean_over_ranks(loss: Tensor, world_size: int) -> float:
-    """The loss of the whole step: the same number on every rank, so that all of them stop where one is not finite."""
-    mean = loss.detach().clone()
+def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | torch.device) -> list[float]:
+    """The same numbers on every rank, so that all of them stop where one does."""
+    mean = torch.tensor(values, dtype=torch.float64, device=device)
     if world_size > 1 and torch.distributed.is_initialized():
         torch.distributed.all_reduce(mean)
         mean /= world_size
-    return float(mean)
+    return [float(value) for value in mean]
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, losses: Sequence[float] = ()
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], best: Best | None = None
 ) -> None:
-    """weights.safetensors, optimizer.pt (plain tensors) and state.json."""
+    """weights.safetensors, optimizer.pt (plain tensors), state.json and, of a validated training, best.safetensors.
+
+    Args:
+        state: "step", "losses" of every step, and whether training has "finished".
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
-    save_file(weights, folder / "weights.safetensors")
+    save_file(_stored(model.state_dict()), folder / "weights.safetensors")
     torch.save(optimizer.state_dict(), folder / "optimizer.pt")
-    write_json(folder / "state.json", {"step": step, "losses": list(losses)})
+    if best is not None and best.weights:
+        save_file(_stored(best.weights), folder / "best.safetensors")
+        state = state | {"best": {"value": best.value, "reports": best.reports}}
+    write_json(folder / "state.json", state)
+
+
+def _stored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
@@ -178,7 +239,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
         model.load_state_dict(load_file(folder / "weights.safetensors"))
         if optimizer is not None:
             optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
-        return int(json.loads((folder / "state.json").read_text())["step"])
+        return int(_state(folder)["step"])
 
 
 def checkpoint_losses(folder: Path) -> list[float]:
@@ -188,7 +249,25 @@ def checkpoint_losses(folder: Path) -> list[float]:
         ArtifactError: the folder holds no complete checkpoint.
     """
     with readable(folder):
-        return [float(x) for x in json.loads((folder / "state.json").read_text())["losses"]]
+        return [float(x) for x in _state(folder)["losses"]]
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((folder / "state.json").read_text())
+    return state
+
+
+def _is_finished(folder: Path) -> bool:
+    with readable(folder):
+        return bool(_state(folder).get("finished", False))
+
+
+def _load_best(folder: Path) -> Best:
+    with readable(folder):
+        kept = _state(folder).get("best")
+        if kept is None:
+            return Best()
+        return Best(float(kept["value"]), int(kept["reports"]), load_file(folder / "best.safetensors"))
 
 
 @contextmanager

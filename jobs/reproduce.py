@@ -10,6 +10,8 @@ python jobs/reproduce.py hypdfs --backbone alphaclip:ViT-L-14@FILE: on the paper
 
 python jobs/reproduce.py hypad, or patchcore: the figures of HypAD's tables, and PatchCore's, category by category
 
+python jobs/reproduce.py amc: the tables of AMC, five seeds of the bank; --protocol draws: with other supports each
+
 What is absent is SKIP, with what to download and where to put it. All rows of one data set see the same draws: where
 one of them is the full method, the others also show their paired difference to it.
 """
@@ -21,6 +23,7 @@ from rich.markup import escape
 from hypdefect.command_line import JobOptions, configure_logging, parse_job, run_job, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.reproduce import Measured, reproduce
+from hypdefect.distributed.reproduce_amc import ReproduceAMCConfig, amc_tables, amc_values, reproduce_amc
 from hypdefect.distributed.reproduce_detectors import (
     ReproduceDetectorsConfig,
     figure_tables,
@@ -37,6 +40,8 @@ def main() -> None:
     configure_logging()
     if {"hypad", "patchcore"} & set(sys.argv[1:]):
         detectors(*parse_job(ReproduceDetectorsConfig, description=__doc__))
+    elif "amc" in sys.argv[1:]:
+        patch_classifiers(*parse_job(ReproduceAMCConfig, description=__doc__))
     else:
         classifiers(*parse_job(ReproduceConfig, description=__doc__))
 
@@ -51,6 +56,19 @@ def detectors(config: ReproduceDetectorsConfig, options: JobOptions) -> None:
         console.print(f"SKIP: {escape(reason)}", highlight=False)
     if options.json is not None:
         write_json(options.json, figure_values(figures))
+    print(home() / "ledger")
+
+
+def patch_classifiers(config: ReproduceAMCConfig, options: JobOptions) -> None:
+    with connected():
+        figures, missing = reproduce_amc(config)
+    console = table_console(150)
+    for table in amc_tables(config, figures):
+        console.print(table)
+    for reason in missing:
+        console.print(f"SKIP: {escape(reason)}", highlight=False)
+    if options.json is not None:
+        write_json(options.json, amc_values(figures))
     print(home() / "ledger")
 
 

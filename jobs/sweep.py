@@ -18,8 +18,8 @@ from hypdefect.command_line import configure_logging, parse_one_of, run_job, say
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.families.detection import TaskConfig as DetectionConfig
-from hypdefect.families.episodic import starting_point
 from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.starts import starting_point
 from hypdefect.files import home, write_json
 from hypdefect.results.tables import outcome_table, trial_table
 from tune_spaces import get_space

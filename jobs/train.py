@@ -1,32 +1,38 @@
-"""Train what is trained before a task, sharded over workers by Ray Train: HypDFS on episodes, HypAD on normal images.
+"""Train what is trained before a task, by Ray Train on any number of workers: HypDFS and AMC on episodes, HypAD on
+normal images.
 
 python jobs/train.py --dataset mtd --workers 2: on pseudo-defects of the product's own good parts (made where missing)
 
 python jobs/train.py --dataset folder --root textures --base pool --train.n-way 8: on the classes of a folder
 
+python jobs/train.py --method amc --dataset mtd --backbone patchcore_lite0 --workers 2: AMC's encoder on pseudo classes
+
 python jobs/train.py --method hypad --dataset mtd --workers 2: a detector's networks on images of good parts
 
-HypDFS: its representation, adapter and neural ODE are meta-trained. The table says what it is worth on episodes of the
-product's own support pool. `jobs/evaluate.py` and `jobs/sweep.py --init DIR`, with the run directory this prints, start
-from it. HypAD: the detector is calibrated, tested and published. A run that was stopped continues from its last
-checkpoint when the same command is given again.
+HypDFS: its representation, adapter and neural ODE are meta-trained. AMC: its network is pretrained. The table says what
+that is worth on episodes of the product's own support pool. `jobs/sweep.py --init DIR`, with the run directory this
+prints, starts from it; so does `jobs/evaluate.py` from HypDFS's. HypAD: the detector is calibrated, tested and
+published. A run that was stopped continues from its last checkpoint when the same command is given again.
 """
 
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from hypdefect.command_line import JobOptions, configure_logging, parse_one_of, run_job, table_console
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
-from hypdefect.distributed.pseudo import meta_train, worth
+from hypdefect.distributed.pseudo import meta_train, pretrain, worth
 from hypdefect.evaluation import RunConfig
-from hypdefect.families import few_shot
+from hypdefect.families import few_shot, few_shot_patches
+from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig
 from hypdefect.families.detection import TaskConfig as DetectionConfig
-from hypdefect.families.episodic import EpisodicConfig, MetaConfig, load_start
+from hypdefect.families.episodic import EpisodicConfig, MetaConfig
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
+from hypdefect.families.starts import load_start
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
@@ -36,8 +42,8 @@ from hypdefect.results.tables import metrics_table, worth_table
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob(TaskConfig):
-    method: Literal["hypdfs", "hypad"] = "hypdfs"
-    """What is trained (--method hypad --help lists its flags)."""
+    method: Literal["hypdfs", "amc", "hypad"] = "hypdfs"
+    """What is trained (--method hypad --help lists the flags of hypad)."""
     base: Literal["pseudo", "pool"] = "pseudo"
     """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
     synthesis: SynthesisConfig = SynthesisConfig()
@@ -53,8 +59,26 @@ class TrainJob(TaskConfig):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class TrainAMCJob(TaskConfig):
+    method: Literal["hypdfs", "amc", "hypad"] = "amc"
+    """What is trained."""
+    backbone: str = "patchcore_lite0"
+    """Where patches come from."""
+    synthesis: SynthesisConfig = field(default_factory=lambda: PretrainConfig().synthesis)
+    train: AMCTrainConfig = AMCTrainConfig()
+    transform: TransformConfig = TransformConfig()
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+    name: str = ""
+    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
+    continues."""
+    check_episodes: int = 10
+    """Episodes of the support pool on which AMC with and without pretraining is compared."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class TrainDetectorJob(DetectionConfig):
-    method: Literal["hypdfs", "hypad"] = "hypad"
+    method: Literal["hypdfs", "amc", "hypad"] = "hypad"
     """What is trained."""
     hypad: HypADConfig = field(default_factory=HypADConfig)
     seed: int = 0
@@ -72,9 +96,11 @@ class TrainDetectorJob(DetectionConfig):
 
 def main() -> None:
     configure_logging()
-    job, options = parse_one_of("method", {"hypad": TrainDetectorJob}, TrainJob, __doc__)
+    job, options = parse_one_of("method", {"hypad": TrainDetectorJob, "amc": TrainAMCJob}, TrainJob, __doc__)
     if job.method == "hypad":
         train_hypad(job, options)
+    elif job.method == "amc":
+        train_amc(job, options)
     else:
         train_hypdfs(job, options)
 
@@ -115,10 +141,38 @@ def train_hypdfs(job: TrainJob, options: JobOptions) -> None:
         folder = meta_train(plan, fitting, config, base=job.base, name=job.name)
         start, _ = load_start(folder)
         before, after = worth(fitting, config, start, job.k_shot, job.split, job.check_episodes)
+    show_worth(job, plan, folder, (before, after), "HypDFS without fitting", options)
+
+
+def train_amc(job: TrainAMCJob, options: JobOptions) -> None:
+    config = PretrainConfig(synthesis=job.synthesis, train=job.train, transform=job.transform, workers=job.workers)
+    plan = prepare(few_shot_patches, job)
+    with connected():
+        fill(plan)
+        fitting, _ = few_shot_patches.load(plan, home())
+        folder = pretrain(plan, config, name=job.name)
+        start, _ = load_start(folder)
+        before, after = worth(fitting, config, start, job.k_shot, job.split, job.check_episodes)
+    show_worth(job, plan, folder, (before, after), "AMC", options)
+
+
+def show_worth(
+    job: TrainJob | TrainAMCJob,
+    plan: few_shot.TaskPlan,
+    folder: Path,
+    accuracies: tuple[list[float], list[float]],
+    what: str,
+    options: JobOptions,
+) -> None:
+    """The table, the loss and the run directory.
+
+    Args:
+        accuracies: of the support pool's episodes without and with what was learned.
+    """
     record = json.loads((folder / "record.json").read_text())
     way = f"{len(plan.classes)}-way {job.k_shot}-shot"
-    title = f"episodes of the support pool of {plan.label}, {way}, HypDFS without fitting"
-    table, values = worth_table(title, before, after)
+    title = f"episodes of the support pool of {plan.label}, {way}, {what}"
+    table, values = worth_table(title, *accuracies)
     table_console().print(table)
     if record["losses"]:
         print(loss_line(record["losses"], record["seconds"]))
@@ -129,7 +183,7 @@ def train_hypdfs(job: TrainJob, options: JobOptions) -> None:
 
 def loss_line(losses: list[float], seconds: float) -> str:
     last = losses[-20:]
-    return f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f}, {seconds:.0f} s"
+    return f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f} in {len(losses)} steps, {seconds:.0f} s"
 
 
 if __name__ == "__main__":

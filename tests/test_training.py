@@ -19,9 +19,8 @@ from hypdefect.families.episodic import (
     EpisodicTraining,
     MetaConfig,
     learner,
-    load_start,
-    write_run,
 )
+from hypdefect.families.starts import load_start, write_run
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import MeanLoss, SteppedConfig, TrainConfig, fit
@@ -56,7 +55,7 @@ def test_the_loss_of_an_easy_pool_goes_down() -> None:
 
     def loss_of(model: HypDFS) -> float:
         with torch.no_grad():
-            return float(MeanLoss(model)(episodes, list(range(12))))
+            return float(MeanLoss(model)(episodes, list(range(12)))[0])
 
     method = replace(METHOD, feature_scale=3.0)  # classes far enough apart for a loss that can fall
     before = loss_of(HypDFS(method, DIM))
@@ -158,13 +157,12 @@ class Recorder(torch.nn.Module):
         self.loss = loss
         self.supports: list[tuple[str, ...]] = []
         self.seeds: list[int] = []
-        self.losses: list[torch.Tensor] = []
 
-    def forward(self, episodes: list[Any], seeds: list[int]) -> torch.Tensor:
+    def forward(self, episodes: list[Any], seeds: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
         self.supports += [e.support.image_ids for e in episodes]
         self.seeds += seeds
-        self.losses.append(self.loss(episodes, seeds))
-        return self.losses[-1]
+        answer: tuple[torch.Tensor, dict[str, float]] = self.loss(episodes, seeds)
+        return answer
 
 
 def keep(recorder: Recorder, recorders: list[Recorder]) -> Recorder:

@@ -96,13 +96,19 @@ class SharedReported:
         self.raw: ray.ObjectRef = ray.put(reported)
         self.made: dict[ray.ObjectRef, ray.ObjectRef] = {}
 
-    def draws(self, run: RunConfig, setting: Any, draws: int) -> list[ray.ObjectRef]:
-        """Tasks of CHUNK draws each, in order."""
+    def draws(
+        self, run: RunConfig, setting: Any, draws: int, start: ray.ObjectRef | None = None
+    ) -> list[ray.ObjectRef]:
+        """Tasks of CHUNK draws each, in order.
+
+        Args:
+            start: what training gave to this run, where it is not what the features have; it changes no transform.
+        """
         fitting, transform = self.features.of(run)
         if transform not in self.made:
             self.made[transform] = _TRANSFORM_REPORTED.remote(self.raw, run, transform)
         chunks = [range(first, min(first + CHUNK, draws)) for first in range(0, draws, CHUNK)]
-        start = self.features.start
+        start = self.features.start if start is None else start
         return [_SCORE.remote(fitting, self.made[transform], run, setting, numbers, start) for numbers in chunks]
 
 

@@ -1,4 +1,7 @@
-"""Meta-training on the pseudo-defects of a product: made, extracted and trained on where they are missing."""
+"""Training on the pseudo-defects of a product before a task: made, extracted and trained on where they are missing.
+
+HypDFS is meta-trained, AMC is pretrained; both leave a run that a task starts from (`families.starts`).
+"""
 
 import json
 import logging
@@ -18,14 +21,22 @@ from hypdefect.distributed.train import check_workers, train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
+from hypdefect.families.amc_training import (
+    AMCTraining,
+    PretrainConfig,
+    residual_pool,
+    residual_requests,
+    training_of,
+)
 from hypdefect.families.episodes import LabelledFeatures
-from hypdefect.families.episodic import EpisodicTraining, MetaConfig, load_start, write_run
+from hypdefect.families.episodic import EpisodicTraining, MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Setting, TaskPlan
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
+from hypdefect.families.starts import load_start, write_run
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
-from hypdefect.methods.hypdfs import HypDFS
+from hypdefect.methods.amc import AMC
 from hypdefect.types import SplitKind
 
 logger = logging.getLogger(__name__)
@@ -56,23 +67,57 @@ def meta_train(
     else:
         transform = FeatureTransform.fit(fitting.normals, fitting.block_dims, config.transform, fitting.shape_dims)
         pool = few_shot.transformed(fitting, transform).pool
-    settings = identity(plan, pool, config, base)
-    name = name or f"meta-{plan.label}-{digest(settings)[:12]}"
+    training = EpisodicTraining(pool=pool, config=config.train, shape_dims=fitting.shape_dims)
+    return trained_run(plan, training, config, identity(plan, pool, config, base), name or f"meta-{plan.label}-{{}}")
+
+
+def pretrain(plan: TaskPlan, config: PretrainConfig, *, name: str = "") -> Path:
+    """The run directory of AMC's pretraining on pseudo classes of the task's product, finished or trained now.
+
+    Raises:
+        ConfigError: a run of that name has other settings; and as `check_workers`. DataError: too few pseudo-defects.
+    """
+    check_workers(config.train, config.workers)
+    made = pseudo_classes(plan, enough_images(plan, config.synthesis))
+    what = "patches of pseudo-defects"
+    extract_all(residual_requests(plan, made.manifest), plan, f"{what} of {plan.label}", what)
+    pool = residual_pool(plan, made.manifest, home(), config)
+    settings = identity(plan, pool, config, "pseudo") | {"method": "amc"}
+    return trained_run(plan, training_of(pool, config.train), config, settings, name or f"amc-{plan.label}-{{}}")
+
+
+def trained_run(
+    plan: TaskPlan,
+    training: EpisodicTraining | AMCTraining,
+    config: MetaConfig | PretrainConfig,
+    settings: dict[str, Any],
+    name: str,
+) -> Path:
+    """The run directory of these settings: the finished one where there is one, else trained now.
+
+    Args:
+        name: of the run; {} in it stands for the digest of the settings.
+
+    Raises:
+        ConfigError: a run of that name has other settings. DataError: too few images for an episode.
+    """
+    name = name.replace("{}", digest(settings)[:12])
     folder = home() / "runs" / name
     if (folder / "job.json").exists() and json.loads((folder / "job.json").read_text()) != settings:
         raise ConfigError(f"run {name!r} exists with other settings; choose another --name")
     if (folder / "record.json").is_file():
-        logger.info("meta-training: %s is there already", name)
+        logger.info("training: %s is there already", name)
         return folder
-    training = EpisodicTraining(pool=pool, config=config.train, shape_dims=fitting.shape_dims)
     training.item(0)  # too few images for an episode: say so before anything is written
     write_json(folder / "job.json", settings)
-    steps = config.train.steps
-    logger.info("meta-training %s: %d steps on %d classes, %d images", name, steps, pool.n_way, len(pool))
+    pool, steps = training.pool, training.config.steps
+    logger.info("training %s: at most %d steps on %d classes, %d images", name, steps, pool.n_way, len(pool))
     begun = time.monotonic()
     model, losses = train(training, workers=config.workers, name=name, folder=home() / "train")
+    if isinstance(training, AMCTraining):
+        training.finish(cast(AMC, model))
     record = {"task": plan.provenance(), "losses": losses, "seconds": time.monotonic() - begun}
-    write_run(folder, cast(HypDFS, model), config, record)
+    write_run(folder, model, config, record)
     return folder
 
 
@@ -83,10 +128,12 @@ def stored_start(plan: TaskPlan, fitting: Fitting, transform: TransformConfig) -
     """
     for record in sorted((home() / "runs").glob("*/record.json")):
         settings = json.loads((record.parent / "job.json").read_text())
-        if (settings["base"], settings["feature_key"]) != ("pseudo", plan.key.digest):
+        if (settings.get("base"), settings["feature_key"]) != ("pseudo", plan.key.digest):
             continue
         start, config = load_start(record.parent)
         if settings["normals"] != digest(list(plan.normal_ids)) or config.transform != transform:
+            continue
+        if not isinstance(config, MetaConfig):
             continue
         made = stored(plan.manifest, plan.label, home(), enough_images(plan, config.synthesis))
         if made and identity(plan, base_classes(plan, fitting, made.manifest, config), config, "pseudo") == settings:
@@ -112,7 +159,7 @@ def base_classes(plan: TaskPlan, fitting: Fitting, manifest: pa.Table, config: M
     return pseudo_pool(plan, fitting, manifest, home(), config.transform, config.train.k_shot + config.train.n_query)
 
 
-def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: str) -> dict[str, Any]:
+def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig | PretrainConfig, base: str) -> dict[str, Any]:
     """Everything that determines the outcome: the features of which images, whitened by which, trained how."""
     return {
         "base": base,
@@ -125,12 +172,18 @@ def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig, base: s
 
 
 def worth(
-    fitting: Fitting, config: MetaConfig, start: MetaStart, k_shot: int, split: SplitKind, episodes: int
+    fitting: Fitting,
+    config: MetaConfig | PretrainConfig,
+    start: MetaStart,
+    k_shot: int,
+    split: SplitKind,
+    episodes: int,
 ) -> tuple[list[float], list[float]]:
-    """Accuracy of the support pool's episodes without and with what was learned, nothing fitted to a task."""
+    """Accuracy of the support pool's episodes without and with what was learned. Nothing of HypDFS is fitted to a task;
+    AMC is fine-tuned as it always is."""
     setting = Setting(k_shot=k_shot, seed=config.train.seed + 1, split=split)
-    unfitted = to_mapping(replace(config.train.method, steps=0))
-    plain = RunConfig(method=unfitted, transform=config.transform, pretrained=False)
+    method = replace(config.train.method, steps=0) if isinstance(config, MetaConfig) else config.train.method
+    plain = RunConfig(name=start.method, method=method, transform=config.transform, pretrained=False)
     learned = replace(plain, features="meta" if start.projection else "plain", pretrained=True)
     before, after = validate(fitting, [plain, learned], setting, range(episodes), start)
     return before, after

@@ -86,7 +86,7 @@ def reproduce_detectors(
     figures: list[Figure] = []
     missing: list[str] = []
     for dataset in config.datasets:
-        reason = missing_set(config, dataset)
+        reason = missing_set(dataset, config.roots.get(dataset))
         missing += [reason] if reason else []
         ours = {} if reason else measured(config, dataset, spaces)
         cells = cells_of(config.paper, dataset)
@@ -120,13 +120,13 @@ def cells_of(paper: str, dataset: str) -> list[Cell]:
     return cells + ([PATCHCORE_ON_MTD] if (paper, dataset) == ("patchcore", "mtd") else [])
 
 
-def missing_set(config: ReproduceDetectorsConfig, dataset: str) -> str:
+def missing_set(dataset: str, named: Path | None) -> str:
     """What to download and where to put it; "" where the set is there.
 
     Raises:
         ConfigError: a folder was named, and does not exist.
     """
-    card, named = get_dataset(dataset), config.roots.get(dataset)
+    card = get_dataset(dataset)
     place = named or card.default_root()
     if place is not None and place.exists():
         return ""

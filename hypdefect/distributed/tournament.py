@@ -24,9 +24,10 @@ from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts
 from hypdefect.families import few_shot
-from hypdefect.families.episodic import MetaConfig, load_start
+from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
 from hypdefect.families.plan import prepare
+from hypdefect.families.starts import load_start
 from hypdefect.features.imported import is_imported
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home

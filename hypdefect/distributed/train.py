@@ -13,7 +13,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.training import TrainConfig, Training, checkpoint_losses, fit, load_checkpoint
+from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
 
 
 def _loop(settings: dict[str, Any]) -> None:
@@ -36,6 +36,7 @@ def _loop(settings: dict[str, Any]) -> None:
             training.item,
             training.config,
             report,
+            validate=training.validate if isinstance(training, ValidatedTraining) else None,
             wrap=prepare_model,
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),

@@ -1,30 +1,18 @@
-"""Episodic meta-training of a few-shot method: what is drawn, what is trained, and the run it leaves."""
+"""Episodic meta-training of HypDFS: what is drawn, and what is trained."""
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.families.few_shot import MetaStart
 from hypdefect.features.transform import TransformConfig
-from hypdefect.files import write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig, principal_projection
-from hypdefect.training import TrainConfig, readable
+from hypdefect.training import TrainConfig
 from hypdefect.types import VIEWS, Episode, EpisodeSpec, SplitKind
 
-_PROJECTION = "core.projection."
 METHOD = "hypdfs"
-"""The one few-shot method that is meta-trained."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,48 +117,3 @@ def episode_spec(config: EpisodicConfig, pool: LabelledFeatures) -> EpisodeSpec:
         seed=config.seed,
         split=config.split,
     )
-
-
-def write_run(folder: Path, model: HypDFS, config: MetaConfig, record: dict[str, Any]) -> None:
-    """The run directory that `load_start` reads: config.json, checkpoint/core.safetensors and, last, record.json."""
-    (folder / "checkpoint").mkdir(parents=True, exist_ok=True)
-    save_file(model.trained(), folder / "checkpoint" / "core.safetensors")
-    write_json(folder / "config.json", to_mapping(config))
-    write_json(folder / "record.json", record)
-
-
-def load_start(folder: Path) -> tuple[MetaStart, MetaConfig]:
-    """What a run directory gives to a task, and how it was trained: its `transform` and `train.method` fit the weights.
-
-    Raises:
-        ArtifactError: no finished run lies there.
-    """
-    with readable(folder):
-        mapping = json.loads((folder / "config.json").read_text())
-        if "episodes_per_step" in mapping["train"]:  # as runs called it once
-            mapping["train"]["items_per_step"] = mapping["train"].pop("episodes_per_step")
-        config = from_mapping(MetaConfig, mapping, str(folder))
-        return meta_start(load_file(folder / "checkpoint" / "core.safetensors")), config
-
-
-def starting_point(method: str, init: Path | None) -> tuple[MetaStart | None, RunConfig]:
-    """What a run directory gives, if one is named, and the configuration that trials of a method start from."""
-    if init is None:
-        return None, RunConfig(name=method)
-    start, config = load_start(init)
-    run = RunConfig(
-        name=method,
-        method=to_mapping(config.train.method) if start.core and method == METHOD else None,
-        transform=config.transform,
-        features="meta" if start.projection else "plain",
-    )
-    return start, run
-
-
-def meta_start(tensors: Mapping[str, Tensor]) -> MetaStart:
-    """`HypDFS.trained` taken apart: the projection belongs to the features, the rest to HypDFS."""
-    core = {name: value for name, value in tensors.items() if not name.startswith(_PROJECTION)}
-    if len(core) == len(tensors):
-        return MetaStart(method=METHOD, projection={}, core=core)
-    weight, mean = (dict(zip(VIEWS, tensors[f"{_PROJECTION}{name}"], strict=True)) for name in ("weight", "mean"))
-    return MetaStart(method=METHOD, projection=weight, mean=mean, core=core)

@@ -55,7 +55,9 @@ class TaskConfig(DataConfig):
     copies: int | None = None
     """Augmented copies extracted of each support candidate; default: as many as help, 4 at one shot and else 2."""
     max_normals: int = 400
-    """Normal images used for whitening."""
+    """Normal images used for whitening, or to choose a bank of normal patches from."""
+    good_class: bool = False
+    """Good parts are one more class, for methods that read no masks (AMC, appendix F)."""
     prompt_template: str = TEMPLATE
     """What a class is called where the backbone has a text tower (openclip:...); {} stands for its name."""
     class_prompts: tuple[str, ...] = ()
@@ -218,7 +220,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     """
     card = card_of(config.dataset) if imported else get_dataset(config.dataset)
     manifest = of_product(config, manifest)
-    classes = task_classes(manifest, card.good_is_class)
+    classes = task_classes(manifest, card.good_is_class or config.good_class)
     if len(classes) < 2:
         raise DataError(f"dataset {config.dataset} has {len(classes)} few-shot classes ({', '.join(classes)}); needs 2")
     partition = make_partition(manifest, config.split, config.partition, classes)
@@ -257,11 +259,13 @@ def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     """Read a task's features from the store.
 
     Raises:
-        ConfigError: features that are patches.
+        ConfigError: features that are patches; good parts as a class that its masks, which are all of the image, name.
         ArtifactError: rows are missing (run the extraction first) or a part is damaged.
     """
     if plan.key.grid is not None:
         raise ConfigError(f"{plan.spec.name} gives patches, which this method does not read; use another backbone")
+    if plan.config.good_class and plan.uses_mask:
+        raise ConfigError("good_class: a good part has no mask, which would tell it from defects; use --space amc")
     return read(plan, home)
 
 

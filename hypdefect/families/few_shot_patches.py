@@ -63,7 +63,9 @@ class PatchPlan(TaskPlan):
 
 
 def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> PatchPlan:
-    """As `few_shot.plan`.
+    """As `few_shot.plan`; where good parts are a class, no candidate of it is a normal, whose residuals would be 0.
+
+    Of an image set whose normals are all candidates every second one remains a candidate.
 
     Raises:
         ConfigError: the features are vectors.
@@ -74,7 +76,11 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
             f"{config.backbone if imported is None else config.dataset} gives vectors, and this method reads patches: "
             "choose a backbone of patches, such as --backbone patchcore_lite0"
         )
-    return PatchPlan(**{f.name: getattr(task, f.name) for f in fields(task)} | {"uses_mask": False})
+    candidates = set(task.pool_ids)
+    bank = [i for i in task.normal_ids if i not in candidates] or list(task.normal_ids[::2])
+    pool = tuple(sorted(candidates - set(bank)))
+    parts = {"uses_mask": False, "normal_ids": tuple(bank), "pool_ids": pool}
+    return PatchPlan(**{f.name: getattr(task, f.name) for f in fields(task)} | parts)
 
 
 def load(plan: PatchPlan, home: Path) -> tuple[Fitting, Reported]:

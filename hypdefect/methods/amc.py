@@ -7,15 +7,21 @@
 | contrastive classifier: shared encoder, InfoNCE (eq. 3), algorithm 1 | `head="contrastive"` |
 | direct classification: a new last layer | `head="direct"` |
 | passes of fine-tuning by shot, none of one shot | `passes_of` |
+| pretraining on pseudo classes (section 4.1.3) | `AMC.loss`, trained by `families.amc_training` |
+| MAML (appendix G): a step on some pseudo classes, the loss on others | `AMC.loss` of `Tasks` with `inner` |
+| normal images as one more class (appendix F) | `good_class` of a task |
 
 Deviations: residual maps are averaged to `grid` x `grid` cells before the first layer (the paper keeps 28 x 28, 100 352
 numbers, into one linear layer), and divided by the root mean square of the supports. A query's support sets are one
-step, where algorithm 1 takes one each. Pretraining, MAML and normals as one more class are not here yet.
+step, where algorithm 1 takes one each. Batch normalisation has no running statistics during pretraining: they are taken
+afterwards, of some episodes (`settle`), so that they do not depend on the number of workers.
 
 Shapes: N rows, Q queries, W ways, S shots, D features of a patch, g cells a side, E numbers of an embedding.
 """
 
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
@@ -23,11 +29,11 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from hypdefect.errors import DataError
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.methods.fitting import full_batch
 from hypdefect.methods.ranges import require_at_least, require_positive
 from hypdefect.methods.support import by_image, check_every_class
-from hypdefect.types import Batch, Method, Needs
+from hypdefect.types import Batch, Episode, LossTerms, Method, Needs
 
 SLICE = 64
 """Queries scored at a time."""
@@ -52,10 +58,12 @@ class AMCConfig:
     """Whether augmented copies are further queries to learn from; the paper has none, and each costs its time."""
     lr: float = 1e-4
     """Of the contrastive and the relation head."""
+    inner_lr: float = 0.01
+    """Of MAML's inner step, in pretraining alone."""
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require_positive(self, "grid", "hidden", "width", "temperature", "lr")
+        require_positive(self, "grid", "hidden", "width", "temperature", "lr", "inner_lr")
         if self.passes is not None:
             require_at_least(self, 0, "passes")
 
@@ -101,6 +109,17 @@ def _layers(dim: int, hidden: int, width: int) -> list[nn.Module]:
 
 
 @dataclass(frozen=True, slots=True)
+class Tasks:
+    """An item of pretraining: an episode of pseudo classes; with MAML another one that the inner step is taken on."""
+
+    outer: Episode
+    inner: Episode | None = None
+
+    def to(self, device: torch.device | str) -> "Tasks":
+        return Tasks(self.outer.to(device), None if self.inner is None else self.inner.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Supports:
     """Rows sorted by image; `image` numbers the images, `clean` are the unaugmented rows of each class `[W S]`."""
 
@@ -122,14 +141,100 @@ class AMC(nn.Module):
         super().__init__()
         self.config, self.dim = config, dim
         self.net: nn.Module = nn.Identity()
+        self.initial: dict[str, Tensor] = {}
         self.fitted = False
 
     def _start(self) -> None:
-        """Fresh weights of the seed."""
+        """Fresh weights of the seed, or those that were given."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             build = {"contrastive": encoder, "relation": relation_network}.get(self.config.head)
             self.net = nn.Identity() if build is None else build(self.dim, self.config)
+        if self.initial:
+            self.net.load_state_dict(self.initial)
+
+    # -- pretraining -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """What pretraining starts from.
+
+        Raises:
+            ConfigError: the direct head, of which nothing is pretrained.
+        """
+        if self.config.head == "direct":
+            raise ConfigError("the direct head has no network to pretrain: set method.head contrastive or relation")
+        self._start()
+        for layer in self._normalising():
+            layer.momentum = 0.0
+        self.train()
+
+    def _normalising(self) -> list[nn.BatchNorm2d]:
+        return [layer for layer in self.net.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+    def loss(self, item: Tasks, generator: torch.Generator) -> LossTerms:
+        """Of the queries of an episode; with an inner episode of the weights after one step of gradient on that one,
+        and differentiated through it (MAML). The part "accuracy" is that of the queries."""
+        if item.inner is None:
+            return self._episode(item.outer, self.net)
+        weights = dict(self.net.named_parameters())
+        inner = self._episode(item.inner, self.net).total
+        slopes = torch.autograd.grad(inner, list(weights.values()), create_graph=True)
+        moved = {
+            name: weight - self.config.inner_lr * slope
+            for (name, weight), slope in zip(weights.items(), slopes, strict=True)
+        }
+        return self._episode(item.outer, partial(torch.func.functional_call, self.net, moved))
+
+    def _episode(self, episode: Episode, net: Callable[[Tensor], Tensor]) -> LossTerms:
+        """As `_contrast` and `_relate`, of all queries at once and with supports that are none of them."""
+        ways = len(episode.class_names)
+        own, queries, labels = self.maps(episode.support), self.maps(episode.query), episode.query.labels
+        scale = own.square().mean().sqrt().clamp_min(1e-12)
+        own, queries = own[episode.support.labels.argsort(stable=True)] / scale, queries / scale
+        if self.config.head == "contrastive":
+            z = F.normalize(net(torch.cat([own, queries])), dim=1)
+            scores = (z[len(own) :] @ z[: len(own)].T).view(len(queries), ways, -1) / self.config.temperature
+            loss = torch.stack([F.cross_entropy(of_shot, labels) for of_shot in scores.unbind(2)]).mean()
+            scores = scores.mean(2)
+        else:
+            first = own[:: len(own) // ways]
+            pairs = torch.cat([first.repeat(len(queries), 1, 1, 1), queries.repeat_interleave(ways, 0)], 1)
+            scores = net(pairs).view(len(queries), ways)
+            truth = F.one_hot(labels, ways).to(scores)
+            loss = F.binary_cross_entropy_with_logits(scores, truth, weight=1 + (ways - 2) * truth)
+        right = float((scores.detach().argmax(1) == labels).double().mean())
+        return LossTerms(loss, {"accuracy": right})
+
+    @torch.no_grad()
+    def settle(self, items: Iterable[Tasks]) -> None:
+        """Take the statistics of batch normalisation, those of one episode as much as another's."""
+        for layer in self._normalising():
+            layer.reset_running_stats()
+            layer.momentum = None
+        self.net.train()
+        for item in items:
+            self._episode(item.outer, self.net)
+        self.net.eval()
+
+    def trained(self) -> dict[str, Tensor]:
+        """What pretraining gives to `start_from`."""
+        return {f"net.{name}": value.detach().cpu().contiguous() for name, value in self.net.state_dict().items()}
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        """Begin every task at pretrained weights.
+
+        Raises:
+            ConfigError: they are those of another configuration.
+        """
+        if self.config.head == "direct":  # it has no network, whatever was pretrained
+            return
+        self.initial = {name.removeprefix("net."): value for name, value in weights.items()}
+        try:
+            self._start()
+        except RuntimeError as error:
+            raise ConfigError(f"pretrained weights do not fit this configuration of AMC: {error}") from error
+
+    # -- a task ------------------------------------------------------------------------------------------------------
 
     def adapt(self, support: Batch, n_way: int) -> None:
         """Learn from the supports; a query is compared with unaugmented rows alone.

@@ -18,7 +18,7 @@ import yaml
 
 import hypdefect
 from hypdefect.datasets.manifest import read_manifest
-from hypdefect.families.episodic import load_start
+from hypdefect.families.starts import load_start
 from hypdefect.images import read_bytes, read_image, read_mask
 from hypdefect.predictor import Predictor
 from hypdefect.registry import resolve

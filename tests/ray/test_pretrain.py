@@ -1,0 +1,88 @@
+"""AMC's pretraining by Ray Train: the same for any number of workers, killed or not; then a task starts from it."""
+
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from hypdefect.distributed.extract import fill
+from hypdefect.distributed.pseudo import pretrain, worth
+from hypdefect.distributed.train import train
+from hypdefect.errors import ConfigError
+from hypdefect.families import few_shot_patches
+from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig, ValidatedAMCTraining, training_of
+from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.plan import prepare
+from hypdefect.families.starts import load_start
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.images.pseudo_defects import SynthesisConfig
+from hypdefect.methods.amc import AMCConfig
+from hypdefect.training import fit
+from tests.families.test_amc_training import residuals
+from tests.ray.test_train import kill_one_worker
+from tests.tiny_dataset import make_mtd_tree
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+SMALL = AMCTrainConfig(
+    method=AMCConfig(grid=4, hidden=16, width=16),
+    steps=60,
+    n_way=4,
+    n_query=2,
+    report_every=5,
+    lr=3e-3,
+    patience=20,
+    maml=True,
+)
+
+
+def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: Any, tmp_path: Path) -> None:
+    training = training_of(residuals(), SMALL)
+    assert isinstance(training, ValidatedAMCTraining)
+    alone = training.model()
+    expected = fit(alone, training.item, SMALL, lambda metrics, write: None, validate=training.validate)
+    training.finish(alone)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
+    killer.start()
+    model: Any
+    model, losses = train(training, workers=2, name="run", folder=tmp_path)
+    killer.join()
+    training.finish(model)
+    assert len(killed) == 1
+    assert losses == pytest.approx(expected, abs=1e-4)
+    for name, value in alone.trained().items():
+        torch.testing.assert_close(model.trained()[name], value, rtol=0, atol=1e-3)
+
+
+def test_pseudo_defects_of_a_product_are_made_and_learned_from(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    job = TaskConfig(
+        dataset="mtd",
+        root=make_mtd_tree(tmp_path / "mtd", per_class=12),
+        backbone="patchcore:test_efficientnet@random",
+        recipe=RecipeConfig(whole_size=64),
+        k_shot=1,
+    )
+    config = PretrainConfig(
+        synthesis=SynthesisConfig(kind="perlin", textures=8, per_class=6),
+        train=replace(SMALL, steps=8, maml=False),
+    )
+    plan = prepare(few_shot_patches, job)
+    fill(plan)
+    folder = pretrain(plan, config)
+    start, known = load_start(folder)
+    assert known == config
+    fitting, _ = few_shot_patches.load(plan, tmp_path / "home")
+    before, after = worth(fitting, config, start, 1, "random", 3)
+    assert before != after
+    assert pretrain(plan, config) == folder  # it is there already
+    plain = pretrain(plan, replace(config, transform=replace(config.transform, residuals=False)))
+    weights = load_start(plain)[0].core
+    assert any(not torch.equal(value, weights[name]) for name, value in start.core.items())
+    with pytest.raises(ConfigError, match="exists with other settings"):
+        pretrain(plan, replace(config, train=SMALL), name=folder.name)
