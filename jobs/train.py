@@ -67,6 +67,8 @@ class TrainAMCJob(TaskConfig):
     synthesis: SynthesisConfig = field(default_factory=lambda: PretrainConfig().synthesis)
     train: AMCTrainConfig = AMCTrainConfig()
     transform: TransformConfig = TransformConfig()
+    residuals: Literal["paired", "searched"] = "paired"
+    """paired: the paper's, to the image that a pseudo-defect was put on; searched: to the bank, as a task's own are."""
     workers: int = 1
     """Training workers, a CPU (or GPU) each."""
     name: str = ""
@@ -145,12 +147,18 @@ def train_hypdfs(job: TrainJob, options: JobOptions) -> None:
 
 
 def train_amc(job: TrainAMCJob, options: JobOptions) -> None:
-    config = PretrainConfig(synthesis=job.synthesis, train=job.train, transform=job.transform, workers=job.workers)
+    config = PretrainConfig(
+        synthesis=job.synthesis,
+        train=job.train,
+        transform=job.transform,
+        residuals=job.residuals,
+        workers=job.workers,
+    )
     plan = prepare(few_shot_patches, job)
     with connected():
         fill(plan)
         fitting, _ = few_shot_patches.load(plan, home())
-        folder = pretrain(plan, config, name=job.name)
+        folder = pretrain(plan, fitting, config, name=job.name)
         start, _ = load_start(folder)
         before, after = worth(fitting, config, start, job.k_shot, job.split, job.check_episodes)
     show_worth(job, plan, folder, (before, after), "AMC", options)

@@ -71,7 +71,7 @@ def meta_train(
     return trained_run(plan, training, config, identity(plan, pool, config, base), name or f"meta-{plan.label}-{{}}")
 
 
-def pretrain(plan: TaskPlan, config: PretrainConfig, *, name: str = "") -> Path:
+def pretrain(plan: TaskPlan, fitting: Fitting, config: PretrainConfig, *, name: str = "") -> Path:
     """The run directory of AMC's pretraining on pseudo classes of the task's product, finished or trained now.
 
     Raises:
@@ -81,8 +81,8 @@ def pretrain(plan: TaskPlan, config: PretrainConfig, *, name: str = "") -> Path:
     made = pseudo_classes(plan, enough_images(plan, config.synthesis))
     what = "patches of pseudo-defects"
     extract_all(residual_requests(plan, made.manifest), plan, f"{what} of {plan.label}", what)
-    pool = residual_pool(plan, made.manifest, home(), config)
-    settings = identity(plan, pool, config, "pseudo") | {"method": "amc"}
+    pool = residual_pool(plan, fitting, made.manifest, home(), config)
+    settings = identity(plan, pool, config, "pseudo") | {"method": "amc", "residuals": config.residuals}
     return trained_run(plan, training_of(pool, config.train), config, settings, name or f"amc-{plan.label}-{{}}")
 
 

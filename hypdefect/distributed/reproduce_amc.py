@@ -167,11 +167,13 @@ def task_of(config: ReproduceAMCConfig, dataset: str) -> TaskConfig:
 
 def _of_plan(config: ReproduceAMCConfig, plan: PatchPlan, names: Sequence[str]) -> list[Figures]:
     fill(plan)
+    fitting, reported = few_shot_patches.load(plan, home())
     starts: dict[str, Any] = {}
     for name in names:
         changes = ROWS[name].pretraining
-        starts[name] = None if changes is None else load_start(pretrain(plan, override(config.pretraining, changes)))[0]
-    fitting, reported = few_shot_patches.load(plan, home())
+        starts[name] = None
+        if changes is not None:
+            starts[name] = load_start(pretrain(plan, fitting, override(config.pretraining, changes)))[0]
     shared = SharedReported(reported, SharedFeatures(fitting))
     supports: Literal["first", "draws"] = config.protocol
     waiting: dict[tuple[str, int, int], ray.ObjectRef] = {}
@@ -269,10 +271,8 @@ def _own_table(
         if None in own or (minus and (None in reference or name in ("full", "good_class"))):
             continue
         if minus:
-            gaps = [
-                paired(a.accuracies, b.accuracies, [0] * len(a.accuracies)) for a, b in zip(reference, own) if a and b
-            ]
-            table.add_row(ROWS[name].name, *(gap.percent() for gap in gaps))
+            pairs = [(a.accuracies, b.accuracies) for a, b in zip(reference, own, strict=True) if a and b]
+            table.add_row(ROWS[name].name, *(paired(a, b, [0] * len(a)).percent() for a, b in pairs))
         else:
             table.add_row(ROWS[name].name, *(spread(one) for one in own if one))
     return table

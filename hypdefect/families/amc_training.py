@@ -7,6 +7,7 @@ class is kept for validation.
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -15,8 +16,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import few_shot_patches
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.families.few_shot import TaskPlan
+from hypdefect.families.few_shot import Fitting, TaskPlan
 from hypdefect.families.plan import image_requests
 from hypdefect.families.pseudo import pseudo_requests
 from hypdefect.features.spec import FeatureTable, ImageRequest
@@ -88,6 +91,8 @@ class PretrainConfig:
     synthesis: SynthesisConfig = SynthesisConfig(kind="perlin", per_class=24)
     train: AMCTrainConfig = AMCTrainConfig()
     transform: TransformConfig = TransformConfig()
+    residuals: Literal["paired", "searched"] = "paired"
+    """paired: the paper's, to the image that a pseudo-defect was put on; searched: to the bank, as a task's own are."""
     workers: int = 1
     """Training workers, a CPU (or GPU) each."""
 
@@ -181,7 +186,9 @@ def residual_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
     return painted + image_requests(plan.manifest, used, uses_mask=False)
 
 
-def residual_pool(plan: TaskPlan, manifest: pa.Table, home: Path, config: PretrainConfig) -> LabelledFeatures:
+def residual_pool(
+    plan: TaskPlan, fitting: Fitting, manifest: pa.Table, home: Path, config: PretrainConfig
+) -> LabelledFeatures:
     """The pseudo classes of a task with enough usable images for an episode: residuals on the method's grid, or
     patches as they are where the transform has no residuals.
 
@@ -205,13 +212,17 @@ def residual_pool(plan: TaskPlan, manifest: pa.Table, home: Path, config: Pretra
     table = FeatureStore(home, plan.key).load([key for name in wanted for key in keys[name]])
     position = {str(name): at for at, name in enumerate(table.image_ids)}
     patches, grid = table.views["patch"], config.train.method.grid
+    searched = config.transform.residuals and config.residuals == "searched"
+    transform = few_shot_patches.transform_of(RunConfig(name=METHOD, transform=config.transform), fitting)
     maps = []
     for first in range(0, len(rows), SLICE):
         part = rows[first : first + SLICE]
-        own = patches[[position[row["image_id"]] for row in part]]
-        if config.transform.residuals:
-            own = own - patches[[position[row["group_id"]] for row in part]]
-        averaged = F.adaptive_avg_pool2d(torch.from_numpy(own).permute(0, 3, 1, 2), grid)
+        own = torch.from_numpy(patches[[position[row["image_id"]] for row in part]])
+        if searched:
+            own = transform({"patch": own})["patch"]
+        elif config.transform.residuals:
+            own = own - torch.from_numpy(patches[[position[row["group_id"]] for row in part]])
+        averaged = F.adaptive_avg_pool2d(own.permute(0, 3, 1, 2), grid)
         maps.append(averaged.permute(0, 2, 3, 1).numpy())
     ids = np.array([row["image_id"] for row in rows])
     return LabelledFeatures(

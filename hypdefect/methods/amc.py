@@ -272,7 +272,7 @@ class AMC(nn.Module):
 
     def _train(self, supports: Supports) -> None:
         passes = passes_of(self.config, supports.clean.shape[1])
-        optimizer = torch.optim.Adam(self.net.parameters(), lr=self.config.lr)
+        optimizer = torch.optim.Adam(self.net.parameters(), lr=self.config.lr, fused=True)
         self.net.train()
         step = self._contrast if self.config.head == "contrastive" else self._relate
         for _ in range(passes):

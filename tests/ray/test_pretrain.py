@@ -74,15 +74,16 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(
     )
     plan = prepare(few_shot_patches, job)
     fill(plan)
-    folder = pretrain(plan, config)
+    fitting, _ = few_shot_patches.load(plan, tmp_path / "home")
+    folder = pretrain(plan, fitting, config)
     start, known = load_start(folder)
     assert known == config
-    fitting, _ = few_shot_patches.load(plan, tmp_path / "home")
     before, after = worth(fitting, config, start, 1, "random", 3)
     assert before != after
-    assert pretrain(plan, config) == folder  # it is there already
-    plain = pretrain(plan, replace(config, transform=replace(config.transform, residuals=False)))
-    weights = load_start(plain)[0].core
-    assert any(not torch.equal(value, weights[name]) for name, value in start.core.items())
+    assert pretrain(plan, fitting, config) == folder  # it is there already
+    plain = replace(config, transform=replace(config.transform, residuals=False))
+    for other in (plain, replace(config, residuals="searched")):
+        weights = load_start(pretrain(plan, fitting, other))[0].core
+        assert any(not torch.equal(value, weights[name]) for name, value in start.core.items())
     with pytest.raises(ConfigError, match="exists with other settings"):
-        pretrain(plan, replace(config, train=SMALL), name=folder.name)
+        pretrain(plan, fitting, replace(config, train=SMALL), name=folder.name)
