@@ -3,6 +3,8 @@
 Shapes: Q queries, N images, H W pixels, B bins.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
@@ -150,3 +152,55 @@ def area_up_to(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], limit: floa
     inside = x <= limit
     end = np.interp(limit, x, y)
     return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
+
+
+class SegmentationMetrics:
+    """Counts of (true, predicted) classes of pixels, image by image; background is class 0.
+
+    A class that neither stands in the truth nor was predicted has no IoU and counts in no mean.
+    """
+
+    def __init__(self, classes: Sequence[str]) -> None:
+        self.classes = tuple(classes)
+        self.counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
+
+    def update(self, predicted: Int[np.ndarray, "H W"], truth: Int[np.ndarray, "H2 W2"]) -> None:
+        """See an image.
+
+        Raises:
+            DataError: of different sizes, or a class that is not there.
+        """
+        if predicted.shape != truth.shape:
+            raise DataError(f"a class map of {predicted.shape} beside a truth of {truth.shape}")
+        size = len(self.counts)
+        if min(predicted.min(), truth.min()) < 0 or max(predicted.max(), truth.max()) >= size:
+            raise DataError(f"classes of pixels are 0 to {size - 1}")
+        self.counts += np.bincount((truth * size + predicted).ravel(), minlength=size**2).reshape(size, size)
+
+    def merge(self, other: "SegmentationMetrics") -> None:
+        """Add what another has seen."""
+        self.counts += other.counts
+
+    def compute(self) -> dict[str, float]:
+        """`miou` of the defect classes, `miou_background` with background, `pixel_acc`, `macro_f1` and `weighted_f1`
+        of the defect classes, and `iou CLASS` of each.
+
+        Raises:
+            DataError: no pixel was seen, or none of a defect.
+        """
+        right = np.diag(self.counts).astype(np.float64)
+        true, predicted = self.counts.sum(1), self.counts.sum(0)
+        if not true[1:].sum():
+            raise DataError("metrics of segmentation need pixels of defects")
+        with np.errstate(invalid="ignore", divide="ignore"):
+            iou = right / (true + predicted - right)
+            f1 = 2 * right / (true + predicted)
+        metrics = {
+            "miou": float(np.nanmean(iou[1:])),
+            "miou_background": float(np.nanmean(iou)),
+            "pixel_acc": float(right.sum() / self.counts.sum()),
+            "macro_f1": float(np.nanmean(f1[1:])),
+            "weighted_f1": float(np.nansum(f1[1:] * true[1:]) / true[1:].sum()),
+        }
+        known = zip(self.classes, iou[1:].tolist(), strict=True)
+        return metrics | {f"iou {name}": value for name, value in known if not np.isnan(value)}

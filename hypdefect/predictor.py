@@ -88,6 +88,27 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class ClassRegion(Region):
+    """A connected region of one class."""
+
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Segmentation:
+    """Which pixels are which defect."""
+
+    label: str
+    """The class with the most pixels, "good" where none has a region."""
+    shares: dict[str, float]
+    """Of each class, the share of the image's pixels."""
+    regions: list[ClassRegion]
+    """Class by class, largest first."""
+    map_png: str
+    """The number of the class of each pixel, in the order of the class names, 0 for none: a grey PNG, base64."""
+
+
+@dataclass(frozen=True, slots=True)
 class Detection:
     """Whether a part is good, and where it is not."""
 
@@ -204,7 +225,7 @@ class Predictor(ABC):
         given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
         if given != expected:
             raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
-        model = card.run.model(transform.dim)
+        model = card.run.model(kind.size_of(card, transform))
         try:
             model.restore(_below("method.", tensors))
         except (KeyError, RuntimeError) as error:
@@ -213,6 +234,11 @@ class Predictor(ABC):
         predictor = kind(card, extractor, transform, model, source if isinstance(source, ModelEntry) else None)
         predictor.check(folder)
         return predictor
+
+    @staticmethod
+    def size_of(card: ModelCard, transform: FeatureTransform) -> int:
+        """What the method is built with: numbers a view; of segmenters, classes."""
+        return transform.dim
 
     @abstractmethod
     def answer(self, image: UInt8[np.ndarray, "H W 3"], mask: Bool[np.ndarray, "H2 W2"] | None) -> Any:
@@ -317,6 +343,39 @@ class PatchClassPredictor(ClassPredictor):
     """Few-shot classification from patches."""
 
     transform_type = Residuals
+
+    def check(self, folder: Path) -> None:
+        self.check_probe(folder)
+
+
+class SegmentationPredictor(Predictor):
+    """Segmentation: the class of each pixel, and the regions of each class."""
+
+    def answer(self, image: np.ndarray, mask: np.ndarray | None) -> Segmentation:
+        logits = self.model.logits(self.batch(image, None))
+        if not torch.isfinite(logits).all():
+            raise NumericsError(f"the scores of a {image.shape} image are not finite")
+        size = (image.shape[0], image.shape[1])
+        full = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        classes = full.argmax(1)[0].numpy()
+        names = self.card.class_names
+        regions = [
+            ClassRegion(polygon=outline, area=area, label=name)
+            for number, name in enumerate(names, 1)
+            for outline, area in regions_of(classes == number)
+        ]
+        shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}
+        areas = {name: sum(region.area for region in regions if region.label == name) for name in names}
+        return Segmentation(
+            label=max(names, key=lambda name: areas[name]) if regions else "good",
+            shares=shares,
+            regions=regions,
+            map_png=as_png(classes / 255),
+        )
+
+    @staticmethod
+    def size_of(card: ModelCard, transform: FeatureTransform) -> int:
+        return len(card.class_names)
 
     def check(self, folder: Path) -> None:
         self.check_probe(folder)

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import geoopt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -158,14 +159,14 @@ def fit(
     if config.items_per_step % world_size:
         raise ConfigError(f"train.items_per_step={config.items_per_step} is not a multiple of the {world_size} workers")
     call = wrap(MeanLoss(model))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = optimizer_of(model, config)
     first = 0 if resume is None else load_checkpoint(resume, model, optimizer)
     earlier = [] if resume is None else checkpoint_losses(resume)
     best = Best() if resume is None else _load_best(resume)
     losses: list[float] = []
     for step in range(first, config.steps if resume is None or not _is_finished(resume) else first):
         for group in optimizer.param_groups:
-            group["lr"] = config.rate(step)
+            group["lr"] = config.rate(step) * group.get("factor", 1.0)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
         items = [stream(number).to(device) for number in numbers]
         with config.precision(device):
@@ -197,6 +198,19 @@ def fit(
         if last:
             break
     return losses
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """AdamW; of a model with points on a manifold its Riemannian form, which leaves them there.
+
+    A model's `parameter_groups`, where it has such, say with which "factor" of the rate each of them is trained.
+    """
+    named: Any = getattr(model, "parameter_groups", None)
+    parameters = model.parameters() if named is None else named()
+    curved = any(isinstance(parameter, geoopt.ManifoldParameter) for parameter in model.parameters())
+    kind = geoopt.optim.RiemannianAdam if curved else torch.optim.AdamW
+    optimizer: torch.optim.Optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
+    return optimizer
 
 
 def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | torch.device) -> list[float]:

@@ -196,7 +196,7 @@ class Method:
 
     config: type[Any]
     build: Callable[[Any, int], Any]
-    """The model of a config and the number of features a view."""
+    """The model of a config and the number of features a view; of a segmenter, the number of defect classes."""
     family: str = "few_shot"
     """Module of `families/`, or the dotted name of a module elsewhere."""
     hyperbolic: bool = False

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from hypdefect.config import digest
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.files import sha256
 from hypdefect.types import SplitKind
@@ -168,3 +169,24 @@ def _halve(count_GC: np.ndarray, fraction: float) -> np.ndarray:
         chosen_G[best] = ~chosen_G[best]
         pool_C = chosen_G @ share_GC
     return chosen_G
+
+
+def parted(unit_of: dict[str, str], share: float, seed: object) -> tuple[list[str], list[str]]:
+    """Whole units taken in a seeded order until they hold `share` of the images, and the rest.
+
+    Raises:
+        DataError: one unit holds everything.
+    """
+    members: dict[str, list[str]] = defaultdict(list)
+    for image_id, unit in unit_of.items():
+        members[unit].append(image_id)
+    if len(members) < 2:
+        raise DataError(f"{len(unit_of)} images of one part cannot be parted: give images of more parts")
+    taken: list[str] = []
+    order = sorted(members, key=lambda unit: digest([seed, unit]))
+    for unit in order[:-1]:
+        if taken and len(taken) + len(members[unit]) / 2 > share * len(unit_of):
+            break
+        taken += members[unit]
+    chosen = set(taken)
+    return taken, [image_id for image_id in unit_of if image_id not in chosen]

@@ -17,6 +17,7 @@ from hypdefect.config import digest
 from hypdefect.distributed.extract import fill
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import detection
+from hypdefect.families.image_files import full_mask
 from hypdefect.families.plan import DataConfig
 from hypdefect.files import file_sha256, home, replaced_file
 from hypdefect.images.regions import cleaned, resized
@@ -68,7 +69,7 @@ def predicted(manifest: pa.Table, config: DataConfig) -> dict[str, Path]:
             mask = region(resized(anomaly_map, (row["height"], row["width"])), threshold)
             found[row["file_id"]] = _store(folder / f"{row['file_id'][:24]}.png", mask)
             if defects.masks and defects.masks[number]:
-                truth = detection.full_mask(defects.masks[number], mask.shape)
+                truth = full_mask(defects.masks[number], mask.shape)
                 overlaps.append(float((mask & truth).sum() / (mask | truth).sum()))
             advance(number + 1, len(defects))
     if overlaps:

@@ -31,11 +31,12 @@ from sklearn.metrics import roc_auc_score
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
+from hypdefect.datasets.split import parted
 from hypdefect.datasets.synthetic import stored
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detector_training import DetectorTraining
-from hypdefect.families.image_files import ImageFile
+from hypdefect.families.image_files import ImageFile, MaskFile, image_file, mask_file
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, task_label
 from hypdefect.families.suspects import constant, named, suspects
 from hypdefect.features.extract import RecipeConfig
@@ -43,7 +44,6 @@ from hypdefect.features.imported import Imported
 from hypdefect.features.spec import FeatureKey, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.transform import FeatureTransform, TransformConfig
-from hypdefect.images import exif_orientation, read_bytes, read_mask
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods import get_method
 from hypdefect.methods.anomaly_maps import STRIDE
@@ -131,27 +131,6 @@ class DetectionPlan(Plan):
             "tested_normals": len(self.tested_ids),
             "tested_defects": len(self.defect_ids),
         }
-
-
-@dataclass(frozen=True, slots=True)
-class MaskFile:
-    """Where a mask lies, and what it takes to read it."""
-
-    uri: str
-    image_uri: str
-    size: tuple[int, int]
-
-    def read(self) -> Bool[np.ndarray, "H W"]:
-        turned = exif_orientation(read_bytes(Path(self.image_uri)), name=self.image_uri)
-        return read_mask(read_bytes(Path(self.uri)), self.size, name=self.uri, orientation=turned)[0]
-
-
-def full_mask(files: Sequence[MaskFile], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
-    """Everything that is marked of an image."""
-    marked = np.zeros(size, dtype=bool)
-    for file in files:
-        marked |= file.read()
-    return marked
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -306,27 +285,6 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     return plan
 
 
-def parted(unit_of: dict[str, str], share: float, seed: object) -> tuple[list[str], list[str]]:
-    """Whole units taken in a seeded order until they hold `share` of the images, and the rest.
-
-    Raises:
-        DataError: one unit holds everything.
-    """
-    members: dict[str, list[str]] = defaultdict(list)
-    for image_id, unit in unit_of.items():
-        members[unit].append(image_id)
-    if len(members) < 2:
-        raise DataError(f"{len(unit_of)} normal images of one part cannot be parted: give images of more parts")
-    taken: list[str] = []
-    order = sorted(members, key=lambda unit: digest([seed, unit]))
-    for unit in order[:-1]:
-        if taken and len(taken) + len(members[unit]) / 2 > share * len(unit_of):
-            break
-        taken += members[unit]
-    chosen = set(taken)
-    return taken, [image_id for image_id in unit_of if image_id not in chosen]
-
-
 def check(plan: DetectionPlan, setting: Setting) -> None:
     """Raises DataError where the calibration normals are too few for p-values as low as the false-alarm rate."""
     _, held = sides(plan.normal_ids, [plan.unit_of[i] for i in plan.normal_ids], setting, 0)
@@ -393,16 +351,6 @@ def load(plan: DetectionPlan, home: Path) -> tuple[Fitting, Reported]:
             defects=images(plan.defect_ids, (rows[i]["defect"] for i in plan.defect_ids), masks if any(masks) else ()),
         ),
     )
-
-
-def image_file(row: dict[str, Any]) -> ImageFile:
-    """The image of a row of a manifest."""
-    return ImageFile(row["uri"], row["file_id"], row["intensity"])
-
-
-def mask_file(row: dict[str, Any]) -> MaskFile:
-    """The mask of a row of a manifest."""
-    return MaskFile(row["mask_uri"], row["uri"], (row["height"], row["width"]))
 
 
 def remarks(fitting: Fitting) -> list[str]:

@@ -70,7 +70,9 @@ class DetectorTraining:
         method: Any = self.run.method
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
         first, total = number * method.images, len(self.files)
-        chosen = [_shuffled(total, method.seed, at // total)[at % total] for at in range(first, first + method.images)]
+        chosen = [
+            shuffled_order(total, method.seed, at // total)[at % total] for at in range(first, first + method.images)
+        ]
         side = self.recipe.whole_size
         pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
         views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
@@ -80,7 +82,8 @@ class DetectorTraining:
 
 
 @functools.lru_cache(maxsize=2)
-def _shuffled(total: int, seed: int, epoch: int) -> list[int]:
+def shuffled_order(total: int, seed: int, epoch: int) -> list[int]:
+    """Numbers of `total` images in the order of an epoch."""
     order: list[int] = torch.randperm(total, generator=torch.Generator().manual_seed(seed + 7919 * epoch)).tolist()
     return order
 

@@ -1,16 +1,19 @@
-"""Images that methods see as pixels: decoded whenever they are needed, through the path of their features.
+"""Images that methods see as pixels, and their masks: decoded whenever they are needed, as for their features.
 
-Shapes: S side of the network input.
+Shapes: H W pixels of an image, S side of the network input.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from hypdefect.features.extract import pixels_of, resize
-from hypdefect.images import read_image, read_unchanged
+from hypdefect.images import exif_orientation, read_bytes, read_image, read_mask, read_unchanged
 from hypdefect.images.intensity import Intensity
 
 
@@ -28,6 +31,41 @@ class ImageFile:
         Raises:
             DataError: the file is missing, damaged, or another one than its features were made of.
         """
+        return resize(pixels_of(self.pixels()), side)
+
+    def pixels(self) -> UInt8[np.ndarray, "H W 3"]:
+        """The image as it is. Raises DataError as `read`."""
         rule = Intensity.from_json(self.intensity) if self.intensity else None
         data = read_unchanged(Path(self.uri), self.file_id)
-        return resize(pixels_of(read_image(data, name=self.uri, intensity=rule)), side)
+        return read_image(data, name=self.uri, intensity=rule)
+
+
+@dataclass(frozen=True, slots=True)
+class MaskFile:
+    """Where a mask lies, and what it takes to read it."""
+
+    uri: str
+    image_uri: str
+    size: tuple[int, int]
+
+    def read(self) -> Bool[np.ndarray, "H W"]:
+        turned = exif_orientation(read_bytes(Path(self.image_uri)), name=self.image_uri)
+        return read_mask(read_bytes(Path(self.uri)), self.size, name=self.uri, orientation=turned)[0]
+
+
+def full_mask(files: Sequence[MaskFile], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
+    """Everything that is marked of an image."""
+    marked = np.zeros(size, dtype=bool)
+    for file in files:
+        marked |= file.read()
+    return marked
+
+
+def image_file(row: dict[str, Any]) -> ImageFile:
+    """The image of a row of a manifest."""
+    return ImageFile(row["uri"], row["file_id"], row["intensity"])
+
+
+def mask_file(row: dict[str, Any]) -> MaskFile:
+    """The mask of a row of a manifest."""
+    return MaskFile(row["mask_uri"], row["uri"], (row["height"], row["width"]))

@@ -22,6 +22,8 @@ _MODULES = (
     "bank_and_discriminator",
     "hypad",
     "amc",
+    "fpn",
+    "hadnet",
 )
 
 

@@ -12,7 +12,8 @@ from jaxtyping import Bool, Float, UInt8
 from matplotlib.figure import Figure
 
 from hypdefect.evaluation import Score
-from hypdefect.families.detection import DetectionPlan, MaskFile, full_mask, mask_file
+from hypdefect.families.detection import DetectionPlan
+from hypdefect.families.image_files import MaskFile, full_mask, mask_file
 from hypdefect.images import read_raw
 from hypdefect.images.regions import as_values, cleaned
 from hypdefect.predictor import Predictor

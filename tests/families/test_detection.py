@@ -10,9 +10,10 @@ import pyarrow.compute as pc
 import pytest
 
 from hypdefect.datasets.ingest import ingest
+from hypdefect.datasets.split import parted
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.families import detection
-from hypdefect.families.detection import DetectionPlan, Setting, TaskConfig, parted, sides
+from hypdefect.families.detection import DetectionPlan, Setting, TaskConfig, sides
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.statistics import p_values
 from tests.tiny_dataset import make_mtd_tree

@@ -1,0 +1,337 @@
+"""Segmentation: which pixels are which defect? Learned from masks.
+
+An image set is parted in three, 8 : 1 : 1 as in HADNet's paper, by whole groups where images of one part must not stand
+on two sides, class by class, the rarest first. `Fitting` holds the images that are learned from and those that training
+is stopped by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
+"""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import pyarrow as pa
+from torch import nn
+
+from hypdefect.config import digest
+from hypdefect.datasets import get_dataset
+from hypdefect.datasets.split import parted
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig, Score
+from hypdefect.families.image_files import image_file, mask_file
+from hypdefect.families.plan import DataConfig, Plan, of_product, shuffled, task_label
+from hypdefect.families.segmentation_training import Marked, SegmenterTraining, measured
+from hypdefect.features.extract import RecipeConfig, dims_of
+from hypdefect.features.imported import Imported
+from hypdefect.features.spec import ImageRequest
+from hypdefect.features.transform import FeatureTransform, TransformConfig
+from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
+from hypdefect.methods import get_method
+from hypdefect.methods.fpn import TrainedSegmenter
+from hypdefect.predictor import SegmentationPredictor as Predictor
+from hypdefect.training import fit as train_in_process
+from hypdefect.types import Segmenter, SplitKind
+
+__all__ = ["METRIC", "Predictor"]
+
+METRIC = "val/pixel/miou"
+SHARE = 0.1
+"""Of the images of each class that validation is on, and of those that are reported on."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TaskConfig(DataConfig):
+    """The data side of a segmentation job."""
+
+    backbone: str = "efficientnet_lite0"
+    """Not read: a segmenter has a network of its own, method.network."""
+    recipe: RecipeConfig = RecipeConfig(whole_size=256)
+    split: SplitKind = "grouped"
+    """How images are parted. grouped: those of one part never stand on two sides; random: by file."""
+    max_normals: int = 400
+    """At most this many good parts, whose pixels are all background."""
+    patience: int = 0
+    """Reports without a better validation after which training ends; 0: all steps. The best weights are kept anyway."""
+
+    @property
+    def title(self) -> str:
+        return f"{task_label(self)}-segmentation-{self.split}"
+
+    def __post_init__(self) -> None:
+        DataConfig.__post_init__(self)
+        for name in ("max_normals", "patience"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentationPlan(Plan):
+    """Which file is learned from, validated on and reported on."""
+
+    config: TaskConfig
+    learned_ids: tuple[str, ...]
+    validated_ids: tuple[str, ...]
+    reported_ids: tuple[str, ...]
+
+    @property
+    def model_name(self) -> str:
+        return f"hypdefect-{self.label}-segmentation"
+
+    @property
+    def split(self) -> str:
+        return self.config.split
+
+    def requests(self) -> list[ImageRequest]:
+        """None: a segmenter looks at pixels."""
+        return []
+
+    def provenance(self) -> dict[str, object]:
+        return Plan.provenance(self) | {
+            "split": self.split,
+            "partition_digest": digest([list(self.learned_ids), list(self.validated_ids), list(self.reported_ids)]),
+            "learned_images": len(self.learned_ids),
+            "validated_images": len(self.validated_ids),
+            "reported_images": len(self.reported_ids),
+        }
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fitting:
+    """What may be looked at."""
+
+    classes: tuple[str, ...]
+    learned: Marked
+    validated: Marked
+    side: int
+    """Of the network input, in pixels."""
+    patience: int
+    block_dims: tuple[int, ...]
+    shape_dims: int
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reported:
+    images: Marked
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Setting:
+    """What a run is told beside its configuration."""
+
+    k_shot: int = 0
+    seed: int = 0
+
+
+def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = None) -> SegmentationPlan:
+    """Decide which files are learned from, validated on and reported on.
+
+    Raises:
+        ConfigError: imported features; several products and none named. DataError: no masks; no groups for a grouped
+            split; a class with too few parts to stand on all three sides.
+    """
+    if imported is not None:
+        raise ConfigError(f"{config.dataset} holds features and no images; segmentation needs pixels")
+    manifest = of_product(config, manifest)
+    rows = manifest.to_pylist()
+    classes = tuple(sorted({row["defect"] for row in rows if row["is_defect"] and row["mask_id"]}))
+    if not classes:
+        raise DataError(f"dataset {config.dataset} has no masks, which is what a segmenter learns from")
+    if config.split == "grouped" and not any(row["group_id"] for row in rows):
+        raise DataError(
+            "no image has a group id, so a grouped split would be a random one: use --split random, or look for "
+            f"near-duplicates first: python jobs/ingest.py --dataset {config.dataset} --audit"
+        )
+    files: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for row in rows:
+        files[row["file_id"]].append(row)
+    usable = {name: of for name, of in files.items() if all(row["mask_id"] or not row["is_defect"] for row in of)}
+    shown = {name: {row["defect"] for row in of if row["is_defect"]} for name, of in usable.items()}
+    good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
+    kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
+    unit_of = {name: (config.split == "grouped" and usable[name][0]["group_id"]) or name for name in kept}
+    sides = _three_sides(config, unit_of, shown)
+    ids = {side: tuple(sorted(usable[name][0]["image_id"] for name in names)) for side, names in sides.items()}
+    return SegmentationPlan(
+        config=config,
+        card=get_dataset(config.dataset),
+        manifest=manifest,
+        uses_mask=False,
+        classes=classes,
+        learned_ids=ids["learned"],
+        validated_ids=ids["validated"],
+        reported_ids=ids["reported"],
+    )
+
+
+Side = Literal["learned", "validated", "reported"]
+
+
+def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]]) -> dict[Side, list[str]]:
+    """Files of each side; a unit goes with the rarest class that it shows, good parts by themselves."""
+    counts = Counter(defect for name in unit_of for defect in shown[name])
+    members: dict[str, list[str]] = defaultdict(list)
+    for name, unit in unit_of.items():
+        members[unit].append(name)
+    of_class: dict[str, dict[str, str]] = defaultdict(dict)
+    for unit, names in members.items():
+        defects = sorted({defect for name in names for defect in shown[name]}, key=lambda d: (counts[d], d))
+        of_class[defects[0] if defects else ""] |= dict.fromkeys(names, unit)
+    sides: dict[Side, list[str]] = {"learned": [], "validated": [], "reported": []}
+    for defect, units in sorted(of_class.items()):
+        if len(set(units.values())) < 3:
+            if not defect:
+                sides["learned"] += list(units)
+                continue
+            raise DataError(
+                f"class {defect!r} has {len(units)} images of {len(set(units.values()))} parts; it must stand in "
+                "learning, validation and test: give images of 3 parts at least"
+            )
+        reported, rest = parted(units, SHARE, [config.partition, "reported"])
+        validated, learned = parted({n: units[n] for n in rest}, SHARE / (1 - SHARE), [config.partition, "validated"])
+        sides["reported"] += reported
+        sides["validated"] += validated
+        sides["learned"] += learned
+    return sides
+
+
+def load(plan: SegmentationPlan, home: Path) -> tuple[Fitting, Reported]:
+    """The images of a task; they are read when they are needed."""
+    rows: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    file_of = {}
+    for row in plan.manifest.to_pylist():
+        rows[row["file_id"]].append(row)
+        file_of[row["image_id"]] = row["file_id"]
+    number = {name: i + 1 for i, name in enumerate(plan.classes)}
+
+    def images(ids: tuple[str, ...]) -> Marked:
+        own = [rows[file_of[i]] for i in ids]
+        masks = [sorted((number[row["defect"]], mask_file(row)) for row in of if row["is_defect"]) for of in own]
+        return Marked(
+            files=tuple(image_file(of[0]) for of in own), masks=tuple(map(tuple, masks)), image_ids=tuple(ids)
+        )
+
+    block_dims, shape_dims = dims_of(plan.spec, plan.config.recipe)
+    fitting = Fitting(
+        classes=plan.classes,
+        learned=images(plan.learned_ids),
+        validated=images(plan.validated_ids),
+        side=plan.config.recipe.whole_size,
+        patience=plan.config.patience,
+        block_dims=block_dims,
+        shape_dims=shape_dims,
+    )
+    return fitting, Reported(images=images(plan.reported_ids))
+
+
+def remarks(fitting: Fitting) -> list[str]:
+    """Classes with so few images that their IoU says little."""
+    counts = Counter(label for masks in fitting.validated.masks for label, _ in masks)
+    few = [name for i, name in enumerate(fitting.classes) if counts[i + 1] < 5]
+    return [f"fewer than 5 images to validate on show {', '.join(few)}: their IoU is uncertain"] if few else []
+
+
+def setting(config: Any) -> Setting:
+    return Setting(seed=config.seed)
+
+
+def check(plan: SegmentationPlan, setting: Setting) -> None:
+    """Nothing beside what `plan` refuses."""
+
+
+def references(plan: SegmentationPlan, config: Any) -> tuple[RunConfig, ...]:
+    """A feature pyramid with a linear layer, trained as long."""
+    return (RunConfig(name="fpn", pretrained=False),)
+
+
+def transform_of(run: RunConfig, fitting: Fitting, start: Any = None) -> FeatureTransform:
+    """None: segmenters look at pixels."""
+    return FeatureTransform.fit(None, fitting.block_dims, TransformConfig(), fitting.shape_dims)
+
+
+def transformed(data: Any, transform: FeatureTransform) -> Any:
+    """The same data."""
+    return data
+
+
+def twin(run: RunConfig, fitting: Fitting, start: Any = None) -> RunConfig | None:
+    """The run at curvature 0; None where its method has none."""
+    flat_twin = get_method(run.name).flat_twin
+    return None if flat_twin is None else replace(run, method=flat_twin(run.method))
+
+
+def calibrated(run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: Any = None) -> RunConfig:
+    """The run as it is."""
+    return run
+
+
+def validation_scores(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: Any = None
+) -> Iterator[float]:
+    """Mean IoU of the defect classes on the images that are not learned from; each problem has another seed."""
+    for number in numbers:
+        model = fit(run, fitting, setting, number, start)
+        yield measured(model, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
+
+
+def training_of(
+    run: RunConfig, fitting: Fitting, setting: Setting, number: int, report_every: int = 100
+) -> SegmenterTraining:
+    """How the network of a draw is trained, by this process or by Ray Train."""
+    seeded = replace(run, method=replace(run.method, seed=run.method.seed + 1000 * setting.seed + number))
+    return SegmenterTraining(
+        run=seeded,
+        classes=fitting.classes,
+        learned=fitting.learned,
+        validated=fitting.validated,
+        textures=tuple(load_textures(SynthesisConfig())[1]),
+        side=fitting.side,
+        report_every=report_every,
+        patience=fitting.patience,
+    )
+
+
+def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: Any = None) -> Segmenter:
+    """The network of a draw, trained in this process; it ends at the weights that validated best."""
+    training = training_of(run, fitting, setting, number)
+    model = training.model()
+    train_in_process(model, training.item, training.config, lambda metrics, write: None, validate=training.validate)
+    return finished(model)
+
+
+def finished(model: nn.Module) -> Segmenter:
+    """A trained network, ready to answer."""
+    cast(TrainedSegmenter, model).finish()
+    return cast(Segmenter, model)
+
+
+def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:
+    """Ids of the images that are learned from."""
+    return fitting.learned.image_ids
+
+
+def details(run: RunConfig, fitting: Fitting, setting: Setting, number: int, model: Segmenter) -> dict[str, Any]:
+    """A segmenter needs nothing beside its tensors."""
+    return {}
+
+
+def score(
+    run: RunConfig, fitting: Fitting, reported: Reported, setting: Setting, number: int, start: Any = None
+) -> Score:
+    """Train, and look at every reported image once."""
+    begun = time.perf_counter()
+    model = fit(run, fitting, setting, number, start)
+    return score_model(model, fitting, reported, number, time.perf_counter() - begun)
+
+
+def score_model(model: Segmenter, fitting: Fitting, reported: Reported, number: int, fit_seconds: float) -> Score:
+    """Look at every reported image once."""
+    begun = time.perf_counter()
+    found = measured(model, reported.images, fitting.classes, fitting.side)
+    seconds = {"fit_seconds": fit_seconds, "predict_seconds": time.perf_counter() - begun}
+    return Score(
+        number=number,
+        metrics=found.compute() | seconds,
+        image_ids=reported.images.image_ids,
+    )

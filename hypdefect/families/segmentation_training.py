@@ -1,0 +1,213 @@
+"""Training of segmenters: marked images, what an item holds, and the validation that chooses the weights that are kept.
+
+An item is a few images, each with its target: a piece of the image, turned and mirrored at random, perhaps with another
+brightness, contrast and saturation. It depends on its number alone.
+
+Shapes: H W pixels of an image, S side of the network input, C defect classes.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Int, UInt8
+from torch import Tensor, nn
+
+from hypdefect.errors import DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.families.detector_training import jittered, shuffled_order
+from hypdefect.families.image_files import ImageFile, MaskFile
+from hypdefect.features.extract import pixels_of, resize
+from hypdefect.images.pasted_textures import PERLIN, pasted
+from hypdefect.methods.fpn import TrainedSegmenter
+from hypdefect.metrics import SegmentationMetrics
+from hypdefect.training import TrainConfig
+from hypdefect.types import Batch, Segmenter
+
+SMALLEST = 0.6
+"""Least side of the piece of an image that is learned from, as a share of the image's."""
+PAINTED = 32
+"""Images that pseudo-defects are painted on before step 0."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Marked:
+    """Images with the class of each pixel: `masks[i]` has one mask a class, in the order of the classes, or none."""
+
+    files: tuple[ImageFile, ...]
+    masks: tuple[tuple[tuple[int, MaskFile], ...], ...]
+    """Of each image: number of the class, from 1, and where it is."""
+    image_ids: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def select(self, positions: list[int]) -> "Marked":
+        return Marked(
+            files=tuple(self.files[i] for i in positions),
+            masks=tuple(self.masks[i] for i in positions),
+            image_ids=tuple(self.image_ids[i] for i in positions),
+        )
+
+    def read(self, number: int) -> tuple[UInt8[np.ndarray, "H W 3"], Int[np.ndarray, "H W"]]:
+        """The image, and the number of the class of each pixel, 0 for background.
+
+        Raises:
+            DataError: a file is missing, damaged or changed, or its mask of another size.
+        """
+        image = self.files[number].pixels()
+        target = np.zeros(image.shape[:2], dtype=np.int64)
+        for label, mask in self.masks[number]:
+            target[mask.read()] = label
+        return image, target
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterTrainConfig(TrainConfig):
+    """As the loop wants it; a GPU computes in bfloat16 where that is safe, a CPU in float32."""
+
+    patience: int = 0
+    """Reports without a better validation after which training ends; 0: all steps."""
+
+    def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
+        return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
+
+    def is_stale(self, reports: int) -> bool:
+        return 0 < self.patience <= reports
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterTraining:
+    """A `training.ValidatedTraining`."""
+
+    run: RunConfig
+    classes: tuple[str, ...]
+    learned: Marked
+    validated: Marked
+    textures: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
+    """What pseudo-defects are painted with."""
+    side: int
+    """S."""
+    report_every: int = 100
+    patience: int = 0
+
+    @property
+    def config(self) -> SegmenterTrainConfig:
+        """The steps and rates of the method's own configuration."""
+        method: Any = self.run.method
+        return SegmenterTrainConfig(
+            steps=method.steps,
+            items_per_step=method.items_per_step,
+            lr=method.lr,
+            weight_decay=method.weight_decay,
+            report_every=min(self.report_every, method.steps),
+            seed=method.seed,
+            patience=self.patience,
+        )
+
+    def model(self) -> nn.Module:
+        """The segmenter before step 0: it has seen images with pseudo-defects painted on."""
+        model: Any = self.run.model(len(self.classes))
+        model.begin(Painted(self))
+        trained: nn.Module = model.train()
+        return trained
+
+    def item(self, number: int) -> Batch:
+        """Images `number * N` and on of an endless stream, in which every image comes once before any comes again."""
+        method: Any = self.run.method
+        generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
+        first, total = number * method.images, len(self.learned)
+        places = range(first, first + method.images)
+        chosen = [shuffled_order(total, method.seed, at // total)[at % total] for at in places]
+        pieces = [self._piece(i, method.jitter, generator) for i in chosen]
+        return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
+
+    def _piece(self, number: int, jitter: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        image, target = self.learned.read(number)
+        share, y, x, mirror, turns = torch.rand(5, generator=generator).tolist()
+        height, width = (max(1, round(n * (SMALLEST + (1 - SMALLEST) * share))) for n in target.shape)
+        top, left = round(y * (target.shape[0] - height)), round(x * (target.shape[1] - width))
+        part = np.s_[top : top + height, left : left + width]
+        pixels, marked = sized(image[part], target[part], self.side)
+        if mirror < 0.5:
+            pixels, marked = pixels.flip(2), marked.flip(1)
+        quarter = int(4 * turns)
+        pixels, marked = pixels.rot90(quarter, (1, 2)), marked.rot90(quarter, (0, 1))
+        return jittered(pixels, jitter, generator), marked
+
+    def validate(self, model: nn.Module) -> float:
+        """Mean IoU of the defect classes on images that are not learned from."""
+        assert isinstance(model, TrainedSegmenter)
+        model.finish()
+        value = measured(model, self.validated, self.classes, self.side).compute()["miou"]
+        model.trained = False
+        model.train()
+        return value
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """A `types.Batches`: images as they are (view "clean"), the same with pseudo-defects painted on, which `targets`
+    show."""
+
+    training: SegmenterTraining
+
+    def __iter__(self) -> Iterator[Batch]:
+        own = self.training
+        order = shuffled_order(len(own.learned), own.config.seed, 0)
+        done = 0
+        for place, number in enumerate(order):
+            if done == PAINTED:
+                return
+            image, target = own.learned.read(number)
+            rng = np.random.default_rng([own.config.seed, place])
+            texture = own.textures[place % len(own.textures)]
+            made = pasted(image, PERLIN, texture, rng, target == 0)
+            if made is None:
+                continue
+            done += 1
+            painted, region = made
+            pixels, marked = sized(painted, region.astype(np.int64), own.side)
+            batch = batch_of([own.learned.image_ids[number]], [(pixels, marked)])
+            clean = resize(pixels_of(image), own.side)[None]
+            yield replace(batch, views=batch.views | {"clean": clean})
+        if not done:
+            raise DataError(f"of {len(order)} images none has a place where a pseudo-defect could be painted")
+
+
+def sized(image: UInt8[np.ndarray, "H W 3"], target: Int[np.ndarray, "H W"], side: int) -> tuple[Tensor, Tensor]:
+    """Both as the network sees them: `[3 S S]` in [0, 1] and `[S S]`."""
+    marked = torch.from_numpy(np.ascontiguousarray(target))[None, None].float()
+    near = nn.functional.interpolate(marked, size=(side, side), mode="nearest-exact")
+    return resize(pixels_of(np.ascontiguousarray(image)), side), near[0, 0].long()
+
+
+def batch_of(image_ids: list[str], pieces: list[tuple[Tensor, Tensor]]) -> Batch:
+    none = torch.zeros(len(pieces), dtype=torch.long)
+    pixels, targets = (torch.stack(parts) for parts in zip(*pieces, strict=True))
+    return Batch(
+        image_ids=tuple(image_ids), views={"pixels": pixels}, labels=none, aug_index=none, targets=targets.contiguous()
+    )
+
+
+@torch.no_grad()
+def measured(model: Segmenter, images: Marked, classes: tuple[str, ...], side: int) -> SegmentationMetrics:
+    """Every pixel of every image, at the image's own size, counted once; an image is forgotten when it was seen."""
+    device = next(model.parameters()).device  # type: ignore[attr-defined]
+    metrics = SegmentationMetrics(classes)
+    for number in range(len(images)):
+        image, target = images.read(number)
+        none = torch.zeros(1, dtype=torch.long)
+        pixels = resize(pixels_of(image), side)[None].to(device)
+        batch = Batch(image_ids=(images.image_ids[number],), views={"pixels": pixels}, labels=none, aug_index=none)
+        metrics.update(class_map(model.logits(batch), target.shape), target)
+    return metrics
+
+
+def class_map(logits: Tensor, size: tuple[int, ...]) -> Int[np.ndarray, "H W"]:
+    """The likeliest class of each pixel of an image of this size."""
+    full = nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    return np.asarray(full.argmax(1)[0].cpu().numpy())

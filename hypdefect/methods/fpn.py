@@ -1,0 +1,122 @@
+"""The plain peer of segmenters: a feature pyramid and a linear layer (Lin et al., CVPR 2017), trained in the same way.
+
+Shapes: N images, C defect classes, H W pixels.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from hypdefect.methods.pyramid import BACKBONE_RATE, Laterals, Pyramid, pixel_loss
+from hypdefect.methods.ranges import require_at_least, require_positive
+from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SegmenterConfig:
+    """What every segmenter has: its network and how it is trained."""
+
+    network: str = "efficientnet_lite0"
+    """A backbone of timm; its weights are trained with the rest."""
+    width: int = 64
+    """Channels of the pyramid."""
+    steps: int = 1500
+    items_per_step: int = 2
+    images: int = 4
+    """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's batch is 8."""
+    lr: float = 1e-3
+    """AdamW, cosine schedule to 0; the pretrained network's is 0.3 of it. The paper's falls in steps."""
+    weight_decay: float = 1e-4
+    jitter: float = 0.25
+    """Chance that an image's brightness, contrast and saturation are changed."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive(self, "width", "steps", "items_per_step", "images", "lr")
+        require_at_least(self, 0, "weight_decay", "jitter")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FPNConfig(SegmenterConfig):
+    """Nothing beside."""
+
+
+class TrainedSegmenter(nn.Module):
+    """A network of pixels: `scores` of a subclass, its loss, and what the registry keeps, all of its tensors."""
+
+    needs: ClassVar[Needs] = "pixels"
+
+    def __init__(self, config: Any, num_classes: int) -> None:
+        super().__init__()
+        self.config, self.num_classes = config, num_classes
+        self.trained = False
+
+    def begin(self, painted: Batches) -> None:
+        """What is decided before step 0; `painted` are images (view "clean"), the same with pseudo-defects painted on
+        (view "pixels") and `targets`, 1 where they are."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """The pretrained network and the rest."""
+        pretrained = {id(p) for module in self.children() if isinstance(module, Pyramid) for p in module.parameters()}
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = ([], [])
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[id(parameter) in pretrained].append(parameter)
+        return [{"params": groups[0], "factor": 1.0}, {"params": groups[1], "factor": BACKBONE_RATE}]
+
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+        raise NotImplementedError
+
+    def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
+        """Of the pixels of some images; a target of -1 is no pixel of the image."""
+        assert item.targets is not None
+        total = pixel_loss(self.scores(item.views["pixels"]), item.targets)
+        return LossTerms(total, {"pixels": float(total.detach())})
+
+    @torch.no_grad()
+    def logits(self, batch: Batch) -> Float[Tensor, "N C+1 H W"]:
+        """At the size of the images. Raises RuntimeError before training."""
+        if not self.trained:
+            raise RuntimeError(f"{type(self).__name__}.logits needs a trained network")
+        pixels = batch.views["pixels"]
+        return nn.functional.interpolate(
+            self.scores(pixels), size=pixels.shape[2:], mode="bilinear", align_corners=False
+        )
+
+    def finish(self) -> None:
+        """Training is over."""
+        self.trained = True
+        self.eval()
+
+    def start_from(self, weights: Mapping[str, Tensor]) -> None:
+        self.load_state_dict(dict(weights))
+
+    def export(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.state_dict().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        self.load_state_dict(tensors)
+        self.finish()
+
+
+class FPN(TrainedSegmenter):
+    """A linear layer on the finest level of a feature pyramid."""
+
+    def __init__(self, config: FPNConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.pyramid = Pyramid(config.network)
+            self.laterals = Laterals(self.pyramid.dims, config.width)
+            self.head = nn.Conv2d(config.width, num_classes + 1, 1)
+
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+        answer: Tensor = self.head(self.laterals(self.pyramid(pixels)))
+        return answer
+
+
+METHODS = {"fpn": Method(config=FPNConfig, build=FPN, family="segmentation")}

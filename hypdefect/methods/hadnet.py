@@ -1,0 +1,288 @@
+"""HADNet: hyperbolic feature filtering, and which pixels are which defect; Feng et al., Sci. Rep. 15, 25668 (2025).
+
+| paper | here |
+| --- | --- |
+| HST: maps of several scales to the ball of curvature rho, distances to hyperplanes (eq. 3, 7) | `HyperbolicScores` |
+| AFSS: channels whose squared difference of an image and its painted copy is like the mask and like the distance to a
+  hyperplane (eq. 8 to 10), chosen once | `chosen_channels`, buffers `channels_i` |
+| reconstruction by an autoencoder per scale, residual gamma = phi - Phi | `AutoEncoder` |
+| ARD: the s/2 largest channels of each image by global maximum and by average (eq. 11 to 13) | `largest_channels` |
+| discriminator with C + 1 outputs | `HADNet.discriminator` |
+| teacher and student | `HADNet.loss` |
+
+At rho = 0 the distances are Euclidean, and the network is its own twin.
+
+Deviations, with their reasons: the residuals of a scale are first brought to `width` channels and then to the finest
+scale, so that a CPU can hold them. ARD keeps the chosen channels where they are and sets the others to 0: sorted by
+size, channels lose what they stand for, and the discriminator could not name a defect (`ard="sorted"` does as printed).
+The discriminator also sees the distances of HST, which are added to its answer with learned weights: else HST would act
+on the choice of channels alone. AFSS needs a hyperplane before there is a trained one: it takes the one half way
+between the mean of painted and that of other locations. Where the paper does not say, the autoencoders learn from
+background alone, and the teacher is the pretrained network.
+
+Shapes: N images, C defect classes, H W pixels, h w rows and columns of a scale, D its channels, E of an embedding.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import geoopt
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from hypdefect import geometry
+from hypdefect.errors import DataError
+from hypdefect.methods.fpn import SegmenterConfig, TrainedSegmenter
+from hypdefect.methods.pyramid import SCALES, Laterals, Pyramid, Separable, pixel_loss, upsampled
+from hypdefect.methods.ranges import require_at_least, require_share
+from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HADNetConfig(SegmenterConfig):
+    curvature: float = 0.01
+    """rho >= 0, sectional curvature -rho; 0 is the Euclidean twin."""
+    selection: Literal["afss", "random", "projection"] = "afss"
+    """How channels are chosen: by AFSS, at random, or as random mixtures of all (a fixed linear map)."""
+    keep: float = 0.5
+    """r, as a share of the channels of a scale."""
+    ard: Literal["gate", "sorted", "off"] = "gate"
+    """gate: channels that are not among the largest become 0; sorted: the largest, in order of size; off: all."""
+    strongest: float = 0.5
+    """s, as a share of the residuals' channels: half of them by maximum, half by average."""
+    hst: bool = True
+    """Whether there are hyperbolic scores."""
+    scales: Literal["all", "finest"] = "all"
+    """Scales whose residuals are seen."""
+    embedding: int = 32
+    """Numbers of a location on the ball."""
+    reconstruction: float = 0.1
+    """Weight of the autoencoders' loss."""
+    hyperbolic: float = 0.4
+    """Weight of the loss of the hyperbolic scores alone."""
+    teacher: float = 0.0
+    """Weight of the distance to the maps of the pretrained network."""
+
+    def __post_init__(self) -> None:
+        SegmenterConfig.__post_init__(self)
+        geometry.validate_curvature(self.curvature)
+        require_share(self, "keep", "strongest")
+        require_at_least(self, 1, "embedding")
+        require_at_least(self, 0, "reconstruction", "hyperbolic", "teacher")
+
+
+class HyperbolicScores(nn.Module):
+    """HST: signed distances of each location to a hyperplane of each class; at curvature 0 linear scores."""
+
+    def __init__(self, width: int, num_outputs: int, embedding: int, curvature: float) -> None:
+        super().__init__()
+        self.curvature = curvature
+        self.embed = nn.Conv2d(width, embedding, 1)
+        points = 0.01 * torch.randn(num_outputs, embedding)
+        ball = geoopt.PoincareBall(c=curvature) if curvature > 0 else None
+        self.points = nn.Parameter(points) if ball is None else geoopt.ManifoldParameter(points, manifold=ball)
+        self.normals = nn.Parameter(torch.randn(num_outputs, embedding) / embedding**0.5)
+        self.scale = nn.Parameter(torch.ones(num_outputs))
+
+    def forward(self, x: Float[Tensor, "N E h w"]) -> Float[Tensor, "N C+1 h w"]:
+        v = self.embed(x).movedim(1, 3)
+        with torch.autocast(v.device.type, enabled=False):
+            z = geometry.expmap0(v.float().flatten(0, 2), self.curvature)
+            distances = geometry.hyperplane_dist(z, self.points, self.normals, self.curvature)
+        return (distances * self.scale).unflatten(0, v.shape[:3]).movedim(3, 1)
+
+
+class AutoEncoder(nn.Module):
+    """Channels of a scale through a quarter of them and back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        inner = max(4, dim // 4)
+        self.net = nn.Sequential(
+            nn.Conv2d(dim, inner, 1),
+            nn.ReLU(),
+            nn.Conv2d(inner, inner, 3, padding=1, groups=inner),
+            nn.ReLU(),
+            nn.Conv2d(inner, dim, 1),
+        )
+
+    def forward(self, x: Float[Tensor, "N D h w"]) -> Float[Tensor, "N D h w"]:
+        answer: Tensor = self.net(x)
+        return answer
+
+
+class HADNet(TrainedSegmenter):
+    """Logits of a location: what the discriminator says of the strongest residuals, and the hyperbolic scores."""
+
+    needs: ClassVar[Needs] = "pixels"
+
+    def __init__(self, config: HADNetConfig, num_classes: int) -> None:
+        super().__init__(config, num_classes)
+        outputs, width = num_classes + 1, config.width
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.pyramid = Pyramid(config.network)
+            dims = self.pyramid.dims
+            kept = [max(8, round(config.keep * dim)) for dim in dims]
+            for i, (dim, number) in enumerate(zip(dims, kept, strict=True)):
+                self.register_buffer(f"channels_{i}", torch.randperm(dim)[:number].sort().values)
+                if config.selection == "projection":
+                    self.register_buffer(f"mixture_{i}", torch.randn(number, dim) / dim**0.5)
+            self.laterals = Laterals(dims, width)
+            self.autoencoders = nn.ModuleList(AutoEncoder(number) for number in kept)
+            self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
+            seen = (SCALES if config.scales == "all" else 1) * (width // 2)
+            self.strongest = max(1, round(config.strongest * seen / 2))
+            self.enter = nn.Conv2d((2 * self.strongest) if config.ard == "sorted" else 2 * seen, width, 1)
+            self.hst = HyperbolicScores(width, outputs, config.embedding, config.curvature) if config.hst else None
+            self.discriminator = nn.Sequential(
+                Separable(width + (outputs if config.hst else 0), width),
+                Separable(width, width),
+                nn.Conv2d(width, outputs, 1),
+            )
+        self.teacher: list[Pyramid] = []
+        """The pretrained network; in a list, since it is neither trained nor kept."""
+
+    # -- AFSS --------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def begin(self, painted: Batches) -> None:
+        """Choose the channels of each scale, once; nothing is chosen where they are random."""
+        if self.config.selection != "afss":
+            return
+        losses: list[Tensor] = [torch.zeros(dim) for dim in self.pyramid.dims]
+        count = 0
+        for batch in painted:
+            assert batch.targets is not None
+            clean, copy = (self.pyramid(batch.views[view]) for view in ("clean", "pixels"))
+            count += len(batch)
+            for i, (a, b) in enumerate(zip(clean, copy, strict=True)):
+                losses[i] += selection_losses(a, b, batch.targets > 0, self.config.curvature).sum(0)
+        if not count:
+            raise DataError("AFSS needs images with pseudo-defects")
+        for i, of_scale in enumerate(losses):
+            own: Tensor = getattr(self, f"channels_{i}")
+            own.copy_(of_scale.topk(len(own), largest=False).indices.sort().values)
+
+    def selected(self, maps: list[Float[Tensor, "N _ _ _"]]) -> list[Float[Tensor, "N _ _ _"]]:
+        """The chosen channels of each scale, or the random mixtures."""
+        if self.config.selection == "projection":
+            return [torch.einsum("kd,ndhw->nkhw", getattr(self, f"mixture_{i}"), x) for i, x in enumerate(maps)]
+        return [x[:, getattr(self, f"channels_{i}")] for i, x in enumerate(maps)]
+
+    # -- the network -------------------------------------------------------------------------------------------------
+
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+        return self.parts(pixels)[0]
+
+    def parts(
+        self, pixels: Float[Tensor, "N 3 H W"]
+    ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]], list[Tensor]]:
+        """Logits, hyperbolic scores, of each scale its selected channels and their reconstruction, and its map."""
+        maps = self.pyramid(pixels)
+        rebuilt = [(x, auto(x.detach())) for x, auto in zip(self.selected(maps), self.autoencoders, strict=True)]
+        residuals = [reduce(x - again) for (x, again), reduce in zip(rebuilt, self.reduce, strict=True)]
+        if self.config.scales == "finest":
+            residuals = residuals[:1]
+        together = torch.cat([upsampled(x, residuals[0]) for x in residuals], 1)
+        filtered = self.enter(largest_channels(together, self.strongest, self.config.ard))
+        context = self.laterals(maps)
+        seen, hyperbolic = F.relu(filtered + context), None
+        if self.hst is not None:
+            hyperbolic = self.hst(context)
+            seen = torch.cat([seen, hyperbolic], 1)
+        logits = self.discriminator(seen)
+        return logits if hyperbolic is None else logits + hyperbolic, hyperbolic, rebuilt, maps
+
+    def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
+        """Of the pixels by all of the network and by the hyperbolic scores alone, of the autoencoders on background,
+        and the mean squared distance to the maps of the pretrained network, in units of their mean square."""
+        assert item.targets is not None
+        pixels = item.views["pixels"]
+        logits, hyperbolic, rebuilt, maps = self.parts(pixels)
+        parts = {"pixels": pixel_loss(logits, item.targets)}
+        if hyperbolic is not None and self.config.hyperbolic:
+            parts["hyperbolic"] = self.config.hyperbolic * pixel_loss(hyperbolic, item.targets)
+        if self.config.reconstruction:
+            missed = torch.stack([_missed(x.detach(), again, item.targets) for x, again in rebuilt])
+            parts["reconstruction"] = self.config.reconstruction * missed.mean()
+        if self.config.teacher:
+            parts["teacher"] = self.config.teacher * self._from_teacher(pixels, maps)
+        total = torch.stack(list(parts.values())).sum()
+        return LossTerms(total, {name: float(value.detach()) for name, value in parts.items()})
+
+    def _from_teacher(self, pixels: Tensor, maps: list[Tensor]) -> Tensor:
+        if not self.teacher:
+            self.teacher.append(Pyramid(self.config.network).to(pixels.device))
+        with torch.no_grad():
+            expected = self.teacher[0](pixels)
+        gaps = [F.mse_loss(x, y) / y.square().mean() for x, y in zip(maps, expected, strict=True)]
+        return torch.stack(gaps).mean()
+
+
+def _missed(x: Float[Tensor, "N D h w"], again: Float[Tensor, "N D h w"], targets: Int[Tensor, "N H W"]) -> Tensor:
+    """Mean squared error of the locations without a defect, in units of the mean square of all."""
+    good = F.adaptive_max_pool2d((targets > 0).float()[:, None], x.shape[2:]) == 0
+    wrong = (x - again).square() * good
+    return wrong.sum() / (good.sum() * x.shape[1]).clamp_min(1) / x.square().mean().clamp_min(1e-12)
+
+
+def selection_losses(
+    clean: Float[Tensor, "N D h w"],
+    painted: Float[Tensor, "N D h w"],
+    mask: Bool[Tensor, "N H W"],
+    curvature: float,
+) -> Float[Tensor, "N D"]:
+    """How unlike the squared difference of each channel is to the mask of the pseudo-defect, and to the distance to a
+    hyperplane (eq. 8 to 10): the mean of both squared differences. All three lie in [0, 1]."""
+    truth = F.adaptive_avg_pool2d(mask.float()[:, None], (clean.shape[2], clean.shape[3]))
+    difference = _to_unit((clean - painted).square())
+    return ((difference - truth).square() + (difference - _agreement(painted, truth, curvature)).square()).mean((2, 3))
+
+
+def _agreement(
+    painted: Float[Tensor, "N D h w"], truth: Float[Tensor, "N 1 h w"], curvature: float
+) -> Float[Tensor, "N 1 h w"]:
+    """Distances to the hyperplane half way between the means of painted and other locations, in [0, 1]."""
+    x = painted.movedim(1, 3)
+    x = x / x.square().sum(3, keepdim=True).mean().sqrt().clamp_min(1e-12)
+    weight = truth.movedim(1, 3)
+    inside = (x * weight).sum((0, 1, 2)) / weight.sum().clamp_min(1e-12)
+    outside = (x * (1 - weight)).sum((0, 1, 2)) / (1 - weight).sum().clamp_min(1e-12)
+    point = geometry.expmap0(((inside + outside) / 2)[None], curvature)
+    z = geometry.expmap0(x.flatten(0, 2), curvature)
+    distance = geometry.hyperplane_dist(z, point, (inside - outside)[None], curvature)
+    return _to_unit(distance.unflatten(0, x.shape[:3]).movedim(3, 1))
+
+
+def _to_unit(x: Float[Tensor, "N D h w"]) -> Float[Tensor, "N D h w"]:
+    """Min-max normalised over the locations of each image and channel."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return (x - low) / (high - low).clamp_min(1e-12)
+
+
+def largest_channels(
+    residuals: Float[Tensor, "N D h w"], number: int, how: Literal["gate", "sorted", "off"]
+) -> Float[Tensor, "N _ h w"]:
+    """ARD: of each image the `number` channels of the largest global maximum, and those of the largest global average,
+    of the residuals' size."""
+    if how == "off":
+        return torch.cat([residuals, residuals], 1)
+    size = residuals.detach().abs()
+    found = [strength.topk(number, 1).indices for strength in (size.amax((2, 3)), size.mean((2, 3)))]
+    if how == "sorted":
+        return torch.cat([residuals.gather(1, at[:, :, None, None].expand(-1, -1, *size.shape[2:])) for at in found], 1)
+    gates = [torch.zeros(size.shape[:2], device=size.device).scatter_(1, at, 1.0)[:, :, None, None] for at in found]
+    return torch.cat([residuals * gate for gate in gates], 1)
+
+
+def flat_twin(config: HADNetConfig, *_: Any) -> HADNetConfig:
+    """The same at rho = 0."""
+    return replace(config, curvature=0.0)
+
+
+METHODS = {
+    "hadnet": Method(config=HADNetConfig, build=HADNet, family="segmentation", hyperbolic=True, flat_twin=flat_twin)
+}

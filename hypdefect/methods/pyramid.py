@@ -1,0 +1,95 @@
+"""What segmenters share: a pretrained network that is trained on, its maps of several scales, and the loss of pixels.
+
+Batch norms are folded into the convolutions: there are no statistics that would depend on the number of workers.
+
+Shapes: N images, H W pixels, C defect classes, D channels of a scale, h w its rows and columns.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from hypdefect.errors import ConfigError
+from hypdefect.features.backbones import Backbone, get_backbone, normalised
+
+STRIDES = (4, 8, 16, 32)
+"""Of the maps that are read."""
+SCALES = len(STRIDES)
+BACKBONE_RATE = 0.3
+"""Learning rate of the pretrained network, as a share of that of the rest."""
+
+
+class Pyramid(nn.Module):
+    """A backbone of FAMILY timm whose maps of four strides are read and whose weights are trained."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.spec = get_backbone(name)
+        if self.spec.family not in ("timm", "patchcore"):
+            raise ConfigError(f"{name}: a segmenter trains a timm network; {self.spec.family} has no pyramid of maps")
+        self.net = Backbone(self.spec).net
+        infos = self.net.feature_info  # a list of what each stage gives
+        self.layers = [place for place, info in enumerate(infos) if info["reduction"] in STRIDES]
+        if len(self.layers) != SCALES:
+            raise ConfigError(f"{name}: a segmenter needs maps of strides {STRIDES}; this network has not all of them")
+        self.dims = tuple(int(infos[place]["num_chs"]) for place in self.layers)
+        self.net.requires_grad_(True)
+        for part in ("conv_head", "bn2", "global_pool"):
+            if isinstance(getattr(self.net, part, None), nn.Module):
+                getattr(self.net, part).requires_grad_(False)  # no map comes from it
+
+    def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
+        """Maps of RGB pixels in [0, 1], the finest first."""
+        x = normalised(pixels, self.spec).contiguous(memory_format=torch.channels_last)
+        maps: list[Tensor] = self.net.forward_intermediates(x, indices=self.layers, intermediates_only=True)
+        return maps
+
+
+class Separable(nn.Sequential):
+    """A depthwise 3 x 3 and a pointwise convolution."""
+
+    def __init__(self, before: int, after: int) -> None:
+        super().__init__(
+            nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False),
+            nn.Conv2d(before, after, 1),
+            nn.GroupNorm(8, after),
+            nn.ReLU(),
+        )
+
+
+class Laterals(nn.Module):
+    """A pyramid's maps, each brought to the same channels, added from the coarsest to the finest (FPN)."""
+
+    def __init__(self, dims: Sequence[int], width: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
+        self.smooth = nn.ModuleList(Separable(width, width) for _ in dims)
+
+    def forward(self, maps: Sequence[Float[Tensor, "N _ _ _"]]) -> Float[Tensor, "N E h w"]:
+        total: Tensor | None = None
+        for step, smooth, x in reversed(list(zip(self.steps, self.smooth, maps, strict=True))):
+            own = step(x)
+            total = smooth(own if total is None else own + upsampled(total, own))
+        assert total is not None
+        return total
+
+
+def upsampled(x: Float[Tensor, "N D h w"], like: Float[Tensor, "N _ H W"]) -> Float[Tensor, "N D H W"]:
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
+
+
+def pixel_loss(logits: Float[Tensor, "N K h w"], targets: Int[Tensor, "N H W"]) -> Float[Tensor, ""]:
+    """Cross-entropy, and one minus the soft Dice coefficient of the classes that are there, at the size of the targets;
+    a pixel of target -1 counts nowhere."""
+    full = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False).float()
+    known = targets >= 0
+    entropy = F.cross_entropy(full, targets, ignore_index=-1)
+    shares = full.softmax(1) * known[:, None]
+    truth = F.one_hot(targets.clamp_min(0), full.shape[1]).movedim(3, 1).to(full) * known[:, None]
+    there = truth.sum((0, 2, 3)) > 0
+    both = (shares * truth).sum((0, 2, 3))
+    dice = 2 * both / (shares.sum((0, 2, 3)) + truth.sum((0, 2, 3))).clamp_min(1e-6)
+    return entropy + (1 - dice[there]).mean()
