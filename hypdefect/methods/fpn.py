@@ -22,7 +22,7 @@ class SegmenterConfig:
 
     network: str = "efficientnet_lite0"
     """A backbone of timm; its weights are trained with the rest."""
-    width: int = 64
+    width: int = 48
     """Channels of the pyramid."""
     steps: int = 1500
     items_per_step: int = 2

@@ -12,17 +12,18 @@
 
 At rho = 0 the distances are Euclidean, and the network is its own twin.
 
-Deviations, with their reasons: the residuals of a scale are first brought to `width` channels and then to the finest
-scale, so that a CPU can hold them. ARD keeps the chosen channels where they are and sets the others to 0: sorted by
-size, channels lose what they stand for, and the discriminator could not name a defect (`ard="sorted"` does as printed).
-The discriminator also sees the distances of HST, which are added to its answer with learned weights: else HST would act
-on the choice of channels alone. AFSS needs a hyperplane before there is a trained one: it takes the one half way
-between the mean of painted and that of other locations. Where the paper does not say, the autoencoders learn from
-background alone, and the teacher is the pretrained network.
+Deviations, with their reasons. The residuals of a scale are brought to `width` / 2 channels and are upsampled with
+the maps, so that a CPU can hold them; ARD looks at them before that. ARD keeps the chosen channels where they are and
+sets the others to 0: sorted by size, channels lose what they stand for, and the discriminator could not name a defect
+(`ard="sorted"` does as printed). The discriminator also sees the maps, by a feature pyramid, and the distances of HST,
+which are added to its answer: else HST would act on the choice of channels alone. AFSS needs a hyperplane before there
+is a trained one: it takes the one half way between the mean of painted and that of other locations. Where the paper
+does not say, the autoencoders learn from background alone, and the teacher is the pretrained network.
 
 Shapes: N images, C defect classes, H W pixels, h w rows and columns of a scale, D its channels, E of an embedding.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -56,7 +57,7 @@ class HADNetConfig(SegmenterConfig):
     """Whether there are hyperbolic scores."""
     scales: Literal["all", "finest"] = "all"
     """Scales whose residuals are seen."""
-    embedding: int = 32
+    embedding: int = 16
     """Numbers of a location on the ball."""
     reconstruction: float = 0.1
     """Weight of the autoencoders' loss."""
@@ -135,7 +136,7 @@ class HADNet(TrainedSegmenter):
             self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
             seen = (SCALES if config.scales == "all" else 1) * (width // 2)
             self.strongest = max(1, round(config.strongest * seen / 2))
-            self.enter = nn.Conv2d((2 * self.strongest) if config.ard == "sorted" else 2 * seen, width, 1)
+            self.enter: Any = nn.Conv2d(2 * (self.strongest if config.ard == "sorted" else seen), width, 1)
             self.hst = HyperbolicScores(width, outputs, config.embedding, config.curvature) if config.hst else None
             self.discriminator = nn.Sequential(
                 Separable(width + (outputs if config.hst else 0), width),
@@ -184,17 +185,32 @@ class HADNet(TrainedSegmenter):
         maps = self.pyramid(pixels)
         rebuilt = [(x, auto(x.detach())) for x, auto in zip(self.selected(maps), self.autoencoders, strict=True)]
         residuals = [reduce(x - again) for (x, again), reduce in zip(rebuilt, self.reduce, strict=True)]
-        if self.config.scales == "finest":
-            residuals = residuals[:1]
-        together = torch.cat([upsampled(x, residuals[0]) for x in residuals], 1)
-        filtered = self.enter(largest_channels(together, self.strongest, self.config.ard))
-        context = self.laterals(maps)
-        seen, hyperbolic = F.relu(filtered + context), None
+        seen = self.laterals(maps, self.filtered(residuals[:1] if self.config.scales == "finest" else residuals))
+        hyperbolic = None
         if self.hst is not None:
-            hyperbolic = self.hst(context)
+            hyperbolic = self.hst(seen)
             seen = torch.cat([seen, hyperbolic], 1)
         logits = self.discriminator(seen)
         return logits if hyperbolic is None else logits + hyperbolic, hyperbolic, rebuilt, maps
+
+    def filtered(self, residuals: list[Float[Tensor, "N _ _ _"]]) -> list[Float[Tensor, "N E _ _"]]:
+        """ARD and the first layer of the discriminator, of each scale. That layer is linear: its answers are upsampled
+        and added with those of the maps, where the paper upsamples the residuals."""
+        chosen = largest_channels(residuals, self.strongest)
+        if self.config.ard == "sorted":
+            together = torch.cat([upsampled(x, residuals[0]) for x in residuals], 1)
+            places = torch.cat(chosen, 1)[:, :, None, None].expand(-1, -1, *together.shape[2:])
+            return [self.enter(together.gather(1, places))]
+        by_maximum, by_average = self.enter.weight[:, :, 0, 0].chunk(2, 1)
+        weights = (by_maximum + by_average).expand(len(residuals[0]), -1, -1)
+        if self.config.ard == "gate":
+            none = torch.zeros(weights.shape[0], weights.shape[2], device=weights.device)
+            gates = [none.scatter(1, places, 1.0)[:, None] for places in chosen]
+            weights = by_maximum * gates[0] + by_average * gates[1]
+        parts = weights.split([x.shape[1] for x in residuals], 2)
+        pairs = zip(residuals, parts, strict=True)
+        found = [torch.bmm(weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:]) for x, weight in pairs]
+        return [found[0] + self.enter.bias[:, None, None], *found[1:]]
 
     def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
         """Of the pixels by all of the network and by the hyperbolic scores alone, of the autoencoders on background,
@@ -264,18 +280,14 @@ def _to_unit(x: Float[Tensor, "N D h w"]) -> Float[Tensor, "N D h w"]:
 
 
 def largest_channels(
-    residuals: Float[Tensor, "N D h w"], number: int, how: Literal["gate", "sorted", "off"]
-) -> Float[Tensor, "N _ h w"]:
-    """ARD: of each image the `number` channels of the largest global maximum, and those of the largest global average,
-    of the residuals' size."""
-    if how == "off":
-        return torch.cat([residuals, residuals], 1)
-    size = residuals.detach().abs()
-    found = [strength.topk(number, 1).indices for strength in (size.amax((2, 3)), size.mean((2, 3)))]
-    if how == "sorted":
-        return torch.cat([residuals.gather(1, at[:, :, None, None].expand(-1, -1, *size.shape[2:])) for at in found], 1)
-    gates = [torch.zeros(size.shape[:2], device=size.device).scatter_(1, at, 1.0)[:, :, None, None] for at in found]
-    return torch.cat([residuals * gate for gate in gates], 1)
+    residuals: Sequence[Float[Tensor, "N _ _ _"]], number: int
+) -> tuple[Int[Tensor, "N K"], Int[Tensor, "N K"]]:
+    """ARD: of each image the `number` channels, of all scales, of the largest global maximum of the residuals' size,
+    and those of the largest global average, the largest first."""
+    size = [x.detach().abs() for x in residuals]
+    strengths = (torch.cat([x.amax((2, 3)) for x in size], 1), torch.cat([x.mean((2, 3)) for x in size], 1))
+    by_maximum, by_average = (strength.topk(number, 1).indices for strength in strengths)
+    return by_maximum, by_average
 
 
 def flat_twin(config: HADNetConfig, *_: Any) -> HADNetConfig:

@@ -68,10 +68,15 @@ class Laterals(nn.Module):
         self.steps = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
         self.smooth = nn.ModuleList(Separable(width, width) for _ in dims)
 
-    def forward(self, maps: Sequence[Float[Tensor, "N _ _ _"]]) -> Float[Tensor, "N E h w"]:
+    def forward(
+        self, maps: Sequence[Float[Tensor, "N _ _ _"]], more: Sequence[Float[Tensor, "N E _ _"]] = ()
+    ) -> Float[Tensor, "N E h w"]:
+        """`more` is added to the maps of as many of the finest scales."""
         total: Tensor | None = None
-        for step, smooth, x in reversed(list(zip(self.steps, self.smooth, maps, strict=True))):
+        for place, (step, smooth, x) in reversed(list(enumerate(zip(self.steps, self.smooth, maps, strict=True)))):
             own = step(x)
+            if place < len(more):
+                own = own + more[place]
             total = smooth(own if total is None else own + upsampled(total, own))
         assert total is not None
         return total
