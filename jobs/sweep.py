@@ -6,6 +6,8 @@ python jobs/sweep.py --dataset mtd --k-shot 5: magnetic tiles under $HYPDEFECT_D
 
 python jobs/sweep.py --task detection --dataset mtd: is a tile good, and where not? Learned from good ones alone
 
+python jobs/sweep.py --task segmentation --dataset neu_seg: which pixels are which defect? Learned from masks
+
 Selection sees only episodes drawn inside the support pool: the best trials meet the defaults again on fresh ones, and
 win only by more than one standard error of the paired difference. The temperature of the logits is fitted on the same.
 The queries are scored once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
@@ -19,6 +21,7 @@ from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.few_shot import TaskConfig
+from hypdefect.families.segmentation import TaskConfig as SegmentationConfig
 from hypdefect.families.starts import starting_point
 from hypdefect.files import home, write_json
 from hypdefect.results.tables import outcome_table, trial_table
@@ -27,8 +30,9 @@ from tune_spaces import get_space
 
 @dataclass(frozen=True, kw_only=True)
 class SweepJob(TaskConfig, SweepConfig):
-    task: Literal["few_shot", "detection"] = "few_shot"
-    """few_shot: which defect is it? detection: is it good, and where not? (--task detection --help lists its flags)"""
+    task: Literal["few_shot", "detection", "segmentation"] = "few_shot"
+    """few_shot: which defect is it? detection: is it good, and where not? segmentation: which pixels are which defect?
+    (--task detection --help lists its flags)"""
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
@@ -37,8 +41,9 @@ class SweepJob(TaskConfig, SweepConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class DetectionJob(DetectionConfig, SweepConfig):
-    task: Literal["few_shot", "detection"] = "detection"
-    """few_shot: which defect is it? detection: is it good, and where not?"""
+    task: Literal["few_shot", "detection", "segmentation"] = "detection"
+    """few_shot: which defect is it? detection: is it good, and where not? segmentation: which pixels are which
+    defect?"""
     space: str = "patchcore"
     """Module of tune_spaces/ to search."""
     trials: int | None = 6
@@ -58,7 +63,31 @@ class DetectionJob(DetectionConfig, SweepConfig):
         SweepConfig.__post_init__(self)
 
 
-JOBS: dict[str, type[Any]] = {"detection": DetectionJob}
+@dataclass(frozen=True, kw_only=True)
+class SegmentationJob(SegmentationConfig, SweepConfig):
+    task: Literal["few_shot", "detection", "segmentation"] = "segmentation"
+    """few_shot: which defect is it? detection: is it good, and where not? segmentation: which pixels are which
+    defect?"""
+    space: str = "hadnet"
+    """Module of tune_spaces/ to search."""
+    trials: int | None = 3
+    """Configurations to try, the defaults first; each trains a network a problem."""
+    episodes: int = 2
+    """Validation problems of a full trial: other seeds, the same images."""
+    rungs: int = 1
+    """A trial may be stopped after each of this many shares of its problems."""
+    finalists: int = 1
+    """The best full trials are compared with the defaults on as many fresh validation problems; the defaults are left
+    only for a gain beyond one standard error."""
+    draws: int = 2
+    """Times that a network is trained and tested, each with another seed."""
+
+    def __post_init__(self) -> None:
+        SegmentationConfig.__post_init__(self)
+        SweepConfig.__post_init__(self)
+
+
+JOBS: dict[str, type[Any]] = {"detection": DetectionJob, "segmentation": SegmentationJob}
 """Of each task but the usual one."""
 
 
@@ -82,6 +111,9 @@ def show(result: Sweep, job: Any, dashboard: str) -> None:
     if job.task == "detection":
         images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} draws"
+    elif job.task == "segmentation":
+        images = f"{len(plan.reported_ids)} of {len(plan.reported_ids) + len(plan.learned_ids)} images"
+        title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} seeds"
     else:
         task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"
         title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"

@@ -9,6 +9,8 @@ python jobs/train.py --method amc --dataset mtd --backbone patchcore_lite0 --wor
 
 python jobs/train.py --method hypad --dataset mtd --workers 2: a detector's networks on images of good parts
 
+python jobs/train.py --method hadnet --dataset neu_seg --workers 2: a segmenter (or fpn, its plain peer) on masks
+
 HypDFS: its representation, adapter and neural ODE are meta-trained. AMC: its network is pretrained. The table says what
 that is worth on episodes of the product's own support pool. `jobs/sweep.py --init DIR`, with the run directory this
 prints, starts from it; so does `jobs/evaluate.py` from HypDFS's. HypAD: the detector is calibrated, tested and
@@ -18,31 +20,36 @@ published. A run that was stopped continues from its last checkpoint when the sa
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from hypdefect.command_line import JobOptions, configure_logging, parse_one_of, run_job, table_console
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
+from hypdefect.distributed.networks import Trained, train_networks
 from hypdefect.distributed.pseudo import meta_train, pretrain, worth
 from hypdefect.evaluation import RunConfig
-from hypdefect.families import few_shot, few_shot_patches
+from hypdefect.families import detection, few_shot, few_shot_patches, segmentation
 from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig
 from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.episodic import EpisodicConfig, MetaConfig
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
+from hypdefect.families.segmentation import TaskConfig as SegmentationConfig
 from hypdefect.families.starts import load_start
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
+from hypdefect.methods.fpn import FPNConfig
+from hypdefect.methods.hadnet import HADNetConfig
 from hypdefect.methods.hypad import HypADConfig
+from hypdefect.results.detection_figure import plot_detections
+from hypdefect.results.segmentation_figure import plot_segmentations
 from hypdefect.results.tables import metrics_table, worth_table
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainJob(TaskConfig):
-    method: Literal["hypdfs", "amc", "hypad"] = "hypdfs"
+    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hypdfs"
     """What is trained (--method hypad --help lists the flags of hypad)."""
     base: Literal["pseudo", "pool"] = "pseudo"
     """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
@@ -60,7 +67,7 @@ class TrainJob(TaskConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainAMCJob(TaskConfig):
-    method: Literal["hypdfs", "amc", "hypad"] = "amc"
+    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "amc"
     """What is trained."""
     backbone: str = "patchcore_lite0"
     """Where patches come from."""
@@ -80,7 +87,7 @@ class TrainAMCJob(TaskConfig):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainDetectorJob(DetectionConfig):
-    method: Literal["hypdfs", "amc", "hypad"] = "hypad"
+    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hypad"
     """What is trained."""
     hypad: HypADConfig = field(default_factory=HypADConfig)
     seed: int = 0
@@ -96,11 +103,40 @@ class TrainDetectorJob(DetectionConfig):
     """Alias moved to the published version."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainSegmenterJob(SegmentationConfig):
+    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hadnet"
+    """What is trained."""
+    hadnet: HADNetConfig = field(default_factory=HADNetConfig)
+    fpn: FPNConfig = field(default_factory=FPNConfig)
+    seed: int = 0
+    """Of the network and of the order of images."""
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+    report_every: int = 100
+    """Steps between validations, each of which is a checkpoint."""
+    name: str = ""
+    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
+    continues."""
+    alias: str = "champion"
+    """Alias moved to the published version."""
+
+
+JOBS: dict[str, type[Any]] = {
+    "hypad": TrainDetectorJob,
+    "amc": TrainAMCJob,
+    "hadnet": TrainSegmenterJob,
+    "fpn": TrainSegmenterJob,
+}
+
+
 def main() -> None:
     configure_logging()
-    job, options = parse_one_of("method", {"hypad": TrainDetectorJob, "amc": TrainAMCJob}, TrainJob, __doc__)
+    job, options = parse_one_of("method", JOBS, TrainJob, __doc__)
     if job.method == "hypad":
         train_hypad(job, options)
+    elif job.method in ("hadnet", "fpn"):
+        train_segmenter(job, options)
     elif job.method == "amc":
         train_amc(job, options)
     else:
@@ -109,25 +145,40 @@ def main() -> None:
 
 def train_hypad(job: TrainDetectorJob, options: JobOptions) -> None:
     run = RunConfig(name="hypad", method=job.hypad, pretrained=False)
+    setting = detection.Setting(seed=job.seed, calibration_share=job.calibration_share, false_alarms=job.false_alarms)
+    result = train_published(job, run, setting, plot_detections)
+    plan = result.plan
+    show_test(result, f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects", job.alias, options)
+
+
+def train_segmenter(job: TrainSegmenterJob, options: JobOptions) -> None:
+    run = RunConfig(name=job.method, method=job.fpn if job.method == "fpn" else job.hadnet, pretrained=False)
+    result = train_published(job, run, segmentation.Setting(seed=job.seed), plot_segmentations)
+    show_test(result, f"{len(result.plan.reported_ids)} images", job.alias, options)
+
+
+def train_published(job: TrainDetectorJob | TrainSegmenterJob, run: RunConfig, setting: Any, draw: Any) -> Trained:
     with connected():
-        result = train_detector(
+        return train_networks(
             job,
             run,
             workers=job.workers,
-            seed=job.seed,
+            setting=setting,
+            draw=draw,
             report_every=job.report_every,
             name=job.name,
             alias=job.alias,
         )
-    metrics = result.scored.draws[0].metrics
+
+
+def show_test(result: Trained, images: str, alias: str, options: JobOptions) -> None:
+    """The metrics, the loss, the picture and how to serve the model."""
     plan = result.plan
-    images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
-    table_console().print(
-        metrics_table(f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}", metrics)
-    )
+    title = f"test, %: {plan.label}, {plan.split} split {plan.config.partition}, {images}"
+    table_console().print(metrics_table(title, result.scored.draws[0].metrics))
     print(loss_line(result.losses, result.seconds["training"]))
     print(f"picture: {result.folder / 'pictures.png'}")
-    print(f"serve it: make serve MODEL={result.entry.name}@{job.alias}")
+    print(f"serve it: make serve MODEL={result.entry.name}@{alias}")
     if options.json is not None:
         write_json(options.json, json.loads((result.folder / "record.json").read_text()))
     print(result.folder)

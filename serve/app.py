@@ -27,9 +27,20 @@ from starlette.responses import JSONResponse, Response
 import hypdefect
 from hypdefect.errors import DataError
 from hypdefect.images import FORMATS
-from hypdefect.predictor import Detection, Prediction
+from hypdefect.predictor import Detection, Prediction, Segmentation
 from serve.models import Model
-from serve.schemas import Classification, Detected, Health, ModelInfo, Predicted, Problem, Region, ServedModel
+from serve.schemas import (
+    Classification,
+    ClassRegion,
+    Detected,
+    Health,
+    ModelInfo,
+    Predicted,
+    Problem,
+    Region,
+    Segmented,
+    ServedModel,
+)
 from serve.uploads import MiB, Refusal, decode, read_upload
 
 logger = logging.getLogger("ray.serve")
@@ -190,6 +201,22 @@ class Ingress:
             false_alarms=answer.false_alarms,
             score=answer.score,
             regions=[Region(polygon=region.polygon, area=region.area) for region in answer.regions],
+            map_png=answer.map_png if map else None,
+            notes=notes,
+            model=model,
+            request_id=_request_id(request),
+        )
+
+    @api.post("/v1/segment", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    async def segment(self, request: Request, map: bool = False) -> Segmented:
+        """Which pixels of an image are which defect; the image is given as for /v1/classify."""
+        answer, notes, model = await self._answer(request)
+        if not isinstance(answer, Segmentation):
+            raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no segmenter: ask it at /v1/predict, see /v1/model")
+        return Segmented(
+            label=answer.label,
+            shares=answer.shares,
+            regions=[ClassRegion(polygon=r.polygon, area=r.area, label=r.label) for r in answer.regions],
             map_png=answer.map_png if map else None,
             notes=notes,
             model=model,

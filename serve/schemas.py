@@ -57,6 +57,25 @@ class Detected(Answer):
     request_id: str
 
 
+class ClassRegion(Region):
+    label: str
+
+
+class Segmented(Answer):
+    label: str
+    """The class with the most pixels in regions; good where there is no region."""
+    shares: dict[str, float]
+    """Of each class, the share of the image's pixels."""
+    regions: list[ClassRegion]
+    """Class by class, largest first."""
+    map_png: str | None
+    """With ?map=1 the number of the class of each pixel, from 1 in the order of the shares, 0 for none: a grey PNG of
+    the image's size in base64."""
+    notes: list[str]
+    model: ServedModel
+    request_id: str
+
+
 class Predicted(Answer):
     answer: dict[str, Any]
     """What the model's family says of an image, such as `label`, `probabilities` and `region`."""

@@ -22,7 +22,9 @@ from hypdefect.distributed.tune import SearchConfig, finished, search
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, choose, metric_name, with_parts
 from hypdefect.families import Family, get_family
+from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
+from hypdefect.families.segmentation import SegmentationPlan
 from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import home, write_json, write_table
 from hypdefect.predictor import save_model
@@ -31,6 +33,7 @@ from hypdefect.registry import ModelEntry, publish
 from hypdefect.results import ledger
 from hypdefect.results.comparison import display_name
 from hypdefect.results.detection_figure import plot_detections
+from hypdefect.results.segmentation_figure import plot_segmentations
 from hypdefect.results.sweep_figure import plot_sweep
 from hypdefect.statistics import Interval, interval, paired
 
@@ -174,8 +177,10 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
     entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
     first = outcomes[choice.run.name].scored.draws[0]
-    if entry is not None and first.anomaly is not None:
+    if entry is not None and isinstance(plan, DetectionPlan):
         plot_detections(plan, entry, first, folder / "pictures.png")
+    if entry is not None and isinstance(plan, SegmentationPlan):
+        plot_segmentations(plan, entry, first, folder / "pictures.png")
     seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
     metric = metric_name(family.METRIC)
     summary = record(job, plan, folder, metric, trials, choice, outcomes, entry, seconds)
@@ -392,14 +397,14 @@ def record(
         "seconds": seconds,
     }
     write_json(folder / "result.json", summary)
-    if plan.classes:
+    first = next(iter(outcomes.values())).scored.draws[0]
+    if first.predicted is not None:
         write_table(predictions(plan.classes, outcomes), folder / "predictions.parquet")
-    if next(iter(outcomes.values())).scored.draws[0].anomaly is not None:
+    if first.anomaly is not None:
         write_table(anomaly_scores(outcomes), folder / "scores.parquet")
     truth = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["defect"].to_pylist(), strict=True))
-    plot_sweep(
-        folder / "sweep.png", trials, {n: o.scored.draws for n, o in outcomes.items()}, plan.classes, truth, metric
-    )
+    named = plan.classes if first.predicted is not None else ()
+    plot_sweep(folder / "sweep.png", trials, {n: o.scored.draws for n, o in outcomes.items()}, named, truth, metric)
     stored = json.loads((folder / "sweep.json").read_text())
     write_json(folder / "sweep.json", stored | {"finished": True})
     return summary

@@ -58,6 +58,11 @@ class DetectorTraining:
             seed=method.seed,
         )
 
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the outcome beside the run and the images: nothing."""
+        return {}
+
     def model(self) -> nn.Module:
         """The detector before step 0: it has seen the teacher's patches of all normal images."""
         model: Any = self.run.model(self.dim)

@@ -179,20 +179,22 @@ def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, s
         defects = sorted({defect for name in names for defect in shown[name]}, key=lambda d: (counts[d], d))
         of_class[defects[0] if defects else ""] |= dict.fromkeys(names, unit)
     sides: dict[Side, list[str]] = {"learned": [], "validated": [], "reported": []}
-    for defect, units in sorted(of_class.items()):
+    for units in (units for _, units in sorted(of_class.items())):
         if len(set(units.values())) < 3:
-            if not defect:
-                sides["learned"] += list(units)
-                continue
-            raise DataError(
-                f"class {defect!r} has {len(units)} images of {len(set(units.values()))} parts; it must stand in "
-                "learning, validation and test: give images of 3 parts at least"
-            )
+            sides["learned"] += list(units)
+            continue
         reported, rest = parted(units, SHARE, [config.partition, "reported"])
         validated, learned = parted({n: units[n] for n in rest}, SHARE / (1 - SHARE), [config.partition, "validated"])
         sides["reported"] += reported
         sides["validated"] += validated
         sides["learned"] += learned
+    for defect in sorted(counts):
+        if any(all(defect not in shown[name] for name in names) for names in sides.values()):
+            units = {unit for name, unit in unit_of.items() if defect in shown[name]}
+            raise DataError(
+                f"class {defect!r} has {counts[defect]} images of {len(units)} parts; it must stand in learning, "
+                "validation and test: give images of more parts"
+            )
     return sides
 
 
@@ -297,10 +299,10 @@ def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: 
     training = training_of(run, fitting, setting, number)
     model = training.model()
     train_in_process(model, training.item, training.config, lambda metrics, write: None, validate=training.validate)
-    return finished(model)
+    return finished(model, fitting, setting, number)
 
 
-def finished(model: nn.Module) -> Segmenter:
+def finished(model: nn.Module, fitting: Fitting, setting: Setting, number: int) -> Segmenter:
     """A trained network, ready to answer."""
     cast(TrainedSegmenter, model).finish()
     return cast(Segmenter, model)
@@ -322,10 +324,12 @@ def score(
     """Train, and look at every reported image once."""
     begun = time.perf_counter()
     model = fit(run, fitting, setting, number, start)
-    return score_model(model, fitting, reported, number, time.perf_counter() - begun)
+    return score_model(model, fitting, reported, setting, number, time.perf_counter() - begun)
 
 
-def score_model(model: Segmenter, fitting: Fitting, reported: Reported, number: int, fit_seconds: float) -> Score:
+def score_model(
+    model: Segmenter, fitting: Fitting, reported: Reported, setting: Setting, number: int, fit_seconds: float
+) -> Score:
     """Look at every reported image once."""
     begun = time.perf_counter()
     found = measured(model, reported.images, fitting.classes, fitting.side)

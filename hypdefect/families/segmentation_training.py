@@ -108,6 +108,16 @@ class SegmenterTraining:
             patience=self.patience,
         )
 
+    @property
+    def files(self) -> tuple[ImageFile, ...]:
+        """Images that are learned from."""
+        return self.learned.files
+
+    @property
+    def settings(self) -> dict[str, object]:
+        """What decides the outcome beside the run and the images."""
+        return {"side": self.side, "patience": self.patience, "classes": list(self.classes)}
+
     def model(self) -> nn.Module:
         """The segmenter before step 0: it has seen images with pseudo-defects painted on."""
         model: Any = self.run.model(len(self.classes))

@@ -1,6 +1,6 @@
 """The plain peer of segmenters: a feature pyramid and a linear layer (Lin et al., CVPR 2017), trained in the same way.
 
-Shapes: N images, C defect classes, H W pixels.
+Shapes: N images, K outputs, one a defect class and background, H W pixels.
 """
 
 from collections.abc import Mapping
@@ -68,7 +68,7 @@ class TrainedSegmenter(nn.Module):
                 groups[id(parameter) in pretrained].append(parameter)
         return [{"params": groups[0], "factor": 1.0}, {"params": groups[1], "factor": BACKBONE_RATE}]
 
-    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K h w"]:
         raise NotImplementedError
 
     def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
@@ -78,7 +78,7 @@ class TrainedSegmenter(nn.Module):
         return LossTerms(total, {"pixels": float(total.detach())})
 
     @torch.no_grad()
-    def logits(self, batch: Batch) -> Float[Tensor, "N C+1 H W"]:
+    def logits(self, batch: Batch) -> Float[Tensor, "N K H W"]:
         """At the size of the images. Raises RuntimeError before training."""
         if not self.trained:
             raise RuntimeError(f"{type(self).__name__}.logits needs a trained network")
@@ -114,7 +114,7 @@ class FPN(TrainedSegmenter):
             self.laterals = Laterals(self.pyramid.dims, config.width)
             self.head = nn.Conv2d(config.width, num_classes + 1, 1)
 
-    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K h w"]:
         answer: Tensor = self.head(self.laterals(self.pyramid(pixels)))
         return answer
 

@@ -20,7 +20,8 @@ which are added to its answer: else HST would act on the choice of channels alon
 is a trained one: it takes the one half way between the mean of painted and that of other locations. Where the paper
 does not say, the autoencoders learn from background alone, and the teacher is the pretrained network.
 
-Shapes: N images, C defect classes, H W pixels, h w rows and columns of a scale, D its channels, E of an embedding.
+Shapes: N images, K outputs, background first, H W pixels, h w rows and columns of a scale, D its channels, E of what
+the scales share.
 """
 
 from collections.abc import Sequence
@@ -87,7 +88,7 @@ class HyperbolicScores(nn.Module):
         self.normals = nn.Parameter(torch.randn(num_outputs, embedding) / embedding**0.5)
         self.scale = nn.Parameter(torch.ones(num_outputs))
 
-    def forward(self, x: Float[Tensor, "N E h w"]) -> Float[Tensor, "N C+1 h w"]:
+    def forward(self, x: Float[Tensor, "N E h w"]) -> Float[Tensor, "N K h w"]:
         v = self.embed(x).movedim(1, 3)
         with torch.autocast(v.device.type, enabled=False):
             z = geometry.expmap0(v.float().flatten(0, 2), self.curvature)
@@ -135,6 +136,8 @@ class HADNet(TrainedSegmenter):
             self.autoencoders = nn.ModuleList(AutoEncoder(number) for number in kept)
             self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
             seen = (SCALES if config.scales == "all" else 1) * (width // 2)
+            if config.scales == "finest":
+                self.reduce[1:].requires_grad_(False)
             self.strongest = max(1, round(config.strongest * seen / 2))
             self.enter: Any = nn.Conv2d(2 * (self.strongest if config.ard == "sorted" else seen), width, 1)
             self.hst = HyperbolicScores(width, outputs, config.embedding, config.curvature) if config.hst else None
@@ -175,7 +178,7 @@ class HADNet(TrainedSegmenter):
 
     # -- the network -------------------------------------------------------------------------------------------------
 
-    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N C+1 h w"]:
+    def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K h w"]:
         return self.parts(pixels)[0]
 
     def parts(

@@ -79,8 +79,8 @@ def _by_class(axes: Axes, draws: Sequence[Score], metric: str) -> None:
         axes.text(mean - 1, place, f"{mean:.1f}", ha="right", va="center", color="white", fontweight="bold")
     axes.set_yticks(range(len(names)), [name.removeprefix(f"{metric} ") for name in names])
     axes.invert_yaxis()
-    axes.set_xlim(min(50.0, min(means) - 5), 100)
-    axes.set(title="the winner, each class against good parts", xlabel=f"{LABELS.get(metric, metric)}, %")
+    axes.set_xlim(max(0.0, min(50.0, min(means) - 5)), 100)
+    axes.set(title="the winner, by class", xlabel=f"{LABELS.get(metric, metric)}, %")
 
 
 def _confusion(axes: Axes, draws: Sequence[Score], classes: Sequence[str], truth: Mapping[str, str]) -> None:

@@ -47,8 +47,15 @@ SHOWN = {
     "aupro": "AUPRO",
     "false_alarms": "false alarms",
     "detected": "detected",
+    "miou": "mean IoU",
+    "miou_background": "with background",
+    "pixel_acc": "pixel accuracy",
 }
-BESIDE = {"acc": ("balanced_acc",), "auroc": ("aupro", "false_alarms", "detected")}
+BESIDE = {
+    "acc": ("balanced_acc",),
+    "auroc": ("aupro", "false_alarms", "detected"),
+    "miou": ("miou_background", "macro_f1", "pixel_acc"),
+}
 """What a table shows beside a family's metric, where it was measured."""
 
 

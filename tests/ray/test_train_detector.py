@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from hypdefect.distributed.detector import train_detector
 from hypdefect.distributed.extract import fill
+from hypdefect.distributed.networks import train_networks
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
@@ -20,6 +20,7 @@ from hypdefect.families.plan import prepare
 from hypdefect.images import read_image
 from hypdefect.methods.hypad import HypADConfig
 from hypdefect.predictor import Predictor
+from hypdefect.results.detection_figure import plot_detections
 from hypdefect.training import fit
 from tests.ray.test_detection import SMALL
 from tests.ray.test_train import kill_one_worker
@@ -84,7 +85,8 @@ def test_two_workers_one_of_them_killed_train_what_one_process_does(ran: Ran, tm
 
 def test_a_detector_is_trained_tested_and_published(ran: Ran) -> None:
     run = RunConfig(name="hypad", method=replace(HYPAD, steps=4), pretrained=False)
-    result = train_detector(ran.job, run, workers=2, report_every=2, alias="trained")
+    options: dict[str, Any] = {"setting": Setting(), "draw": plot_detections, "report_every": 2, "alias": "trained"}
+    result = train_networks(ran.job, run, workers=2, **options)
     assert len(result.losses) == 4
     assert "auroc" in result.scored.draws[0].metrics
     assert (result.folder / "pictures.png").exists()
@@ -93,7 +95,7 @@ def test_a_detector_is_trained_tested_and_published(ran: Ran) -> None:
     assert 0 < answer.p_value <= 1
     seen = set(predictor.card.provenance["fitted_on"])
     assert not seen & {*result.plan.tested_ids, *result.plan.defect_ids}
-    again = train_detector(ran.job, run, workers=1, report_every=2, alias="trained")  # finished: nothing is trained
+    again = train_networks(ran.job, run, workers=1, **options)  # finished: nothing is trained
     assert again.losses == result.losses
     with pytest.raises(ConfigError, match="exists with other settings"):
-        train_detector(ran.job, replace(run, method=HYPAD), workers=1, report_every=2, name=result.folder.name)
+        train_networks(ran.job, replace(run, method=HYPAD), workers=1, name=result.folder.name, **options)

@@ -1,0 +1,235 @@
+"""Segmentation: images are parted without leaks, targets are put together, training gives what it saw best."""
+
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import segmentation
+from hypdefect.families.plan import prepare
+from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
+from hypdefect.families.segmentation_training import Painted, class_map, measured
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.metrics import SegmentationMetrics
+from hypdefect.predictor import Predictor, save_model
+from hypdefect.training import fit
+from tests.tiny_dataset import make_mtd_tree
+
+TINY = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 6, "lr": 3e-3}
+
+
+def setup_module() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_HOME", str(tmp_path_factory.mktemp("home")))
+        patch.delenv("HYPDEFECT_DATA", raising=False)
+        tree = make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=20)
+        yield TaskConfig(
+            dataset="mtd", root=tree, split="random", backbone="tiny_random", recipe=RecipeConfig(whole_size=64)
+        )
+
+
+@pytest.fixture(scope="module")
+def task(job: TaskConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Fitting, Reported]:
+    plan = prepare(segmentation, job)
+    return plan, *segmentation.load(plan, tmp_path_factory.mktemp("unused"))
+
+
+def test_files_are_parted_in_three_each_with_every_class(task: Any) -> None:
+    plan, fitting, reported = task
+    sides = [set(ids) for ids in (plan.learned_ids, plan.validated_ids, plan.reported_ids)]
+    assert len(set.union(*sides)) == sum(map(len, sides))
+    labels = [{n for masks in images.masks for n, _ in masks} for images in (fitting.learned, fitting.validated)]
+    assert labels == [set(range(1, len(plan.classes) + 1))] * 2
+    assert {n for masks in reported.images.masks for n, _ in masks} == labels[0]
+    assert len(sides[1]) / sum(map(len, sides)) == pytest.approx(0.1, abs=0.05)
+    again = segmentation.plan(plan.config, plan.manifest)
+    assert again.reported_ids == plan.reported_ids
+    other = segmentation.plan(replace(plan.config, partition=1), plan.manifest)
+    assert other.reported_ids != plan.reported_ids
+
+
+def test_images_of_a_group_stay_together(task: Any) -> None:
+    plan, _, _ = task
+    rows = plan.manifest.to_pylist()
+    for row in rows:
+        row["group_id"] = f"part {int(row['file_id'][:8], 16) % 23}" if row["is_defect"] else row["file_id"]
+    manifest = pa.Table.from_pylist(rows, schema=plan.manifest.schema)
+    grouped = segmentation.plan(replace(plan.config, split="grouped"), manifest)
+    group_of = {row["image_id"]: row["group_id"] for row in rows}
+    where = defaultdict(set)
+    for side in ("learned_ids", "validated_ids", "reported_ids"):
+        for image_id in getattr(grouped, side):
+            where[group_of[image_id]].add(side)
+    assert all(len(sides) == 1 for sides in where.values())
+
+
+def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
+    plan, fitting, _ = task
+    rows = {row["image_id"]: row for row in plan.manifest.to_pylist()}
+    seen = set()
+    for number, image_id in enumerate(fitting.learned.image_ids):
+        image, target = fitting.learned.read(number)
+        assert target.shape == image.shape[:2]
+        row = rows[image_id]
+        expected = {plan.classes.index(row["defect"]) + 1} if row["is_defect"] else set()
+        assert set(np.unique(target)) - {0} == expected
+        seen |= expected
+    assert seen == set(range(1, len(plan.classes) + 1))
+
+
+def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task: Any) -> None:
+    _, fitting, _ = task
+    training = segmentation.training_of(RunConfig(name="fpn", method=TINY), fitting, Setting(), 0)
+    first, again, other = training.item(3), training.item(3), training.item(4)
+    assert torch.equal(first.views["pixels"], again.views["pixels"])
+    assert not torch.equal(first.views["pixels"], other.views["pixels"])
+    assert first.targets is not None
+    assert first.targets.shape == (2, 64, 64)
+    epoch = {image_id for i in range(len(fitting.learned) // 2) for image_id in training.item(i).image_ids}
+    assert len(epoch) == 2 * (len(fitting.learned) // 2)  # every image once before any comes again
+    there, turned = [], []
+    for number in range(40):
+        batch = training.item(number)
+        assert batch.targets is not None
+        for pixels, target in zip(batch.views["pixels"], batch.targets, strict=True):
+            for gaps, marked in ((there, target > 0), (turned, target.rot90(2, (0, 1)) > 0)):
+                if marked.sum() > 20:
+                    grey = pixels.mean(0)
+                    gaps.append(float((grey[marked].mean() - grey[~marked].mean()).abs()))
+    assert np.mean(there) > 1.5 * np.mean(turned)
+
+
+def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
+    _, fitting, _ = task
+    training = segmentation.training_of(RunConfig(name="hadnet", method=TINY), fitting, Setting(), 0)
+    batches = list(Painted(training))
+    assert batches
+    for batch in batches:
+        assert batch.targets is not None
+        change, marked = (batch.views["pixels"] - batch.views["clean"]).abs().mean(1), batch.targets > 0
+        assert change[marked].mean() > 3 * change[~marked].mean()
+        assert 0.05 < float((batch.targets > 0).float().mean()) < 0.5
+
+
+def test_a_network_ends_at_the_weights_that_validate_best(task: Any) -> None:
+    _, fitting, _ = task
+    run = RunConfig(name="hadnet", method=TINY | {"steps": 24})
+    training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
+    model: Any = training.model()
+    values: list[float] = []
+    fit(model, training.item, training.config, lambda m, write: values.append(m["val"]), validate=training.validate)
+    assert training.validate(model) == pytest.approx(max(values))
+    early = replace(training, patience=1)
+    model = early.model()
+    seen: list[float] = []
+    fit(model, early.item, early.config, lambda m, write: seen.append(m["val"]), validate=early.validate)
+    assert seen == values[: len(seen)]
+
+
+def test_draws_have_other_seeds_and_the_published_model_answers_alike(
+    task: Any, job: TaskConfig, tmp_path: Path
+) -> None:
+    plan, fitting, reported = task
+    run = RunConfig(name="hadnet", method=TINY, pretrained=False)
+    model: Any = segmentation.fit(run, fitting, Setting(), 0)
+    other: Any = segmentation.fit(run, fitting, Setting(), 1)
+    assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    score = segmentation.score_model(model, fitting, reported, Setting(), 0, 0.0)
+    assert score.metrics.keys() >= {"miou", "miou_background", "pixel_acc", "macro_f1", "weighted_f1"}
+    save_model(
+        tmp_path / "m",
+        run_config=run,
+        model=model,
+        class_names=plan.classes,
+        transform=segmentation.transform_of(run, fitting),
+        backbone=job.backbone,
+        recipe=job.recipe,
+        uses_mask=False,
+        provenance={},
+    )
+    predictor = Predictor.load(tmp_path / "m")
+    image, _ = reported.images.read(0)
+    (answer,) = predictor.predict([(image, None)])
+    batch = predictor.batch(image, None)
+    expected = class_map(model.logits(batch), image.shape[:2])
+    assert list(answer.shares) == list(plan.classes)
+    for number, name in enumerate(plan.classes, 1):
+        assert answer.shares[name] == pytest.approx(float((expected == number).mean()), abs=1e-3)
+    assert measured(predictor.model, reported.images, plan.classes, 64).compute()["miou"] == pytest.approx(
+        score.metrics["miou"]
+    )
+
+
+def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
+    plan, _, _ = task
+    few = make_mtd_tree(tmp_path / "few", per_class=2)
+    with pytest.raises(DataError, match=r"class '\w+' has 2 images of 2 parts; it must stand in learning"):
+        prepare(segmentation, replace(plan.config, root=few))
+    rows = [row for row in plan.manifest.to_pylist() if not row["is_defect"]]
+    with pytest.raises(DataError, match="has no masks"):
+        segmentation.plan(plan.config, pa.Table.from_pylist(rows, schema=plan.manifest.schema))
+    with pytest.raises(ConfigError, match="max_normals must not be negative"):
+        replace(plan.config, max_normals=-1)
+
+
+# -- metrics -------------------------------------------------------------------------------------------------------
+
+
+def test_metrics_are_those_of_the_definition() -> None:
+    rng = np.random.default_rng(0)
+    truth, predicted = rng.integers(0, 4, (2, 5, 30, 20))
+    metrics = SegmentationMetrics(("a", "b", "c"))
+    parts = (SegmentationMetrics(("a", "b", "c")), metrics)
+    for number in range(5):
+        parts[number % 2].update(predicted[number], truth[number])
+    metrics.merge(parts[0])
+    found = metrics.compute()
+    ious, f1s, weights = [], [], []
+    for label in range(4):
+        both = ((truth == label) & (predicted == label)).sum()
+        either = ((truth == label) | (predicted == label)).sum()
+        ious.append(both / either)
+        f1s.append(2 * both / ((truth == label).sum() + (predicted == label).sum()))
+        weights.append((truth == label).sum())
+    assert found["miou"] == pytest.approx(np.mean(ious[1:]))
+    assert found["miou_background"] == pytest.approx(np.mean(ious))
+    assert found["macro_f1"] == pytest.approx(np.mean(f1s[1:]))
+    assert found["weighted_f1"] == pytest.approx(np.average(f1s[1:], weights=weights[1:]))
+    assert found["pixel_acc"] == pytest.approx((truth == predicted).mean())
+    assert found["iou b"] == pytest.approx(ious[2])
+
+
+def test_metrics_agree_with_scikit_learn_and_leave_out_absent_classes() -> None:
+    from sklearn.metrics import jaccard_score
+
+    rng = np.random.default_rng(1)
+    truth, predicted = rng.integers(0, 3, (2, 8, 8))
+    metrics = SegmentationMetrics(("a", "b", "never"))
+    metrics.update(predicted, truth)
+    found = metrics.compute()
+    expected = jaccard_score(truth.ravel(), predicted.ravel(), labels=[1, 2], average="macro")
+    assert found["miou"] == pytest.approx(expected)
+    assert "iou never" not in found
+
+
+def test_metrics_refuse_what_is_no_class_map() -> None:
+    metrics = SegmentationMetrics(("a",))
+    with pytest.raises(DataError, match="beside a truth of"):
+        metrics.update(np.zeros((2, 2), int), np.zeros((3, 2), int))
+    with pytest.raises(DataError, match="classes of pixels are 0 to 1"):
+        metrics.update(np.full((2, 2), 2), np.zeros((2, 2), int))
+    metrics.update(np.zeros((2, 2), int), np.zeros((2, 2), int))
+    with pytest.raises(DataError, match="need pixels of defects"):
+        metrics.compute()

@@ -1,0 +1,239 @@
+"""HADNet: every part acts, the twin is the limit of curvature 0, and what is chosen is what the paper says."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from hypdefect.errors import ConfigError
+from hypdefect.methods.fpn import FPN, FPNConfig
+from hypdefect.methods.hadnet import HADNet, HADNetConfig, largest_channels, selection_losses
+from hypdefect.methods.pyramid import pixel_loss
+from hypdefect.training import SteppedConfig, fit, optimizer_of
+from hypdefect.types import Batch
+
+SIDE = 64
+TINY = HADNetConfig(network="tiny_random", width=16, embedding=6, images=2, items_per_step=1, lr=3e-3)
+
+
+def setup_module() -> None:
+    torch.set_num_threads(1)
+
+
+def marked(number: int, seed: int = 0, classes: int = 2) -> Batch:
+    """Grey noise with a bright square of class 1 and a dark one of class 2."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = 0.5 + 0.05 * torch.randn(number, 3, SIDE, SIDE, generator=generator)
+    targets = torch.zeros(number, SIDE, SIDE, dtype=torch.long)
+    for i in range(number):
+        for label in range(1, classes + 1):
+            y, x = (int(at) for at in torch.randint(0, SIDE - 24, (2,), generator=generator))
+            pixels[i, :, y : y + 24, x : x + 24] += 0.4 if label == 1 else -0.4
+            targets[i, y : y + 24, x : x + 24] = label
+    none = torch.zeros(number, dtype=torch.long)
+    return Batch(
+        image_ids=tuple(f"{i}" for i in range(number)),
+        views={"pixels": pixels.clamp(0, 1)},
+        labels=none,
+        aug_index=none,
+        targets=targets,
+    )
+
+
+def painted() -> list[Batch]:
+    batch = marked(6, seed=5, classes=1)
+    clean = 0.5 + 0.05 * torch.randn(6, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(5))
+    return [replace(batch, views=batch.views | {"clean": clean})]
+
+
+def trained(config: Any, steps: int = 80) -> Any:
+    model = (FPN if isinstance(config, FPNConfig) else HADNet)(config, 2)
+    model.begin(painted())
+    model.train()
+    loop = SteppedConfig(steps=steps, items_per_step=1, lr=config.lr, report_every=steps)
+    losses = fit(model, lambda number: marked(2, seed=number), loop, lambda metrics, write: None)
+    model.finish()
+    return model, losses
+
+
+def right(model: Any) -> float:
+    batch = marked(8, seed=999)
+    assert batch.targets is not None
+    found = model.logits(batch).argmax(1)
+    defects = batch.targets > 0
+    return float((found == batch.targets)[defects].double().mean())
+
+
+@pytest.mark.parametrize(
+    "config", [TINY, replace(TINY, curvature=0.0), FPNConfig(network="tiny_random", width=16, lr=3e-3)]
+)
+def test_it_learns_which_pixels_are_which_class(config: Any) -> None:
+    model, losses = trained(config)
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
+    assert right(model) > 0.7
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "curvature": {"curvature": 0.5},
+    "random channels": {"selection": "random"},
+    "random mixtures": {"selection": "projection"},
+    "fewer channels": {"keep": 0.25},
+    "no ARD": {"ard": "off"},
+    "ARD as printed": {"ard": "sorted"},
+    "fewer residuals": {"strongest": 0.25},
+    "no HST": {"hst": False},
+    "finest scale": {"scales": "finest"},
+    "no reconstruction": {"reconstruction": 0.0},
+    "no loss of HST": {"hyperbolic": 0.0},
+    "teacher": {"teacher": 1.0},
+}
+
+
+@pytest.fixture(scope="module")
+def usual() -> torch.Tensor:
+    return torch.as_tensor(trained(TINY, steps=6)[0].logits(marked(2, seed=77)))
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_part_changes_the_answer(name: str, usual: torch.Tensor) -> None:
+    other = trained(replace(TINY, **CHANGES[name]), steps=6)[0].logits(marked(2, seed=77))
+    assert (other - usual).abs().max() > 1e-3
+
+
+def test_the_twin_is_the_limit_of_curvature_0() -> None:
+    flat, near = HADNet(replace(TINY, curvature=0.0), 2), HADNet(replace(TINY, curvature=1e-8), 2)
+    near.load_state_dict(flat.state_dict())
+    pixels = marked(2).views["pixels"]
+    with torch.no_grad():
+        torch.testing.assert_close(near.scores(pixels), flat.scores(pixels), rtol=1e-4, atol=1e-4)
+        assert flat.hst is not None
+        x = torch.randn(1, 16, 4, 4)
+        v = flat.hst.embed(x).movedim(1, 3)
+        normals = flat.hst.normals / flat.hst.normals.norm(dim=1, keepdim=True)
+        linear = 2 * ((v[..., None, :] - flat.hst.points) * normals).sum(-1) * flat.hst.scale
+        torch.testing.assert_close(flat.hst(x), linear.movedim(3, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_points_are_trained_on_the_ball_and_stay_there() -> None:
+    config = replace(TINY, curvature=1.0, lr=0.1)
+    assert type(optimizer_of(HADNet(config, 2), SteppedConfig())).__name__ == "RiemannianAdam"
+    assert type(optimizer_of(HADNet(replace(config, curvature=0.0), 2), SteppedConfig())).__name__ == "AdamW"
+    model = HADNet(config, 2)
+    assert model.hst is not None
+    begun = model.hst.points.detach().clone()
+    loop = SteppedConfig(steps=20, items_per_step=1, lr=0.1, report_every=20)
+    fit(model, lambda number: marked(2, seed=number), loop, lambda metrics, write: None)
+    points = model.hst.points.detach()
+    assert (points - begun).abs().max() > 1e-2
+    assert points.norm(dim=1).max() < 1
+
+
+def test_the_pretrained_network_is_trained_more_slowly() -> None:
+    model = HADNet(TINY, 2)
+    rest, network = model.parameter_groups()
+    assert (rest["factor"], network["factor"]) == (1.0, 0.3)
+    count = sum(p.numel() for group in (rest, network) for p in group["params"])
+    assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert {id(p) for p in network["params"]} == {id(p) for p in model.pyramid.parameters() if p.requires_grad}
+
+
+def test_the_channels_chosen_are_those_that_change_where_something_was_painted() -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.zeros(2, 32, 32, dtype=torch.bool)
+    mask[:, 4:16, 8:20] = True
+    clean = torch.randn(2, 6, 8, 8, generator=generator)
+    copy = clean + 0.05 * torch.randn(2, 6, 8, 8, generator=generator)
+    copy[:, 3, 1:4, 2:5] += 5.0
+    losses = selection_losses(clean, copy, mask, 0.01)
+    assert losses.shape == (2, 6)
+    assert losses.sum(0).argmin() == 3
+    assert not torch.allclose(losses, selection_losses(clean, copy, mask, 2.0))
+
+
+def test_afss_is_done_once_and_kept(tmp_path: Path) -> None:
+    model = HADNet(TINY, 2)
+    before = [getattr(model, f"channels_{i}").clone() for i in range(4)]
+    model.begin(painted())
+    after = [getattr(model, f"channels_{i}") for i in range(4)]
+    assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert all(len(set(chosen.tolist())) == len(chosen) for chosen in after)
+    random = HADNet(replace(TINY, selection="random"), 2)
+    random.begin(painted())
+    assert all(torch.equal(getattr(random, f"channels_{i}"), before[i]) for i in range(4))
+    model.finish()
+    save_file({k: v.contiguous() for k, v in model.export().items()}, tmp_path / "m.safetensors")
+    again = HADNet(replace(TINY, seed=7), 2)
+    with pytest.raises(RuntimeError, match="needs a trained network"):
+        again.logits(marked(1))
+    again.restore(load_file(tmp_path / "m.safetensors"))
+    assert torch.equal(again.logits(marked(2)), model.logits(marked(2)))
+
+
+def test_ard_takes_the_largest_of_each_image() -> None:
+    residuals = [torch.zeros(2, 3, 4, 4), torch.zeros(2, 2, 2, 2)]
+    residuals[0][0, 1] = 0.5  # everywhere: the largest mean
+    residuals[0][0, 2, 1, 1] = -3.0  # one place: the largest maximum, whatever its sign
+    residuals[1][1, 0] = 1.0
+    by_maximum, by_average = largest_channels(residuals, 1)
+    assert by_maximum[:, 0].tolist() == [2, 3]
+    assert by_average[:, 0].tolist() == [1, 3]
+
+
+def test_gating_before_upsampling_is_gating_after_it() -> None:
+    model = HADNet(TINY, 2)
+    with torch.no_grad():
+        residuals = [torch.randn(2, 8, side, side) for side in (16, 8, 4, 2)]
+        total = sum(
+            torch.nn.functional.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
+            for x in model.filtered(residuals)
+        )
+        chosen = largest_channels(residuals, model.strongest)
+        together = torch.cat(
+            [
+                torch.nn.functional.interpolate(x, size=(16, 16), mode="bilinear", align_corners=False)
+                for x in residuals
+            ],
+            1,
+        )
+        gates = [torch.zeros(2, 32).scatter(1, at, 1.0)[:, :, None, None] for at in chosen]
+        assert all(0 < float(gate.mean()) < 1 for gate in gates)
+        expected = model.enter(torch.cat([together * gate for gate in gates], 1))
+    torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_loss_is_cross_entropy_and_dice_and_leaves_out_unknown_pixels() -> None:
+    logits = torch.randn(1, 3, 4, 4, requires_grad=True)
+    targets = torch.tensor([[[0, 1], [2, -1]]]).repeat_interleave(2, 1).repeat_interleave(2, 2)
+    loss = pixel_loss(logits, targets)
+    shares = logits.softmax(1)[0, :, targets[0] >= 0].T.detach()
+    truth = targets[0][targets[0] >= 0]
+    entropy = -shares[torch.arange(len(truth)), truth].log().mean()
+    one = torch.nn.functional.one_hot(truth, 3).float()
+    dice = 2 * (shares * one).sum(0) / (shares.sum(0) + one.sum(0))
+    assert float(loss.detach()) == pytest.approx(float(entropy + 1 - dice.mean()), rel=1e-5)
+    loss.backward()
+    assert logits.grad is not None
+    assert logits.grad[0, :, 2:, 2:].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"curvature": -1.0}, "curvature"),
+        ({"keep": 1.5}, "method.keep"),
+        ({"network": "openclip:ViT-B-32@random"}, "trains a timm network"),
+        ({"steps": 0}, "method.steps must be positive"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        HADNet(replace(TINY, **values), 2)
+
+
+def test_it_has_fewer_weights_than_the_papers() -> None:
+    model = HADNet(HADNetConfig(), 3)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) < 11.35e6
