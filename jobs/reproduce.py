@@ -10,6 +10,8 @@ python jobs/reproduce.py hypdfs --backbone alphaclip:ViT-L-14@FILE: on the paper
 
 python jobs/reproduce.py hypad, or patchcore: the figures of HypAD's tables, and PatchCore's, category by category
 
+python jobs/reproduce.py hadnet --rows all: mean IoU of HADNet, its ablations and its curve over rho; hours on a CPU
+
 python jobs/reproduce.py amc: the tables of AMC, five seeds of the bank; --protocol draws: with other supports each
 
 What is absent is SKIP, with what to download and where to put it. All rows of one data set see the same draws: where
@@ -30,6 +32,12 @@ from hypdefect.distributed.reproduce_detectors import (
     figure_values,
     reproduce_detectors,
 )
+from hypdefect.distributed.reproduce_hadnet import (
+    ReproduceHADNetConfig,
+    hadnet_tables,
+    hadnet_values,
+    reproduce_hadnet,
+)
 from hypdefect.files import home, write_json
 from hypdefect.results.studies import ReproduceConfig, experiments_of
 from hypdefect.results.study_tables import missing_reasons, study_tables, study_values
@@ -40,6 +48,8 @@ def main() -> None:
     configure_logging()
     if {"hypad", "patchcore"} & set(sys.argv[1:]):
         detectors(*parse_job(ReproduceDetectorsConfig, description=__doc__))
+    elif "hadnet" in sys.argv[1:]:
+        segmenters(*parse_job(ReproduceHADNetConfig, description=__doc__))
     elif "amc" in sys.argv[1:]:
         patch_classifiers(*parse_job(ReproduceAMCConfig, description=__doc__))
     else:
@@ -69,6 +79,20 @@ def patch_classifiers(config: ReproduceAMCConfig, options: JobOptions) -> None:
         console.print(f"SKIP: {escape(reason)}", highlight=False)
     if options.json is not None:
         write_json(options.json, amc_values(figures))
+    print(home() / "ledger")
+
+
+def segmenters(config: ReproduceHADNetConfig, options: JobOptions) -> None:
+    with connected():
+        rows, missing = reproduce_hadnet(config)
+    console = table_console(170)
+    for table in hadnet_tables(config, rows):
+        if table.row_count:
+            console.print(table)
+    for reason in missing:
+        console.print(f"SKIP: {escape(reason)}", highlight=False)
+    if options.json is not None:
+        write_json(options.json, hadnet_values(rows))
     print(home() / "ledger")
 
 

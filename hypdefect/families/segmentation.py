@@ -1,7 +1,7 @@
 """Segmentation: which pixels are which defect? Learned from masks.
 
 An image set is parted in three, 8 : 1 : 1 as in HADNet's paper, by whole groups where images of one part must not stand
-on two sides, class by class, the rarest first. `Fitting` holds the images that are learned from and those that training
+on two sides, class by class. `Fitting` holds the images that are learned from and those that training
 is stopped by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
 """
 
@@ -17,7 +17,6 @@ from torch import nn
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
-from hypdefect.datasets.split import parted
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.image_files import image_file, mask_file
@@ -169,31 +168,37 @@ Side = Literal["learned", "validated", "reported"]
 
 
 def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]]) -> dict[Side, list[str]]:
-    """Files of each side; a unit goes with the rarest class that it shows, good parts by themselves."""
-    counts = Counter(defect for name in unit_of for defect in shown[name])
+    """Files of each side. Class by class, those in the fewest units first, whole units are taken in a seeded order
+    until a tenth of the class's images is reported on, and another tenth validated on. Good parts count as a class.
+
+    Raises:
+        DataError: a class does not stand on all sides.
+    """
     members: dict[str, list[str]] = defaultdict(list)
-    for name, unit in unit_of.items():
-        members[unit].append(name)
-    of_class: dict[str, dict[str, str]] = defaultdict(dict)
-    for unit, names in members.items():
-        defects = sorted({defect for name in names for defect in shown[name]}, key=lambda d: (counts[d], d))
-        of_class[defects[0] if defects else ""] |= dict.fromkeys(names, unit)
+    holders: dict[str, list[str]] = defaultdict(list)
+    for name in sorted(unit_of):
+        members[unit_of[name]].append(name)
+        for defect in shown[name] or {""}:
+            holders[defect].append(unit_of[name])
+    side_of: dict[str, Side] = {}
+    order = sorted(members, key=lambda unit: digest([config.partition, unit]))
+    for defect in sorted(holders, key=lambda defect: (len(set(holders[defect])), defect)):
+        size, inside = Counter(holders[defect]), len(holders[defect])
+        free = [unit for unit in order if unit in size and unit not in side_of]
+        for side in ("reported", "validated"):
+            held = sum(size[unit] for unit, of in side_of.items() if of == side)
+            while len(free) > 1 and (not held or held + size[free[0]] / 2 <= SHARE * inside):
+                held += size[free[0]]
+                side_of[free.pop(0)] = side
     sides: dict[Side, list[str]] = {"learned": [], "validated": [], "reported": []}
-    for units in (units for _, units in sorted(of_class.items())):
-        if len(set(units.values())) < 3:
-            sides["learned"] += list(units)
-            continue
-        reported, rest = parted(units, SHARE, [config.partition, "reported"])
-        validated, learned = parted({n: units[n] for n in rest}, SHARE / (1 - SHARE), [config.partition, "validated"])
-        sides["reported"] += reported
-        sides["validated"] += validated
-        sides["learned"] += learned
-    for defect in sorted(counts):
+    for unit, names in members.items():
+        sides[side_of.get(unit, "learned")] += names
+    for defect in sorted(holders.keys() - {""}):
         if any(all(defect not in shown[name] for name in names) for names in sides.values()):
-            units = {unit for name, unit in unit_of.items() if defect in shown[name]}
+            count = f"{len(holders[defect])} images of {len(set(holders[defect]))} parts"
             raise DataError(
-                f"class {defect!r} has {counts[defect]} images of {len(units)} parts; it must stand in learning, "
-                "validation and test: give images of more parts"
+                f"class {defect!r} has {count}; it must stand in learning, validation and test: give images of more "
+                "parts, or choose another --partition"
             )
     return sides
 
