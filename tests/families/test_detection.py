@@ -108,7 +108,7 @@ def test_a_share_is_kept_as_well_as_units_allow(share: float) -> None:
 
 
 def test_one_part_cannot_be_parted() -> None:
-    with pytest.raises(DataError, match="3 normal images of one part"):
+    with pytest.raises(DataError, match="3 images of one part"):
         parted({"a": "x", "b": "x", "c": "x"}, 0.5, 0)
 
 

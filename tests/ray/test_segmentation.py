@@ -1,0 +1,161 @@
+"""HADNet from masks to a served segmenter; trained by Ray Train the same for any number of workers, killed or not."""
+
+import base64
+import io
+import socket
+import threading
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hypdefect.config import to_mapping
+from hypdefect.distributed.networks import train_networks
+from hypdefect.distributed.reproduce_hadnet import FULL, ReproduceHADNetConfig, hadnet_tables, reproduce_hadnet
+from hypdefect.distributed.sweep import named, sweep
+from hypdefect.distributed.train import train
+from hypdefect.errors import ConfigError
+from hypdefect.evaluation import RunConfig
+from hypdefect.families import segmentation
+from hypdefect.families.plan import prepare
+from hypdefect.families.segmentation import Setting, TaskConfig
+from hypdefect.features.extract import RecipeConfig
+from hypdefect.files import home
+from hypdefect.images import read_image
+from hypdefect.methods.hadnet import HADNetConfig
+from hypdefect.predictor import Predictor
+from hypdefect.results import ledger
+from hypdefect.results.segmentation_figure import plot_segmentations
+from hypdefect.training import fit
+from jobs.sweep import SegmentationJob
+from tests.ray.test_train import kill_one_worker
+from tests.tiny_dataset import make_mtd_tree
+from tune_spaces import get_space
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+TINY = HADNetConfig(network="tiny_random", width=16, embedding=6, images=2, items_per_step=2, steps=6, lr=3e-3)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=20)
+
+
+def task(tree: Path) -> dict[str, Any]:
+    return {
+        "dataset": "mtd",
+        "root": tree,
+        "split": "random",
+        "backbone": "tiny_random",
+        "recipe": RecipeConfig(whole_size=64),
+    }
+
+
+def test_two_workers_one_of_them_killed_train_what_one_process_does(ray_local: Any, tree: Path, tmp_path: Path) -> None:
+    plan = prepare(segmentation, TaskConfig(**task(tree)))
+    fitting, _ = segmentation.load(plan, tmp_path)
+    run = RunConfig(name="hadnet", method=replace(TINY, steps=16, curvature=0.5))
+    training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
+    alone = training.model()
+    expected = fit(alone, training.item, training.config, lambda metrics, write: None, validate=training.validate)
+    killed: list[int] = []
+    killer = threading.Thread(target=kill_one_worker, args=(tmp_path / "two", killed))
+    killer.start()
+    model, losses = train(training, workers=2, name="two", folder=tmp_path)
+    killer.join()
+    assert len(killed) == 1
+    assert losses == pytest.approx(expected, abs=1e-3)
+    for name, value in alone.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=0, atol=1e-3)
+
+
+def test_a_segmenter_is_trained_published_and_served(ray_local: Any, tree: Path) -> None:
+    from ray import serve
+
+    from serve.app import build_app
+
+    job = TaskConfig(**task(tree))
+    run = RunConfig(name="hadnet", method=replace(TINY, steps=30), pretrained=False)
+    options: dict[str, Any] = {"setting": Setting(), "draw": plot_segmentations, "report_every": 10}
+    result = train_networks(job, run, workers=1, **options)
+    assert (result.folder / "pictures.png").exists()
+    assert result.scored.draws[0].metrics["miou"] >= 0
+    assert train_networks(job, run, workers=1, **options).losses == result.losses  # finished: nothing is trained
+    with pytest.raises(ConfigError, match="exists with other settings"):
+        train_networks(job, RunConfig(name="fpn"), workers=1, name=result.folder.name, **options)
+    path = sorted(tree.glob("MT_Break/Imgs/*.jpg"))[0]
+    (expected,) = Predictor.load(result.entry).predict([(read_image(path), None)])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        serve.run(
+            build_app({"model": f"{result.entry.name}@champion", "home": str(home()), "num_cpus": 0.1}),
+            name="segmenter",
+            route_prefix="/",
+        )
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
+            answer = http.post("/v1/segment", files={"image": path.read_bytes()})
+            pictured = http.post("/v1/segment?map=1", content=path.read_bytes())
+            refused = http.post("/v1/detect", files={"image": path.read_bytes()})
+            damaged = http.post("/v1/segment", files={"image": path.read_bytes()[:200]})
+    finally:
+        serve.shutdown()
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    assert body["label"] == expected.label
+    assert body["shares"] == pytest.approx(expected.shares)
+    assert [(r["label"], r["area"]) for r in body["regions"]] == [(r.label, r.area) for r in expected.regions]
+    assert body["map_png"] is None
+    with Image.open(io.BytesIO(base64.b64decode(pictured.json()["map_png"]))) as picture, Image.open(path) as image:
+        assert picture.size == image.size
+        numbers = np.asarray(picture)
+    for number, name in enumerate(result.plan.classes, 1):
+        assert float((numbers == number).mean()) == pytest.approx(expected.shares[name])
+    assert refused.status_code == 404
+    assert damaged.status_code == 400
+
+
+def test_a_sweep_tests_its_choice_beside_twin_and_plain_peer(
+    ray_local: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method = to_mapping(replace(TINY, steps=3))
+    monkeypatch.setattr(segmentation, "references", lambda plan, config: (RunConfig(name="fpn", method=PLAIN),))
+    job = SegmentationJob(**task(tree), trials=2, workers=1, name="small")
+    result = sweep(named(job), get_space("hadnet"), RunConfig(name="hadnet", method=method))
+    assert set(result.outcomes) == {"hadnet", "hadnet, c = 0 twin", "fpn"}
+    assert result.entry is not None
+    for file in ("sweep.png", "pictures.png", "result.json"):
+        assert (result.folder / file).exists()
+    assert not (result.folder / "predictions.parquet").exists()
+
+
+PLAIN = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 3}
+
+
+def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree: Path) -> None:
+    config = ReproduceHADNetConfig(
+        datasets=("mtd", "fssd_12"),
+        roots={"mtd": tree},
+        rows=(FULL, "c = 0 twin", "FPN"),
+        seeds=2,
+        split="random",
+        method=replace(TINY, steps=2),
+    )
+    rows, missing = reproduce_hadnet(config)
+    assert [row.name for row in rows] == [FULL, "c = 0 twin", "FPN"]
+    assert len(missing) == 1
+    assert "fssd_12 is not here" in missing[0]
+    published, own = [table for table in hadnet_tables(config, rows) if table.row_count]
+    assert published.row_count == 4
+    assert own.row_count == 3
+    kept = ledger.read(home(), study="paper/hadnet")
+    assert sorted(set(kept["variant"].to_pylist())) == sorted(row.name for row in rows)
