@@ -18,15 +18,19 @@ from tyro.conf import Positional
 from hypdefect.command_line import configure_logging, parse_job, run_job, say, table_console
 from hypdefect.distributed.benchmarks import SECTIONS, BenchmarkConfig
 from hypdefect.distributed.detection_benchmarks import detectors
+from hypdefect.distributed.training_benchmarks import pretraining, segmenters
 from hypdefect.files import write_json
 
-Section = Literal["geometry", "fit", "tune", "store", "detect"]
+Section = Literal["geometry", "fit", "tune", "store", "detect", "segment", "pretrain"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BenchmarkJob(BenchmarkConfig):
-    sections: Positional[tuple[Section, ...]] = ("geometry", "fit", "tune", "store", "detect")
+    sections: Positional[tuple[Section, ...]] = ("geometry", "fit", "tune", "store", "detect", "segment", "pretrain")
     """What to time; default: everything."""
+
+
+MORE = {"detect": detectors, "segment": segmenters, "pretrain": pretraining}
 
 
 def main() -> None:
@@ -36,7 +40,7 @@ def main() -> None:
     timings = []
     for section in job.sections:
         say(f"{section} ...")
-        timings += {**SECTIONS, "detect": detectors}[section](job)
+        timings += {**SECTIONS, **MORE}[section](job)
     table = Table(title=f"benchmark, one thread, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} CPUs")
     for column in ("what", "s", "baseline", "baseline, s", "times faster", "note"):
         table.add_column(column, justify="left" if column in ("what", "baseline", "note") else "right")
