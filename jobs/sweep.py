@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hypdefect.command_line import configure_logging, parse_one_of, run_job, say, table_console
+from hypdefect.config import override
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
 from hypdefect.families.detection import TaskConfig as DetectionConfig
@@ -70,7 +71,7 @@ class SegmentationJob(SegmentationConfig, SweepConfig):
     defect?"""
     space: str = "hadnet"
     """Module of tune_spaces/ to search."""
-    trials: int | None = 3
+    trials: int | None = 2
     """Configurations to try, the defaults first; each trains a network a problem."""
     episodes: int = 2
     """Validation problems of a full trial: other seeds, the same images."""
@@ -81,6 +82,8 @@ class SegmentationJob(SegmentationConfig, SweepConfig):
     only for a gain beyond one standard error."""
     draws: int = 2
     """Times that a network is trained and tested, each with another seed."""
+    steps: int = 400
+    """Training steps of every network of the sweep; jobs/train.py trains the winner longer."""
 
     def __post_init__(self) -> None:
         SegmentationConfig.__post_init__(self)
@@ -97,6 +100,8 @@ def main() -> None:
     job = named(job)
     space = get_space(job.space)
     start, base = starting_point(space.METHOD, job.init)
+    if job.task == "segmentation":
+        base = override(base, {"method.steps": job.steps})
     with connected() as dashboard:
         say(f"sweep {job.name}, everything under {home()}" + (f", Ray dashboard {dashboard}" if dashboard else ""))
         result = sweep(job, space, base, start)

@@ -3,12 +3,18 @@
 Masks play no part: where a part is not normal, its patches differ from the bank's.
 """
 
+import hashlib
+import logging
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 
+from hypdefect.config import digest
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
@@ -33,6 +39,7 @@ from hypdefect.families.few_shot import (
 from hypdefect.features.imported import Imported
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.transform import TransformConfig
+from hypdefect.files import home, replaced_file
 from hypdefect.methods.residuals import Residuals
 from hypdefect.predictor import PatchClassPredictor as Predictor
 
@@ -51,6 +58,11 @@ __all__ = [
     "twin",
     "validation_scores",
 ]
+
+
+logger = logging.getLogger(__name__)
+BANKS = 1
+"""Version of how a bank is chosen; part of its key."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,9 +95,9 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     return PatchPlan(**{f.name: getattr(task, f.name) for f in fields(task)} | parts)
 
 
-def load(plan: PatchPlan, home: Path) -> tuple[Fitting, Reported]:
+def load(plan: PatchPlan, folder: Path) -> tuple[Fitting, Reported]:
     """As `few_shot.load`."""
-    return few_shot.read(plan, home)
+    return few_shot.read(plan, folder)
 
 
 def references(plan: PatchPlan, config: Any) -> tuple[RunConfig, ...]:
@@ -95,6 +107,21 @@ def references(plan: PatchPlan, config: Any) -> tuple[RunConfig, ...]:
 
 
 def transform_of(run: RunConfig, fitting: Fitting, start: Any = None) -> Residuals:
-    """Residuals to a bank of the normals."""
+    """Residuals to a bank of the normals, which is chosen once: it is kept under a key of all that decides it."""
+    config = run.transform
     normals = None if fitting.normals is None else fitting.normals["patch"]
-    return Residuals.of_patches(normals, fitting.block_dims, run.transform)
+    if normals is None or not config.residuals:
+        return Residuals.of_patches(normals, fitting.block_dims, config)
+    settings = [BANKS, config.bank_share, config.bank_candidates, config.bank_seed]
+    content = hashlib.sha256(np.ascontiguousarray(normals).data).hexdigest()
+    path = home() / "banks" / f"{digest([content, list(normals.shape), *settings])[:24]}.safetensors"
+    if path.is_file():
+        try:
+            return Residuals(tuple(fitting.block_dims), load_file(path))
+        except SafetensorError:
+            logger.warning("%s is damaged: the bank is chosen again", path)
+    made = Residuals.of_patches(normals, fitting.block_dims, config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replaced_file(path) as file:
+        file.write(save(made.tensors))
+    return made

@@ -249,7 +249,8 @@ def check(plan: SegmentationPlan, setting: Setting) -> None:
 
 def references(plan: SegmentationPlan, config: Any) -> tuple[RunConfig, ...]:
     """A feature pyramid with a linear layer, trained as long."""
-    return (RunConfig(name="fpn", pretrained=False),)
+    steps = getattr(config, "steps", None)
+    return (RunConfig(name="fpn", method=None if steps is None else {"steps": steps}, pretrained=False),)
 
 
 def transform_of(run: RunConfig, fitting: Fitting, start: Any = None) -> FeatureTransform:

@@ -4,7 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import publish_fitted
@@ -13,6 +15,7 @@ from hypdefect.families import few_shot_patches as family
 from hypdefect.families.few_shot import Setting, TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.extract import RecipeConfig
+from hypdefect.features.transform import TransformConfig
 from hypdefect.images import read_image
 from hypdefect.predictor import Predictor
 from tests.tiny_dataset import make_mtd_tree
@@ -39,9 +42,17 @@ def test_it_is_scored_published_and_answers(ray_local: Any, tmp_path: Path, monk
     for run in (RunConfig(name="amc"), RunConfig(name="amc", method={"head": "relation"}), direct):
         transform = family.transform_of(run, fitting)
         assert ("bank" in transform.tensors) is (run is not direct)
+        (kept,) = (tmp_path / "home" / "banks").iterdir()
+        again = family.transform_of(run, fitting)
+        assert all(torch.equal(value, again.tensors[name]) for name, value in transform.tensors.items())
         seen = family.transformed(fitting, transform)
         scores[run.method.head] = family.score(run, seen, family.transformed(reported, transform), setting, 0)
         assert list(family.validation_scores(run, seen, setting, range(1)))
+    kept.write_bytes(kept.read_bytes()[:40])  # a damaged one is made again
+    again = family.transform_of(RunConfig(name="amc"), fitting)
+    assert again.tensors["bank"].shape == load_file(kept)["bank"].shape
+    other = family.transform_of(RunConfig(name="amc", transform=TransformConfig(bank_seed=1)), fitting)
+    assert not torch.equal(other.tensors["bank"], again.tensors["bank"])
     assert len({score.probabilities.tobytes() for score in scores.values() if score.probabilities is not None}) == 3
 
     run = RunConfig(name="amc", temperature=1.5)
