@@ -329,3 +329,24 @@ def test_each_step_has_the_rate_of_its_schedule() -> None:
         assert moved == pytest.approx([config.rate(step) for step in range(39)], rel=1e-4)
     assert moved[37] == pytest.approx(0.1, rel=1e-3)
     assert moved[38] == pytest.approx(0.01, rel=1e-3)
+
+
+class TwoSlopes(Slope):
+    """A second number, which is to move a tenth as fast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slow = torch.nn.Parameter(torch.zeros(()))
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return [{"params": [self.number], "factor": 1.0}, {"params": [self.slow], "factor": 0.1}]
+
+    def loss(self, item: torch.Tensor, generator: torch.Generator) -> LossTerms:
+        return LossTerms(total=-self.number - self.slow, parts={})
+
+
+def test_a_group_of_parameters_has_its_share_of_the_rate() -> None:
+    model = TwoSlopes()
+    fit(model, lambda number: torch.zeros(()), TrainConfig(steps=10, lr=0.1, weight_decay=0.0), quiet)
+    assert model.slow.item() == pytest.approx(0.1 * model.number.item(), rel=1e-3)
+    assert model.number.item() > 0.3
