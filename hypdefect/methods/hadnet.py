@@ -83,8 +83,9 @@ class HyperbolicScores(nn.Module):
         self.curvature = curvature
         self.embed = nn.Conv2d(width, embedding, 1)
         points = 0.01 * torch.randn(num_outputs, embedding)
-        ball = geoopt.PoincareBall(c=curvature) if curvature > 0 else None
-        self.points = nn.Parameter(points) if ball is None else geoopt.ManifoldParameter(points, manifold=ball)
+        flat = geoopt.Euclidean(ndim=1)  # the twin is trained by the same optimiser
+        manifold = geoopt.PoincareBall(c=curvature) if curvature > 0 else flat
+        self.points = geoopt.ManifoldParameter(points, manifold=manifold)
         self.normals = nn.Parameter(torch.randn(num_outputs, embedding) / embedding**0.5)
         self.scale = nn.Parameter(torch.ones(num_outputs))
 

@@ -121,7 +121,8 @@ def test_the_twin_is_the_limit_of_curvature_0() -> None:
 def test_points_are_trained_on_the_ball_and_stay_there() -> None:
     config = replace(TINY, curvature=1.0, lr=0.1)
     assert type(optimizer_of(HADNet(config, 2), SteppedConfig())).__name__ == "RiemannianAdam"
-    assert type(optimizer_of(HADNet(replace(config, curvature=0.0), 2), SteppedConfig())).__name__ == "AdamW"
+    assert type(optimizer_of(HADNet(replace(config, curvature=0.0), 2), SteppedConfig())).__name__ == "RiemannianAdam"
+    assert type(optimizer_of(FPN(PLAIN, 2), SteppedConfig())).__name__ == "AdamW"
     model = HADNet(config, 2)
     assert model.hst is not None
     begun = model.hst.points.detach().clone()
