@@ -42,6 +42,7 @@ from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.fpn import FPNConfig
 from hypdefect.methods.hadnet import HADNetConfig
 from hypdefect.methods.hypad import HypADConfig
+from hypdefect.results.amc_figure import plot_amc
 from hypdefect.results.detection_figure import plot_detections
 from hypdefect.results.segmentation_figure import plot_segmentations
 from hypdefect.results.tables import metrics_table, worth_table
@@ -212,6 +213,9 @@ def train_amc(job: TrainAMCJob, options: JobOptions) -> None:
         folder = pretrain(plan, fitting, config, name=job.name)
         start, _ = load_start(folder)
         before, after = worth(fitting, config, start, job.k_shot, job.split, job.check_episodes)
+    transform = few_shot_patches.transform_of(RunConfig(name="amc", transform=job.transform), fitting)
+    plot_amc(folder, few_shot_patches.transformed(fitting, transform), job.train.method, start.core)
+    print(f"pictures: {folder / 'residuals.png'}, tsne.png")
     show_worth(job, plan, folder, (before, after), "AMC", options)
 
 

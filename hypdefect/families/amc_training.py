@@ -51,9 +51,9 @@ class AMCTrainConfig(SteppedConfig):
     n_query: int = 2
     stop_accuracy: float | None = None
     """End at the first step whose episodes are answered better than this; the paper's 0.4. None: by validation."""
-    patience: int = 5
+    patience: int = 10
     """Reports without a better validation after which training ends; its best weights are kept. 0: no validation."""
-    steps: int = 600
+    steps: int = 1000
     items_per_step: int = 2
     """Episodes a step, shared out over the workers: must be a multiple of their number. The paper has one."""
     lr: float = 1e-4
@@ -88,7 +88,7 @@ class AMCTrainConfig(SteppedConfig):
 class PretrainConfig:
     """Pretraining of AMC on pseudo classes of a product: what there is of them, how it is trained, on what features."""
 
-    synthesis: SynthesisConfig = SynthesisConfig(kind="perlin", per_class=24)
+    synthesis: SynthesisConfig = SynthesisConfig(kind="perlin", per_class=60)
     train: AMCTrainConfig = AMCTrainConfig()
     transform: TransformConfig = TransformConfig()
     residuals: Literal["paired", "searched"] = "paired"

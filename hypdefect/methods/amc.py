@@ -340,6 +340,15 @@ class AMC(nn.Module):
         scores = [self.net(torch.cat([flat, one.expand(len(flat), -1, -1, -1)], 1)).sigmoid().flatten() for one in maps]
         return torch.stack(scores).view(len(maps), ways, shots).mean(2) / self.config.temperature
 
+    @torch.no_grad()
+    def embedded(self, batch: Batch) -> Float[Tensor, "N E"]:
+        """What the encoder makes of residual maps, of unit norm. Raises RuntimeError without an encoder."""
+        if self.config.head != "contrastive" or isinstance(self.net, nn.Identity):
+            raise RuntimeError("AMC.embedded needs an encoder: head contrastive, after start_from() or adapt()")
+        maps = self.maps(batch)
+        self.net.eval()
+        return F.normalize(self.net(maps / maps.square().mean().sqrt().clamp_min(1e-12)), dim=1)
+
     def _check(self, what: str) -> None:
         if not self.fitted:
             raise RuntimeError(f"AMC.{what} needs adapt() first")

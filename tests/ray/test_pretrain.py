@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from hypdefect.distributed import reproduce_amc as reproduce_amc_module
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import pretrain, worth
+from hypdefect.distributed.reproduce_amc import ReproduceAMCConfig, amc_tables, reproduce_amc, task_of
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError
+from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot_patches
 from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig, ValidatedAMCTraining, training_of
 from hypdefect.families.few_shot import TaskConfig
@@ -20,6 +23,8 @@ from hypdefect.families.starts import load_start
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.amc import AMCConfig
+from hypdefect.results import ledger
+from hypdefect.results.amc_figure import plot_amc
 from hypdefect.training import fit
 from tests.families.test_amc_training import residuals
 from tests.ray.test_train import kill_one_worker
@@ -80,6 +85,9 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(
     assert known == config
     before, after = worth(fitting, config, start, 1, "random", 3)
     assert before != after
+    transform = few_shot_patches.transform_of(RunConfig(name="amc"), fitting)
+    plot_amc(tmp_path, few_shot_patches.transformed(fitting, transform), config.train.method, start.core)
+    assert {path.name for path in tmp_path.glob("*.png")} == {"residuals.png", "tsne.png"}
     assert pretrain(plan, fitting, config) == folder  # it is there already
     plain = replace(config, transform=replace(config.transform, residuals=False))
     for other in (plain, replace(config, residuals="searched")):
@@ -87,3 +95,39 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(
         assert any(not torch.equal(value, weights[name]) for name, value in start.core.items())
     with pytest.raises(ConfigError, match="exists with other settings"):
         pretrain(plan, fitting, replace(config, train=SMALL), name=folder.name)
+
+
+def test_tables_show_every_row_with_the_spread_of_the_bank(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(reproduce_amc_module, "task_of", small_task)
+    config = ReproduceAMCConfig(
+        datasets=("mvtec_ad", "mtd"),
+        roots={"mtd": make_mtd_tree(tmp_path / "mtd", per_class=12)},
+        rows=("full", "scratch", "direct", "good_class"),
+        shots=(1, 2),
+        bank_seeds=(1, 2),
+        backbone="patchcore:test_efficientnet@random",
+        pretraining=PretrainConfig(
+            synthesis=SynthesisConfig(kind="perlin", textures=8, per_class=6),
+            train=replace(SMALL, steps=4, maml=False),
+        ),
+    )
+    figures, missing = reproduce_amc(config)
+    assert "mvtec_ad is not here" in missing[0]
+    assert {(one.row, one.k_shot) for one in figures} == {(row, k) for row in config.rows for k in (1, 2)}
+    assert all(len(one.accuracies) == 2 for one in figures)
+    direct = [one for one in figures if one.row == "direct"]
+    assert all(one.accuracies[0] == one.accuracies[1] for one in direct)  # the first K, and no bank
+    *published, own, minus = amc_tables(config, figures)
+    assert own.row_count == 4
+    assert minus.row_count == 2
+    assert all(table.row_count for table in published)
+    classes = {row["variant"]: row["class_names"] for row in ledger.read(tmp_path / "home").to_pylist()}
+    assert len(classes["contrastive classifier, pretrained, with normal images"]) == 6
+
+
+def small_task(config: ReproduceAMCConfig, dataset: str) -> TaskConfig:
+    task = task_of(config, dataset)
+    return replace(task, recipe=RecipeConfig(whole_size=64))
