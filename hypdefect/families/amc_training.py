@@ -213,12 +213,13 @@ def residual_pool(
     position = {str(name): at for at, name in enumerate(table.image_ids)}
     patches, grid = table.views["patch"], config.train.method.grid
     searched = config.transform.residuals and config.residuals == "searched"
-    transform = few_shot_patches.transform_of(RunConfig(name=METHOD, transform=config.transform), fitting)
+    run = RunConfig(name=METHOD, transform=config.transform)
+    transform = few_shot_patches.transform_of(run, fitting) if searched else None
     maps = []
     for first in range(0, len(rows), SLICE):
         part = rows[first : first + SLICE]
         own = torch.from_numpy(patches[[position[row["image_id"]] for row in part]])
-        if searched:
+        if transform is not None:
             own = transform({"patch": own})["patch"]
         elif config.transform.residuals:
             own = own - torch.from_numpy(patches[[position[row["group_id"]] for row in part]])
