@@ -82,7 +82,7 @@ class SegmentationJob(SegmentationConfig, SweepConfig):
     only for a gain beyond one standard error."""
     draws: int = 2
     """Times that a network is trained and tested, each with another seed."""
-    steps: int = 400
+    steps: int = 1000
     """Training steps of every network of the sweep; jobs/train.py trains the winner longer."""
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ difference to it.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,6 +23,7 @@ from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Setting, TaskConfig
 from hypdefect.files import home
+from hypdefect.methods.fpn import SegmenterConfig
 from hypdefect.methods.hadnet import HADNetConfig
 from hypdefect.progress import lines
 from hypdefect.results import ledger
@@ -82,8 +83,8 @@ class ReproduceHADNetConfig:
     def run(self, row: str) -> RunConfig:
         """The configuration of a row."""
         if row == PLAIN:
-            shared = ("network", "width", "steps", "items_per_step", "images", "lr", "weight_decay", "jitter", "seed")
-            return RunConfig(name="fpn", method={name: getattr(self.method, name) for name in shared}, pretrained=False)
+            shared = {f.name: getattr(self.method, f.name) for f in fields(SegmenterConfig)}
+            return RunConfig(name="fpn", method=shared, pretrained=False)
         return override(RunConfig(name="hadnet", method=self.method, pretrained=False), ROWS[row])
 
 

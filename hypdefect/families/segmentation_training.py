@@ -1,7 +1,7 @@
 """Training of segmenters: marked images, what an item holds, and the validation that chooses the weights that are kept.
 
-An item is a few images, each with its target: a piece of the image, turned and mirrored at random, perhaps with another
-brightness, contrast and saturation. It depends on its number alone.
+An item is a few images, each with its target: a piece of the image or all of it, turned and mirrored at random, perhaps
+with another brightness, contrast and saturation. It depends on its number alone.
 
 Shapes: H W pixels of an image, S side of the network input, C defect classes.
 """
@@ -27,8 +27,6 @@ from hypdefect.metrics import SegmentationMetrics
 from hypdefect.training import TrainConfig
 from hypdefect.types import Batch, Segmenter
 
-SMALLEST = 0.6
-"""Least side of the piece of an image that is learned from, as a share of the image's."""
 PAINTED = 32
 """Images that pseudo-defects are painted on before step 0."""
 
@@ -132,13 +130,13 @@ class SegmenterTraining:
         first, total = number * method.images, len(self.learned)
         places = range(first, first + method.images)
         chosen = [shuffled_order(total, method.seed, at // total)[at % total] for at in places]
-        pieces = [self._piece(i, method.jitter, generator) for i in chosen]
+        pieces = [self._piece(i, method, generator) for i in chosen]
         return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
 
-    def _piece(self, number: int, jitter: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _piece(self, number: int, method: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         image, target = self.learned.read(number)
         share, y, x, mirror, turns = torch.rand(5, generator=generator).tolist()
-        height, width = (max(1, round(n * (SMALLEST + (1 - SMALLEST) * share))) for n in target.shape)
+        height, width = (max(1, round(n * (method.smallest + (1 - method.smallest) * share))) for n in target.shape)
         top, left = round(y * (target.shape[0] - height)), round(x * (target.shape[1] - width))
         part = np.s_[top : top + height, left : left + width]
         pixels, marked = sized(image[part], target[part], self.side)
@@ -146,7 +144,7 @@ class SegmenterTraining:
             pixels, marked = pixels.flip(2), marked.flip(1)
         quarter = int(4 * turns)
         pixels, marked = pixels.rot90(quarter, (1, 2)), marked.rot90(quarter, (0, 1))
-        return jittered(pixels, jitter, generator), marked
+        return jittered(pixels, method.jitter, generator), marked
 
     def validate(self, model: nn.Module) -> float:
         """Mean IoU of the defect classes on images that are not learned from."""

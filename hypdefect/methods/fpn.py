@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from hypdefect.methods.pyramid import BACKBONE_RATE, Laterals, Pyramid, pixel_loss
-from hypdefect.methods.ranges import require_at_least, require_positive
+from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
 
 
@@ -24,20 +24,27 @@ class SegmenterConfig:
     """A backbone of timm; its weights are trained with the rest."""
     width: int = 48
     """Channels of the pyramid."""
-    steps: int = 1500
+    frozen: int = 2
+    """Stages of the network, from the first, whose weights stay as they are: a quarter less time a step."""
+    steps: int = 4000
     items_per_step: int = 2
-    images: int = 4
-    """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's batch is 8."""
+    images: int = 2
+    """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's batch is 8, of
+    far longer training; in as many images more steps of 4 learn more (docs/experiments.md)."""
     lr: float = 1e-3
     """AdamW, cosine schedule to 0; the pretrained network's is 0.3 of it. The paper's falls in steps."""
     weight_decay: float = 1e-4
     jitter: float = 0.25
     """Chance that an image's brightness, contrast and saturation are changed."""
+    smallest: float = 1.0
+    """Least side of the piece of an image that is learned from, as a share of the image's; 1: the whole image."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         require_positive(self, "width", "steps", "items_per_step", "images", "lr")
-        require_at_least(self, 0, "weight_decay", "jitter")
+        require_at_least(self, 0, "weight_decay", "frozen")
+        require_share(self, "jitter", "smallest")
+        require_positive(self, "smallest")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +117,7 @@ class FPN(TrainedSegmenter):
         super().__init__(config, num_classes)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.pyramid = Pyramid(config.network)
+            self.pyramid = Pyramid(config.network, config.frozen)
             self.laterals = Laterals(self.pyramid.dims, config.width)
             self.head = nn.Conv2d(config.width, num_classes + 1, 1)
 

@@ -126,7 +126,7 @@ class HADNet(TrainedSegmenter):
         outputs, width = num_classes + 1, config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.pyramid = Pyramid(config.network)
+            self.pyramid = Pyramid(config.network, config.frozen)
             dims = self.pyramid.dims
             kept = [max(8, round(config.keep * dim)) for dim in dims]
             for i, (dim, number) in enumerate(zip(dims, kept, strict=True)):
@@ -235,7 +235,7 @@ class HADNet(TrainedSegmenter):
 
     def _from_teacher(self, pixels: Tensor, maps: list[Tensor]) -> Tensor:
         if not self.teacher:
-            self.teacher.append(Pyramid(self.config.network).to(pixels.device))
+            self.teacher.append(Pyramid(self.config.network, 0).to(pixels.device))
         with torch.no_grad():
             expected = self.teacher[0](pixels)
         gaps = [F.mse_loss(x, y) / y.square().mean() for x, y in zip(maps, expected, strict=True)]

@@ -23,9 +23,13 @@ BACKBONE_RATE = 0.3
 
 
 class Pyramid(nn.Module):
-    """A backbone of FAMILY timm whose maps of four strides are read and whose weights are trained."""
+    """A backbone of FAMILY timm whose maps of four strides are read and whose weights are trained.
 
-    def __init__(self, name: str) -> None:
+    Args:
+        frozen: stages, from the first, that are not trained; 0: all are.
+    """
+
+    def __init__(self, name: str, frozen: int) -> None:
         super().__init__()
         self.spec = get_backbone(name)
         if self.spec.family not in ("timm", "patchcore"):
@@ -40,6 +44,17 @@ class Pyramid(nn.Module):
         for part in ("conv_head", "bn2", "global_pool"):
             if isinstance(getattr(self.net, part, None), nn.Module):
                 getattr(self.net, part).requires_grad_(False)  # no map comes from it
+        if frozen:
+            self._freeze(frozen)
+
+    def _freeze(self, stages: int) -> None:
+        blocks = getattr(self.net, "blocks", None)
+        if not isinstance(blocks, nn.Sequential):
+            raise ConfigError(f"{self.spec.name}: the stages of this network are not known; set method.frozen to 0")
+        if stages >= len(blocks):
+            raise ConfigError(f"method.frozen must be below the {len(blocks)} stages of the network, got {stages}")
+        for module in [self.net.conv_stem, *list(blocks)[:stages]]:
+            module.requires_grad_(False)
 
     def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
         """Maps of RGB pixels in [0, 1], the finest first."""

@@ -95,6 +95,8 @@ def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task:
     first, again, other = training.item(3), training.item(3), training.item(4)
     assert torch.equal(first.views["pixels"], again.views["pixels"])
     assert not torch.equal(first.views["pixels"], other.views["pixels"])
+    pieces = segmentation.training_of(RunConfig(name="fpn", method=TINY | {"smallest": 0.5}), fitting, Setting(), 0)
+    assert not torch.equal(pieces.item(3).views["pixels"], first.views["pixels"])
     assert first.targets is not None
     assert first.targets.shape == (2, 64, 64)
     epoch = {image_id for i in range(len(fitting.learned) // 2) for image_id in training.item(i).image_ids}

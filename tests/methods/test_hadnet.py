@@ -17,6 +17,7 @@ from hypdefect.training import SteppedConfig, fit, optimizer_of
 from hypdefect.types import Batch
 
 SIDE = 64
+PLAIN = FPNConfig(network="tiny_random", width=16, lr=3e-3)
 TINY = HADNetConfig(network="tiny_random", width=16, embedding=6, images=2, items_per_step=1, lr=3e-3)
 
 
@@ -68,9 +69,7 @@ def right(model: Any) -> float:
     return float((found == batch.targets)[defects].double().mean())
 
 
-@pytest.mark.parametrize(
-    "config", [TINY, replace(TINY, curvature=0.0), FPNConfig(network="tiny_random", width=16, lr=3e-3)]
-)
+@pytest.mark.parametrize("config", [TINY, replace(TINY, curvature=0.0), PLAIN])
 def test_it_learns_which_pixels_are_which_class(config: Any) -> None:
     model, losses = trained(config)
     assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:5])
@@ -90,6 +89,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no reconstruction": {"reconstruction": 0.0},
     "no loss of HST": {"hyperbolic": 0.0},
     "teacher": {"teacher": 1.0},
+    "all of the network": {"frozen": 0},
 }
 
 
@@ -228,6 +228,8 @@ def test_the_loss_is_cross_entropy_and_dice_and_leaves_out_unknown_pixels() -> N
         ({"keep": 1.5}, "method.keep"),
         ({"network": "openclip:ViT-B-32@random"}, "trains a timm network"),
         ({"steps": 0}, "method.steps must be positive"),
+        ({"smallest": 0.0}, "method.smallest must be positive"),
+        ({"frozen": 40}, "method.frozen must be below the"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(values: dict[str, Any], message: str) -> None:
