@@ -1,7 +1,11 @@
 """Training sharded over workers with Ray Train: DDP over the items of a step, gloo on CPU, nccl on GPU."""
 
+import contextlib
+import json
 import tempfile
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
 from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.progress import lines
 from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
 
 
@@ -96,7 +101,8 @@ def train(
         ),
     )
     try:
-        checkpoint = trainer.fit().checkpoint
+        with told(folder / name, training.config.steps, f"training {name}"):
+            checkpoint = trainer.fit().checkpoint
     except ray.train.TrainingFailedError as error:
         raise _reason(error, name) from error
     assert checkpoint is not None  # the last step is always reported
@@ -104,6 +110,29 @@ def train(
     with checkpoint.as_directory() as finished:
         load_checkpoint(Path(finished), model)
         return model, checkpoint_losses(Path(finished))
+
+
+@contextmanager
+def told(folder: Path, steps: int, what: str) -> Iterator[None]:
+    """Say how far a run is, by its checkpoints, as long as it goes on."""
+    advance, over = lines(what), threading.Event()
+
+    def watch() -> None:
+        told = 0
+        while not over.wait(2.0):
+            with contextlib.suppress(OSError, json.JSONDecodeError):  # old checkpoints go, new ones are being written
+                done = [int(json.loads(path.read_text())["step"]) for path in folder.glob("*/state.json")]
+                if done and max(done) > told:
+                    told = max(done)
+                    advance(told, steps)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        over.set()
+        watcher.join()
 
 
 def _reason(error: ray.train.TrainingFailedError, name: str) -> HypdefectError:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from hypdefect.distributed.cluster import connected
-from hypdefect.distributed.train import train
+from hypdefect.distributed.train import told, train
 from hypdefect.errors import ConfigError, DataError, HypdefectError, NumericsError
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.families.episodic import EpisodicConfig, EpisodicTraining
@@ -103,3 +103,13 @@ def test_workers_are_told_absolute_places(ray_local: Any, tmp_path: Path, monkey
     with connected():
         assert os.environ["HYPDEFECT_DATA"] == str(tmp_path / "sets")
         assert os.environ["HYPDEFECT_HOME"] == str(tmp_path / "home")
+
+
+def test_how_far_a_run_is_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "checkpoint_1").mkdir()
+    with caplog.at_level("INFO", "hypdefect"), told(tmp_path, 8, "training x"):
+        (tmp_path / "checkpoint_1" / "state.json").write_text('{"step": 8}')
+        end = time.monotonic() + 30
+        while not caplog.messages and time.monotonic() < end:
+            time.sleep(0.05)
+    assert caplog.messages[0].startswith("training x: 8/8 ")
