@@ -23,7 +23,7 @@ from hypdefect.distributed.predicted_masks import Masks, with_masks
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts
-from hypdefect.families import few_shot
+from hypdefect.families import few_shot, few_shot_patches
 from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
 from hypdefect.families.plan import prepare
@@ -40,12 +40,16 @@ from hypdefect.results.sections import CEILING
 logger = logging.getLogger(__name__)
 Spaces = Callable[[str], ModuleType]
 """The search space of a name."""
+FAMILIES = ("few_shot", "few_shot_patches")
+"""Of the methods that can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(TaskConfig):
     methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
-    """Names of methods, or all."""
+    """Names of methods; all: every one that reads vectors. amc, which reads patches, may stand beside: minutes a draw."""
+    patch_backbone: str = "patchcore_lite0"
+    """Where methods that read patches get them."""
     shots: tuple[int, ...] = (1, 3, 5)
     partitions: int = 1
     """Partitions into pool and queries, from --partition on; intervals and tests are then over partition means."""
@@ -83,8 +87,22 @@ class EvaluateConfig(TaskConfig):
             raise ConfigError(f"shots must be one or more numbers of at least 1, got {list(self.shots)}")
         if self.masks != "oracle" and is_imported(self.dataset):
             raise ConfigError(f"{self.dataset} holds features and no images: masks must be oracle")
-        for name in self.methods if self.methods != ("all",) else ():
-            get_method(name)
+        for name in self.names:
+            if (family := get_method(name).family) not in FAMILIES:
+                raise ConfigError(
+                    f"{name} is a method of {family}; those of {' and '.join(FAMILIES)} are compared here"
+                )
+        if self.of_family("few_shot_patches") and is_imported(self.dataset):
+            raise ConfigError(f"{self.dataset} holds features and no images, from which amc would get patches")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every method once."""
+        named = [methods_of("few_shot") if name == "all" else (name,) for name in self.methods]
+        return tuple(dict.fromkeys(name for group in named for name in group))
+
+    def of_family(self, family: str) -> tuple[str, ...]:
+        return tuple(name for name in self.names if get_method(name).family == family)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +151,40 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
                 start=start,
                 progress=advance,
             )
+        scored += of_patches(job, spaces, plan, episodes) if fixed is None else []
         for one in scored:
             spent[one.config.name] += one.seconds
         rows += ledger.rows_of(scored, run, number, plan.classes)
         limits += ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
     seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
     return Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
+
+
+def of_patches(job: EvaluateConfig, spaces: Spaces, plan: TaskPlan, episodes: dict[int, int]) -> list[Scored]:
+    """Methods that read patches, on the same partition; their `features` are "patches".
+
+    Draws are the same where the pool is: it is not where good parts are a class (`few_shot_patches.plan`).
+    """
+    names = job.of_family("few_shot_patches")
+    if not names:
+        return []
+    own = few_shot_patches.plan(replace(plan.config, backbone=job.patch_backbone), plan.manifest)
+    fill(own)
+    fitting, reported = few_shot_patches.load(own, home())
+    bases = [RunConfig(name=name, support_copies=0) for name in names]
+    tried = [Entrant(candidates=candidates(base, spaces(base.name), job.trials, job.seed)) for base in bases]
+    with progress(f"partition {plan.config.partition}: patches") as advance:
+        scored = compare(
+            fitting,
+            reported,
+            tried,
+            settings(job),
+            1 if job.protocol == "first" else job.draws,
+            episodes=episodes,
+            twins=False,
+            progress=advance,
+        )
+    return [replace(one, features="patches") for one in scored]
 
 
 def settings(job: EvaluateConfig) -> dict[int, Setting]:
@@ -193,7 +239,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searc
     Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
     on the support pool.
     """
-    names = methods_of("few_shot") if job.methods == ("all",) else dict.fromkeys(job.methods)
+    names = job.of_family("few_shot")
     rows = []
     for name in names:
         method = job.method if name == "hypdfs" else None
