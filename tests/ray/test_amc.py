@@ -1,5 +1,6 @@
 """AMC from normal images and a few defects to a published classifier that answers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from safetensors.torch import load_file
 
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import publish_fitted
+from hypdefect.distributed.tournament import EvaluateConfig, evaluate_methods
+from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot_patches as family
 from hypdefect.families.few_shot import Setting, TaskConfig
@@ -18,7 +21,10 @@ from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.transform import TransformConfig
 from hypdefect.images import read_image
 from hypdefect.predictor import Predictor
+from hypdefect.results.ledger import read_part
+from hypdefect.results.tables import evaluation_tables
 from tests.tiny_dataset import make_mtd_tree
+from tune_spaces import get_space
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 
@@ -70,3 +76,32 @@ def test_it_is_scored_published_and_answers(ray_local: Any, tmp_path: Path, monk
     Image.new("RGB", (90, 60), (80, 80, 80)).save(tmp_path / "grey.png")
     (blank,) = predictor.predict([(read_image(tmp_path / "grey.png"), None)])
     assert sum(blank.probabilities.values()) == pytest.approx(1)
+
+
+def test_it_stands_in_a_comparison_beside_methods_of_vectors(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    job = EvaluateConfig(
+        dataset="mtd",
+        root=make_mtd_tree(tmp_path / "mtd", per_class=12),
+        backbone="tiny_random",
+        patch_backbone="patchcore:test_efficientnet@random",
+        recipe=RecipeConfig(whole_size=64, window=48, crop_size=64),
+        methods=("prototype", "amc"),
+        shots=(1,),
+        draws=2,
+        trials=2,
+        episodes=2,
+        features="plain",
+    )
+    result = evaluate_methods(job, get_space)
+    rows = read_part(result.part)
+    named = set(zip(rows["method"].to_pylist(), rows["features"].to_pylist(), strict=True))
+    assert named == {("prototype", "plain"), ("amc", "patches")}
+    assert rows.num_rows == 4
+    assert len(set(rows["num_queries"].to_pylist())) == 1
+    (table, *_) = evaluation_tables(rows, "draws")
+    assert table.row_count == 2
+    with pytest.raises(ConfigError, match="fpn is a method of segmentation; those of few_shot"):
+        replace(job, methods=("fpn",))
