@@ -47,7 +47,7 @@ FAMILIES = ("few_shot", "few_shot_patches")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(TaskConfig):
     methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
-    """Names of methods; all: every one that reads vectors. amc, which reads patches and takes long, may stand beside."""
+    """Names of methods; all: every one that reads vectors. amc, which reads patches and is slow, may stand beside."""
     patch_backbone: str = "patchcore_lite0"
     """Where methods that read patches get them."""
     shots: tuple[int, ...] = (1, 3, 5)
