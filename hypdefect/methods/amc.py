@@ -104,7 +104,7 @@ def relation_network(dim: int, config: AMCConfig) -> nn.Sequential:
 def _layers(dim: int, hidden: int, width: int) -> list[nn.Module]:
     layers: list[nn.Module] = []
     for before, after in ((dim, hidden), (hidden, width)):
-        layers += [nn.Conv2d(before, after, 1), nn.BatchNorm2d(after), nn.ReLU()]
+        layers += [nn.Conv2d(before, after, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
     return layers
 
 

@@ -22,7 +22,8 @@ from hypdefect.registry import ModelEntry
 PANELS = ("image", "truth", "prediction", "errors")
 MOST_CLASSES = 6
 COLOURS = ("#3566a8", "#d9822b", "#4d9a5b", "#b04a5a", "#7a5aa6", "#8a8a3c", "#4aa3a3", "#a66a3a")
-ERRORS = ListedColormap(["white", "#b04a5a", "#3566a8", "#d9822b"])
+ERRORS = ListedColormap(["white", "#000000", "#a8a8a8", "#d63fd6"])
+"""Colours that no class has."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,10 +44,12 @@ SMALL = AMCTrainConfig(
 
 
 def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: Any, tmp_path: Path) -> None:
-    training = training_of(residuals(), SMALL)
+    config = replace(SMALL, steps=30, lr=3e-4)  # rounding grows with the steps, and faster with the rate
+    training = training_of(residuals(), config)
     assert isinstance(training, ValidatedAMCTraining)
     alone = training.model()
-    expected = fit(alone, training.item, SMALL, lambda metrics, write: None, validate=training.validate)
+    begun = {name: value.clone() for name, value in alone.trained().items()}
+    expected = fit(alone, training.item, config, lambda metrics, write: None, validate=training.validate)
     training.finish(alone)
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
@@ -57,7 +59,10 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: A
     killer.join()
     training.finish(model)
     assert len(killed) == 1
-    assert losses == pytest.approx(expected, abs=1e-4)
+    assert losses == pytest.approx(expected, abs=1e-3)
+    assert any(
+        (value - begun[name]).abs().max() > 3e-3 for name, value in alone.trained().items() if "running" not in name
+    )
     for name, value in alone.trained().items():
         torch.testing.assert_close(model.trained()[name], value, rtol=0, atol=1e-3)
 

@@ -51,6 +51,7 @@ def ran(ray_local: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield Ran(home, tree, job, detection.load(plan, home)[0])
 
 
+SETTING = Setting(false_alarms=SMALL["false_alarms"])
 HYPAD = HypADConfig(steps=16, items_per_step=2, images=2, width=8, bottleneck=4)
 
 
@@ -85,7 +86,7 @@ def test_two_workers_one_of_them_killed_train_what_one_process_does(ran: Ran, tm
 
 def test_a_detector_is_trained_tested_and_published(ran: Ran) -> None:
     run = RunConfig(name="hypad", method=replace(HYPAD, steps=4), pretrained=False)
-    options: dict[str, Any] = {"setting": Setting(), "draw": plot_detections, "report_every": 2, "alias": "trained"}
+    options: dict[str, Any] = {"setting": SETTING, "draw": plot_detections, "report_every": 2, "alias": "trained"}
     result = train_networks(ran.job, run, workers=2, **options)
     assert len(result.losses) == 4
     assert "auroc" in result.scored.draws[0].metrics
