@@ -222,7 +222,15 @@ def test_probes(client: httpx.Client, path: str, status: str) -> None:
 def test_the_api_documents_itself(client: httpx.Client) -> None:
     assert "swagger" in client.get("/docs").text.lower()
     paths = client.get("/openapi.json").json()["paths"]
-    asked = ["/v1/classify", "/v1/detect", "/v1/health/live", "/v1/health/ready", "/v1/model", "/v1/predict"]
+    asked = [
+        "/v1/classify",
+        "/v1/detect",
+        "/v1/health/live",
+        "/v1/health/ready",
+        "/v1/model",
+        "/v1/predict",
+        "/v1/segment",
+    ]
     assert sorted(paths) == asked
     assert sorted(paths["/v1/classify"]["post"]["requestBody"]["content"]) == ["image/*", "multipart/form-data"]
     assert {"200", "400", "413", "415", "422", "503"} == set(paths["/v1/classify"]["post"]["responses"])

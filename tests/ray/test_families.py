@@ -3,24 +3,19 @@
 It is one method file and one name (`HYPDEFECT_METHODS`, set in conftest.py). Nothing of the library knows of it.
 """
 
-import io
-import socket
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import httpx
 import numpy as np
 import optuna
 import pytest
-from PIL import Image
 
 from hypdefect.config import override
 from hypdefect.distributed.evaluate import compare
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
-from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import Entrant, RunConfig, TrialResult, metric_name
 from hypdefect.families import family_module, get_family
@@ -30,9 +25,9 @@ from hypdefect.images import read_image
 from hypdefect.methods import methods_of
 from hypdefect.predictor import Predictor
 from hypdefect.results import ledger
-from hypdefect.training import TrainConfig
+from hypdefect.training import TrainConfig, fit
 from tests.elsewhere import segmentation
-from tests.tiny_dataset import draw, make_mtd_tree
+from tests.tiny_dataset import make_mtd_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]  # test_detection.py goes the same way
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
@@ -93,7 +88,8 @@ def ran(request: pytest.FixtureRequest, ray_local: Any, tree: Path, tmp_path_fac
             config=TrainConfig(steps=120, items_per_step=2, lr=0.05, report_every=60),
             run=RunConfig(name=method),
         )
-        model, losses = train(training, workers=2, name=method, folder=home / "train")
+        model = training.model()
+        losses = fit(model, training.item, training.config, lambda metrics, write: None)
         start = {name: value for name, value in model.state_dict().items() if name != "mean"}
         result = sweep(named(job), space_of(method), RunConfig(name=method), start)
         yield Ran(method, home, start, losses, result)
@@ -153,37 +149,6 @@ def test_a_published_model_answers_as_the_fitted_one(ran: Ran, tree: Path) -> No
     answers = predictor.predict([(image, None) for image in images])
     assert answers == predictor.predict([(image, None) for image in images])
     assert answers[0] != answers[1]
-
-
-def test_it_is_served(ran: Ran) -> None:
-    from ray import serve
-
-    from serve.app import build_app
-
-    entry = ran.result.entry
-    assert entry is not None
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    pixels, _ = draw(0, tile=7, exposure=0, defect=True)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    (expected,) = Predictor.load(entry).predict([(np.stack([pixels] * 3, -1), None)])
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
-    try:
-        args = {"model": f"{entry.name}@champion", "home": str(ran.home), "num_cpus": 0.1}
-        serve.run(build_app(args), name="small", route_prefix="/")
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
-            answer = http.post("/v1/predict", files={"image": buffer.getvalue()})
-            refused = http.post("/v1/classify", files={"image": buffer.getvalue()})
-            about = http.get("/v1/model").json()
-    finally:
-        serve.shutdown()
-    assert answer.status_code == 200, answer.text
-    assert answer.json()["answer"] == pytest.approx(asdict(expected))
-    assert (about["family"], about["method"]) == (get_family(ran.method).__name__, ran.method)
-    assert refused.status_code == 404
-    assert "/v1/predict" in refused.json()["detail"]
 
 
 def test_a_family_that_no_method_names_is_not_imported() -> None:

@@ -5,22 +5,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from hypdefect.datasets.synthetic import stored
 from hypdefect.distributed import reproduce_amc as reproduce_amc_module
 from hypdefect.distributed.extract import fill
-from hypdefect.distributed.pseudo import pretrain, worth
+from hypdefect.distributed.pseudo import enough_images, pretrain, worth
 from hypdefect.distributed.reproduce_amc import ReproduceAMCConfig, amc_tables, reproduce_amc, task_of
 from hypdefect.distributed.train import train
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot_patches
-from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig, ValidatedAMCTraining, training_of
+from hypdefect.families.amc_training import (
+    AMCTrainConfig,
+    PretrainConfig,
+    ValidatedAMCTraining,
+    residual_pool,
+    training_of,
+)
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.families.starts import load_start
 from hypdefect.features.extract import RecipeConfig
+from hypdefect.files import home
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods.amc import AMCConfig
 from hypdefect.results import ledger
@@ -67,13 +76,18 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: A
         torch.testing.assert_close(model.trained()[name], value, rtol=0, atol=1e-3)
 
 
-def test_pseudo_defects_of_a_product_are_made_and_learned_from(
-    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A small image set, and a home in which its features are made once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HYPDEFECT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=12)
+
+
+def test_pseudo_defects_of_a_product_are_made_and_learned_from(ray_local: Any, tree: Path, tmp_path: Path) -> None:
     job = TaskConfig(
         dataset="mtd",
-        root=make_mtd_tree(tmp_path / "mtd", per_class=12),
+        root=tree,
         backbone="patchcore:test_efficientnet@random",
         recipe=RecipeConfig(whole_size=64),
         k_shot=1,
@@ -84,7 +98,7 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(
     )
     plan = prepare(few_shot_patches, job)
     fill(plan)
-    fitting, _ = few_shot_patches.load(plan, tmp_path / "home")
+    fitting, _ = few_shot_patches.load(plan, home())
     folder = pretrain(plan, fitting, config)
     start, known = load_start(folder)
     assert known == config
@@ -94,22 +108,28 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(
     plot_amc(tmp_path, few_shot_patches.transformed(fitting, transform), config.train.method, start.core)
     assert {path.name for path in tmp_path.glob("*.png")} == {"residuals.png", "tsne.png"}
     assert pretrain(plan, fitting, config) == folder  # it is there already
+    made = stored(plan.manifest, plan.label, home(), enough_images(plan, config.synthesis))
+    assert made is not None
     plain = replace(config, transform=replace(config.transform, residuals=False))
-    for other in (plain, replace(config, residuals="searched")):
-        weights = load_start(pretrain(plan, fitting, other))[0].core
-        assert any(not torch.equal(value, weights[name]) for name, value in start.core.items())
+    pools = [
+        residual_pool(plan, fitting, made.manifest, home(), one).table.views["patch"]
+        for one in (config, plain, replace(config, residuals="searched"))
+    ]
+    assert len({pool.tobytes() for pool in pools}) == 3
+    size = [float(np.abs(pool).mean()) for pool in pools]
+    assert size[0] < size[1]  # a pseudo-defect is a part of an image, and its residual is 0 beside it
+    assert float(np.mean(pools[0] == 0)) > 0.1 > float(np.mean(pools[1] == 0))
     with pytest.raises(ConfigError, match="exists with other settings"):
         pretrain(plan, fitting, replace(config, train=SMALL), name=folder.name)
 
 
 def test_tables_show_every_row_with_the_spread_of_the_bank(
-    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_local: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(reproduce_amc_module, "task_of", small_task)
     config = ReproduceAMCConfig(
         datasets=("mvtec_ad", "mtd"),
-        roots={"mtd": make_mtd_tree(tmp_path / "mtd", per_class=12)},
+        roots={"mtd": tree},
         rows=("full", "scratch", "direct", "good_class"),
         shots=(1, 2),
         bank_seeds=(1, 2),
@@ -129,7 +149,7 @@ def test_tables_show_every_row_with_the_spread_of_the_bank(
     assert own.row_count == 4
     assert minus.row_count == 2
     assert all(table.row_count for table in published)
-    classes = {row["variant"]: row["class_names"] for row in ledger.read(tmp_path / "home").to_pylist()}
+    classes = {row["variant"]: row["class_names"] for row in ledger.read(home()).to_pylist()}
     assert len(classes["contrastive classifier, pretrained, with normal images"]) == 6
 
 

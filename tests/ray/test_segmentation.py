@@ -4,7 +4,7 @@ import base64
 import io
 import socket
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,8 @@ def test_a_segmenter_is_trained_published_and_served(ray_local: Any, tree: Path)
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=30, trust_env=False) as http:
             answer = http.post("/v1/segment", files={"image": path.read_bytes()})
             pictured = http.post("/v1/segment?map=1", content=path.read_bytes())
+            plain = http.post("/v1/predict", files={"image": path.read_bytes()})
+            about = http.get("/v1/model").json()
             refused = http.post("/v1/detect", files={"image": path.read_bytes()})
             damaged = http.post("/v1/segment", files={"image": path.read_bytes()[:200]})
     finally:
@@ -120,7 +122,10 @@ def test_a_segmenter_is_trained_published_and_served(ray_local: Any, tree: Path)
         numbers = np.asarray(picture)
     for number, name in enumerate(result.plan.classes, 1):
         assert float((numbers == number).mean()) == pytest.approx(expected.shares[name])
+    assert plain.json()["answer"] == pytest.approx(asdict(expected))
+    assert (about["family"], about["method"]) == ("segmentation", "hadnet")
     assert refused.status_code == 404
+    assert "/v1/predict" in refused.json()["detail"]
     assert damaged.status_code == 400
 
 
