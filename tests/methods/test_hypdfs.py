@@ -1244,7 +1244,7 @@ def test_episode_loss_judges_the_queries() -> None:
     assert wrong > right
     turned = model.loss(replace(episode, query=permuted(query)), rng()).parts["ce"]
     assert turned == pytest.approx(right, rel=1e-5)
-    both = MeanLoss(model)([episode, episode], [0, 1])
+    both, _ = MeanLoss(model)([episode, episode], [0, 1])
     mean = (model.loss(episode, rng(0)).total + model.loss(episode, rng(1)).total) / 2
     torch.testing.assert_close(both, mean)
 
