@@ -64,7 +64,7 @@ def plot_residuals(path: Path, residuals: Fitting) -> None:
     pool = residuals.pool
     shown = [np.flatnonzero(pool.labels == label)[:EACH] for label in range(pool.n_way)]
     lengths = [pool.batch(places).views["patch"].norm(dim=-1).numpy() for places in shown]
-    most = float(np.quantile(np.concatenate([x.ravel() for x in lengths]), 0.995))
+    least, most = np.quantile(np.concatenate([x.ravel() for x in lengths]), (0.02, 0.995)).tolist()
     with mpl.rc_context({"font.size": 8}):
         figure = Figure(figsize=(2.0 * EACH * 2, 1.7 * pool.n_way), layout="constrained")
         rows = figure.subplots(pool.n_way, 2 * EACH, squeeze=False)
@@ -74,7 +74,7 @@ def plot_residuals(path: Path, residuals: Fitting) -> None:
             for number, place in enumerate(places):
                 picture, heat = axes_of_class[2 * number : 2 * number + 2]
                 picture.imshow(_image(residuals, str(pool.image_ids[place])))
-                heat.imshow(lengths[label][number], cmap="magma", vmin=0, vmax=most)
+                heat.imshow(lengths[label][number], cmap="magma", vmin=least, vmax=most)
             axes_of_class[0].set_title(pool.class_names[label], loc="left")
         figure.suptitle("support images, and the length of the residual of each patch")
         figure.savefig(path, dpi=110)
