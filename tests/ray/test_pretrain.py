@@ -117,8 +117,7 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(ray_local: Any, t
     ]
     assert len({pool.tobytes() for pool in pools}) == 3
     size = [float(np.abs(pool).mean()) for pool in pools]
-    assert size[0] < size[1]  # a pseudo-defect is a part of an image, and its residual is 0 beside it
-    assert float(np.mean(pools[0] == 0)) > 0.1 > float(np.mean(pools[1] == 0))
+    assert size[0] < size[1]  # what the source has, too, is gone
     with pytest.raises(ConfigError, match="exists with other settings"):
         pretrain(plan, fitting, replace(config, train=SMALL), name=folder.name)
 
