@@ -60,13 +60,13 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
     return [
         Timing(f"HADNet, an image of {SIDE} x {SIDE}", "its backbone", alone, whole, note),
         Timing("  a training step of 4 images", "of its backbone alone", maps, all_of_it),
-        two_workers("HADNet, 12 steps of 4 images", SegmenterSteps(steps=12), SegmenterSteps(steps=1)),
+        two_workers("HADNet, 80 steps of 4 images", SegmenterSteps(steps=80), SegmenterSteps(steps=1)),
     ]
 
 
 def pretraining(config: BenchmarkConfig) -> list[Timing]:
     """Episodes of AMC's pretraining with one and two workers."""
-    return [two_workers("AMC, 240 episodes of pretraining", amc_training(120), amc_training(1))]
+    return [two_workers("AMC, 2000 episodes of pretraining", amc_training(1000), amc_training(1))]
 
 
 def two_workers(what: str, training: Training, short: Training) -> Timing:
