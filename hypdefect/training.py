@@ -116,6 +116,16 @@ class Best:
             self.weights = {name: x.detach().clone() for name, x in model.state_dict().items()}
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """Where a training goes on: steps done, the loss of each, whether it has ended, and its best weights so far."""
+
+    step: int = 0
+    losses: list[float] = field(default_factory=list)
+    finished: bool = False
+    best: Best = field(default_factory=Best)
+
+
 class MeanLoss(nn.Module):
     """Mean loss of some items, each with noise of its own seed: what distributed training differentiates; and the mean
     of each of its parts."""
@@ -160,11 +170,11 @@ def fit(
         raise ConfigError(f"train.items_per_step={config.items_per_step} is not a multiple of the {world_size} workers")
     call = wrap(MeanLoss(model))
     optimizer = optimizer_of(model, config)
-    first = 0 if resume is None else load_checkpoint(resume, model, optimizer)
-    earlier = [] if resume is None else checkpoint_losses(resume)
-    best = Best() if resume is None else _load_best(resume)
-    losses: list[float] = []
-    for step in range(first, config.steps if resume is None or not _is_finished(resume) else first):
+    begun = Begun() if resume is None else _resumed(resume, model, optimizer)
+    best, losses = begun.best, list[float]()
+    if begun.finished:
+        return losses
+    for step in range(begun.step, config.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step) * group.get("factor", 1.0)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
@@ -192,7 +202,7 @@ def fit(
             last = last or config.is_stale(best.reports)
             if last:
                 model.load_state_dict(best.weights)
-        state = {"step": done, "losses": earlier + losses, "finished": last}
+        state = {"step": done, "losses": begun.losses + losses, "finished": last}
         write = partial(save_checkpoint, model=model, optimizer=optimizer, state=state, best=best)
         report(metrics, write if rank == 0 else None)
         if last:
@@ -271,17 +281,15 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _is_finished(folder: Path) -> bool:
+def _resumed(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Begun:
+    """Restore weights and optimiser, and say where they stand. Raises ArtifactError as `load_checkpoint`."""
+    step = load_checkpoint(folder, model, optimizer)
     with readable(folder):
-        return bool(_state(folder).get("finished", False))
-
-
-def _load_best(folder: Path) -> Best:
-    with readable(folder):
-        kept = _state(folder).get("best")
-        if kept is None:
-            return Best()
-        return Best(float(kept["value"]), int(kept["reports"]), load_file(folder / "best.safetensors"))
+        state = _state(folder)
+        kept, best = state.get("best"), Best()
+        if kept is not None:
+            best = Best(float(kept["value"]), int(kept["reports"]), load_file(folder / "best.safetensors"))
+        return Begun(step, checkpoint_losses(folder), bool(state.get("finished", False)), best)
 
 
 @contextmanager

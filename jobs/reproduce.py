@@ -19,8 +19,11 @@ one of them is the full method, the others also show their paired difference to 
 """
 
 import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from rich.markup import escape
+from rich.table import Table
 
 from hypdefect.command_line import JobOptions, configure_logging, parse_job, run_job, table_console
 from hypdefect.distributed.cluster import connected
@@ -59,41 +62,19 @@ def main() -> None:
 def detectors(config: ReproduceDetectorsConfig, options: JobOptions) -> None:
     with connected():
         figures, missing = reproduce_detectors(config, get_space)
-    console = table_console()
-    for table in figure_tables(config.paper, figures):
-        console.print(table)
-    for reason in missing:
-        console.print(f"SKIP: {escape(reason)}", highlight=False)
-    if options.json is not None:
-        write_json(options.json, figure_values(figures))
-    print(home() / "ledger")
+    show(figure_tables(config.paper, figures), missing, figure_values(figures), options)
 
 
 def patch_classifiers(config: ReproduceAMCConfig, options: JobOptions) -> None:
     with connected():
         figures, missing = reproduce_amc(config)
-    console = table_console(150)
-    for table in amc_tables(config, figures):
-        console.print(table)
-    for reason in missing:
-        console.print(f"SKIP: {escape(reason)}", highlight=False)
-    if options.json is not None:
-        write_json(options.json, amc_values(figures))
-    print(home() / "ledger")
+    show(amc_tables(config, figures), missing, amc_values(figures), options)
 
 
 def segmenters(config: ReproduceHADNetConfig, options: JobOptions) -> None:
     with connected():
         rows, missing = reproduce_hadnet(config)
-    console = table_console(170)
-    for table in hadnet_tables(config, rows):
-        if table.row_count:
-            console.print(table)
-    for reason in missing:
-        console.print(f"SKIP: {escape(reason)}", highlight=False)
-    if options.json is not None:
-        write_json(options.json, hadnet_values(rows))
-    print(home() / "ledger")
+    show(hadnet_tables(config, rows), missing, hadnet_values(rows), options)
 
 
 def classifiers(config: ReproduceConfig, options: JobOptions) -> None:
@@ -103,13 +84,19 @@ def classifiers(config: ReproduceConfig, options: JobOptions) -> None:
         with connected():
             measured = reproduce(config, here)
     results = measured.results(experiments)
-    console = table_console()
-    for table in study_tables(config, results, measured.products):
+    values = study_values(config, results, measured.products)
+    show(study_tables(config, results, measured.products), missing_reasons(results), values, options)
+
+
+def show(tables: Iterable[Table], missing: Sequence[str], values: Any, options: JobOptions) -> None:
+    """The tables, what is not here and what to download, and the same for `--json`."""
+    console = table_console(170)
+    for table in tables:
         console.print(table)
-    for reason in missing_reasons(results):
+    for reason in missing:
         console.print(f"SKIP: {escape(reason)}", highlight=False)
     if options.json is not None:
-        write_json(options.json, study_values(config, results, measured.products))
+        write_json(options.json, values)
     print(home() / "ledger")
 
 

@@ -20,6 +20,7 @@ from hypdefect.command_line import configure_logging, parse_one_of, run_job, say
 from hypdefect.config import override
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.sweep import Sweep, SweepConfig, named, sweep
+from hypdefect.errors import ConfigError
 from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.segmentation import TaskConfig as SegmentationConfig
@@ -99,6 +100,8 @@ def main() -> None:
     job, options = parse_one_of("task", JOBS, SweepJob, __doc__)
     job = named(job)
     space = get_space(job.space)
+    if job.init is not None and job.task != "few_shot":
+        raise ConfigError(f"--init gives few-shot methods what they start from; --task {job.task} takes none")
     start, base = starting_point(space.METHOD, job.init)
     if job.task == "segmentation":
         base = override(base, {"method.steps": job.steps})

@@ -47,28 +47,48 @@ from hypdefect.results.detection_figure import plot_detections
 from hypdefect.results.segmentation_figure import plot_segmentations
 from hypdefect.results.tables import metrics_table, worth_table
 
+MethodName = Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainJob(TaskConfig):
-    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hypdfs"
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every training run is told."""
+
+    workers: int = 1
+    """Training workers, a CPU (or GPU) each."""
+    name: str = ""
+    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
+    continues."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedOptions(RunOptions):
+    """What a run is told whose model is published."""
+
+    seed: int = 0
+    """Which normal images are kept for calibration; of a segmenter, its first weights and the order of images."""
+    report_every: int = 100
+    """Steps between checkpoints; a segmenter is validated at each."""
+    alias: str = "champion"
+    """Alias moved to the published version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJob(TaskConfig, RunOptions):
+    method: MethodName = "hypdfs"
     """What is trained (--method hypad --help lists the flags of hypad)."""
     base: Literal["pseudo", "pool"] = "pseudo"
     """Classes to train on: pseudo-defects of the product, or the classes of its support pool."""
     synthesis: SynthesisConfig = SynthesisConfig()
     train: EpisodicConfig = field(default_factory=lambda: MetaConfig().train)
     transform: TransformConfig = TransformConfig()
-    workers: int = 1
-    """Training workers, a CPU (or GPU) each."""
-    name: str = ""
-    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
-    continues."""
     check_episodes: int = 20
     """Episodes of the support pool on which plain and meta-trained features are compared."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainAMCJob(TaskConfig):
-    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "amc"
+@dataclass(frozen=True, kw_only=True)
+class TrainAMCJob(TaskConfig, RunOptions):
+    method: MethodName = "amc"
     """What is trained."""
     backbone: str = "patchcore_lite0"
     """Where patches come from."""
@@ -77,58 +97,40 @@ class TrainAMCJob(TaskConfig):
     transform: TransformConfig = TransformConfig()
     residuals: Literal["paired", "searched"] = "paired"
     """paired: the paper's, to the image that a pseudo-defect was put on; searched: to the bank, as a task's own are."""
-    workers: int = 1
-    """Training workers, a CPU (or GPU) each."""
-    name: str = ""
-    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
-    continues."""
     check_episodes: int = 10
     """Episodes of the support pool on which AMC with and without pretraining is compared."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainDetectorJob(DetectionConfig):
-    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hypad"
+@dataclass(frozen=True, kw_only=True)
+class TrainHypADJob(DetectionConfig, PublishedOptions):
+    method: MethodName = "hypad"
     """What is trained."""
     hypad: HypADConfig = field(default_factory=HypADConfig)
-    seed: int = 0
-    """Which normal images are kept for calibration."""
-    workers: int = 1
-    """Training workers, a CPU (or GPU) each."""
     report_every: int = 50
     """Steps between checkpoints."""
-    name: str = ""
-    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
-    continues."""
-    alias: str = "champion"
-    """Alias moved to the published version."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TrainSegmenterJob(SegmentationConfig):
-    method: Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"] = "hadnet"
+@dataclass(frozen=True, kw_only=True)
+class TrainHADNetJob(SegmentationConfig, PublishedOptions):
+    method: MethodName = "hadnet"
     """What is trained."""
     hadnet: HADNetConfig = field(default_factory=HADNetConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainFPNJob(SegmentationConfig, PublishedOptions):
+    method: MethodName = "fpn"
+    """What is trained."""
     fpn: FPNConfig = field(default_factory=FPNConfig)
-    seed: int = 0
-    """Of the network and of the order of images."""
-    workers: int = 1
-    """Training workers, a CPU (or GPU) each."""
-    report_every: int = 100
-    """Steps between validations, each of which is a checkpoint."""
-    name: str = ""
-    """Name of the run; default: what it is made of, so that the same run is found again. One that was stopped
-    continues."""
-    alias: str = "champion"
-    """Alias moved to the published version."""
 
 
 JOBS: dict[str, type[Any]] = {
-    "hypad": TrainDetectorJob,
+    "hypad": TrainHypADJob,
     "amc": TrainAMCJob,
-    "hadnet": TrainSegmenterJob,
-    "fpn": TrainSegmenterJob,
+    "hadnet": TrainHADNetJob,
+    "fpn": TrainFPNJob,
 }
+"""Of each method but the usual one."""
 
 
 def main() -> None:
@@ -144,7 +146,7 @@ def main() -> None:
         train_hypdfs(job, options)
 
 
-def train_hypad(job: TrainDetectorJob, options: JobOptions) -> None:
+def train_hypad(job: TrainHypADJob, options: JobOptions) -> None:
     run = RunConfig(name="hypad", method=job.hypad, pretrained=False)
     setting = detection.Setting(seed=job.seed, calibration_share=job.calibration_share, false_alarms=job.false_alarms)
     result = train_published(job, run, setting, plot_detections)
@@ -152,13 +154,15 @@ def train_hypad(job: TrainDetectorJob, options: JobOptions) -> None:
     show_test(result, f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects", job.alias, options)
 
 
-def train_segmenter(job: TrainSegmenterJob, options: JobOptions) -> None:
-    run = RunConfig(name=job.method, method=job.fpn if job.method == "fpn" else job.hadnet, pretrained=False)
+def train_segmenter(job: TrainHADNetJob | TrainFPNJob, options: JobOptions) -> None:
+    run = RunConfig(name=job.method, method=getattr(job, job.method), pretrained=False)
     result = train_published(job, run, segmentation.Setting(seed=job.seed), plot_segmentations)
     show_test(result, f"{len(result.plan.reported_ids)} images", job.alias, options)
 
 
-def train_published(job: TrainDetectorJob | TrainSegmenterJob, run: RunConfig, setting: Any, draw: Any) -> Trained:
+def train_published(
+    job: TrainHypADJob | TrainHADNetJob | TrainFPNJob, run: RunConfig, setting: Any, draw: Any
+) -> Trained:
     with connected():
         return train_networks(
             job,

@@ -1,6 +1,5 @@
 """Networks of a detector or a segmenter, trained by Ray Train on one draw, then tested and published."""
 
-import json
 import logging
 import time
 from collections.abc import Callable
@@ -11,8 +10,7 @@ from typing import Any
 from hypdefect.config import digest, to_mapping
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.sweep import publish_fitted
-from hypdefect.distributed.train import check_workers, train
-from hypdefect.errors import ConfigError
+from hypdefect.distributed.train import check_workers, run_folder, train
 from hypdefect.evaluation import RunConfig, Score, Scored, metric_name
 from hypdefect.families import get_family
 from hypdefect.families.plan import prepare
@@ -76,10 +74,8 @@ def train_networks(
         "images": digest([file.uri for file in training.files]),
         "report_every": report_every,
     } | training.settings
-    name = name or f"{run.name}-{plan.label}-{digest(settings)[:12]}"
-    folder = home() / "runs" / name
-    if (folder / "job.json").exists() and json.loads((folder / "job.json").read_text()) != settings:
-        raise ConfigError(f"run {name!r} exists with other settings; choose another --name")
+    folder = run_folder(name or f"{run.name}-{plan.label}-{{}}", settings)
+    name = folder.name
     write_json(folder / "job.json", settings)
     count = (name, training.config.steps, len(training.files), workers)
     logger.info("training %s: %d steps on %d images, %d workers", *count)

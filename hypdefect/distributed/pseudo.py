@@ -17,8 +17,8 @@ from hypdefect.datasets.synthetic import sources, stored
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract_all
 from hypdefect.distributed.synthesize import pseudo_classes
-from hypdefect.distributed.train import check_workers, train
-from hypdefect.errors import ConfigError, DataError
+from hypdefect.distributed.train import check_workers, run_folder, train
+from hypdefect.errors import DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.amc_training import (
@@ -101,19 +101,16 @@ def trained_run(
     Raises:
         ConfigError: a run of that name has other settings. DataError: too few images for an episode.
     """
-    name = name.replace("{}", digest(settings)[:12])
-    folder = home() / "runs" / name
-    if (folder / "job.json").exists() and json.loads((folder / "job.json").read_text()) != settings:
-        raise ConfigError(f"run {name!r} exists with other settings; choose another --name")
+    folder = run_folder(name, settings)
     if (folder / "record.json").is_file():
-        logger.info("training: %s is there already", name)
+        logger.info("training: %s is there already", folder.name)
         return folder
     training.item(0)  # too few images for an episode: say so before anything is written
     write_json(folder / "job.json", settings)
     pool, steps = training.pool, training.config.steps
-    logger.info("training %s: at most %d steps on %d classes, %d images", name, steps, pool.n_way, len(pool))
+    logger.info("training %s: at most %d steps on %d classes, %d images", folder.name, steps, pool.n_way, len(pool))
     begun = time.monotonic()
-    model, losses = train(training, workers=config.workers, name=name, folder=home() / "train")
+    model, losses = train(training, workers=config.workers, name=folder.name, folder=home() / "train")
     if isinstance(training, AMCTraining):
         training.finish(cast(AMC, model))
     record = {"task": plan.provenance(), "losses": losses, "seconds": time.monotonic() - begun}

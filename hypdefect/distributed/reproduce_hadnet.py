@@ -160,14 +160,12 @@ def hadnet_tables(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> list[Ta
             "" if value is None else f"{100 * value.mean - cell.value:+.1f}",
             "" if found is None else _text(interval(found.values("miou_background"))),
         )
-    return [table, *(_rows_table(config, [row for row in rows if row.dataset == d]) for d in config.datasets if rows)]
+    here = dict.fromkeys(row.dataset for row in rows)
+    return [table, *(_rows_table(config, [row for row in rows if row.dataset == dataset]) for dataset in here)]
 
 
 def _rows_table(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> Table:
-    table = Table(title_justify="left")
-    if not rows:
-        return table
-    table.title = f"{rows[0].dataset}, {config.split} split, {config.seeds} seeds: %"
+    table = Table(title=f"{rows[0].dataset}, {config.split} split, {config.seeds} seeds: %", title_justify="left")
     classes = [name for name in rows[0].draws[0].metrics if name.startswith("iou ")]
     for column in ("row", "mean IoU", f"minus {FULL}", *(name.removeprefix("iou ") for name in classes), "pixel acc"):
         table.add_column(column, justify="left" if column == "row" else "right")

@@ -16,7 +16,9 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, ScalingConfig
 from ray.train.torch import TorchTrainer, get_device, prepare_model
 from torch import nn
 
+from hypdefect.config import digest
 from hypdefect.errors import ConfigError, HypdefectError
+from hypdefect.files import home
 from hypdefect.progress import lines
 from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
 
@@ -68,6 +70,19 @@ def check_workers(config: TrainConfig, workers: int) -> None:
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
     if config.items_per_step % workers:
         raise ConfigError(f"train.items_per_step={config.items_per_step} is no multiple of {workers} workers")
+
+
+def run_folder(name: str, settings: dict[str, Any]) -> Path:
+    """Where a run of these settings keeps what it leaves; {} in the name stands for their digest.
+
+    Raises:
+        ConfigError: a run of that name has other settings.
+    """
+    folder = home() / "runs" / name.replace("{}", digest(settings)[:12])
+    job = folder / "job.json"
+    if job.exists() and json.loads(job.read_text()) != settings:
+        raise ConfigError(f"run {folder.name!r} exists with other settings; choose another --name")
+    return folder
 
 
 def train(

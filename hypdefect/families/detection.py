@@ -392,7 +392,7 @@ def twin(run: RunConfig, fitting: Fitting, start: Any = None) -> RunConfig | Non
 
 
 def calibrated(run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: Any = None) -> RunConfig:
-    """The run as it is: its p-values come from normals of each draw."""
+    """The run as it is: a detector's p-values come from normals of each draw, a segmenter has none."""
     return run
 
 

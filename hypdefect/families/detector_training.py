@@ -71,19 +71,23 @@ class DetectorTraining:
         return trained
 
     def item(self, number: int) -> Batch:
-        """Images `number * N` and on of an endless stream, in which every image comes once before any comes again."""
+        """Group `number` of the images (`in_epochs`)."""
         method: Any = self.run.method
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
-        first, total = number * method.images, len(self.files)
-        chosen = [
-            shuffled_order(total, method.seed, at // total)[at % total] for at in range(first, first + method.images)
-        ]
+        chosen = in_epochs(number, method.images, len(self.files), method.seed)
         side = self.recipe.whole_size
         pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
         views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
         views["unrelated"] = torch.stack([unrelated(self.pictures, side // 2, generator) for _ in chosen])
         none = torch.zeros(len(chosen), dtype=torch.long)
         return Batch(image_ids=tuple(self.files[i].uri for i in chosen), views=views, labels=none, aug_index=none)
+
+
+def in_epochs(number: int, size: int, total: int, seed: int) -> list[int]:
+    """Group `number` of `size` images of an endless stream, in which every one of `total` comes once before any comes
+    again."""
+    places = range(number * size, (number + 1) * size)
+    return [shuffled_order(total, seed, at // total)[at % total] for at in places]
 
 
 @functools.lru_cache(maxsize=2)

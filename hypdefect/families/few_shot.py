@@ -215,7 +215,8 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     """Decide which images take which part.
 
     Raises:
-        ConfigError: the set has several products and none, or an unknown one, is named.
+        ConfigError: the set has several products and none, or an unknown one, is named; good parts as a class beside
+            masks, which vectors are made under.
         DataError: a class is too small for K supports and a query.
     """
     card = card_of(config.dataset) if imported else get_dataset(config.dataset)
@@ -241,7 +242,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     ]
     if card.good_is_class:  # supports stand for the normals a factory has anyway; what is in neither side stays out
         normals = [i for i in normals if i in in_pool]
-    return TaskPlan(
+    task = TaskPlan(
         config=config,
         card=card,
         manifest=manifest,
@@ -253,19 +254,23 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
         uses_mask=any(row["mask_id"] for row in rows if row["defect"] in classes),
         imported=imported,
     )
+    if config.good_class and task.uses_mask and task.key.grid is None:
+        raise ConfigError(
+            "good_class: a good part has no mask, which would tell it from defects: use --space amc and a backbone of "
+            "patches, such as --backbone patchcore_lite0"
+        )
+    return task
 
 
 def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     """Read a task's features from the store.
 
     Raises:
-        ConfigError: features that are patches; good parts as a class that its masks, which are all of the image, name.
+        ConfigError: features that are patches.
         ArtifactError: rows are missing (run the extraction first) or a part is damaged.
     """
     if plan.key.grid is not None:
         raise ConfigError(f"{plan.spec.name} gives patches, which this method does not read; use another backbone")
-    if plan.config.good_class and plan.uses_mask:
-        raise ConfigError("good_class: a good part has no mask, which would tell it from defects; use --space amc")
     return read(plan, home)
 
 

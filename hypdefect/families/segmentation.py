@@ -19,6 +19,7 @@ from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
+from hypdefect.families.detection import calibrated, transformed, twin
 from hypdefect.families.image_files import image_file, mask_file
 from hypdefect.families.plan import DataConfig, Plan, of_product, shuffled, task_label
 from hypdefect.families.segmentation_training import Marked, SegmenterTraining, measured
@@ -27,13 +28,12 @@ from hypdefect.features.imported import Imported
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
-from hypdefect.methods import get_method
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.predictor import SegmentationPredictor as Predictor
 from hypdefect.training import fit as train_in_process
 from hypdefect.types import Segmenter, SplitKind
 
-__all__ = ["METRIC", "Predictor"]
+__all__ = ["METRIC", "Predictor", "calibrated", "transformed", "twin"]
 
 METRIC = "val/pixel/miou"
 SHARE = 0.1
@@ -256,22 +256,6 @@ def references(plan: SegmentationPlan, config: Any) -> tuple[RunConfig, ...]:
 def transform_of(run: RunConfig, fitting: Fitting, start: Any = None) -> FeatureTransform:
     """None: segmenters look at pixels."""
     return FeatureTransform.fit(None, fitting.block_dims, TransformConfig(), fitting.shape_dims)
-
-
-def transformed(data: Any, transform: FeatureTransform) -> Any:
-    """The same data."""
-    return data
-
-
-def twin(run: RunConfig, fitting: Fitting, start: Any = None) -> RunConfig | None:
-    """The run at curvature 0; None where its method has none."""
-    flat_twin = get_method(run.name).flat_twin
-    return None if flat_twin is None else replace(run, method=flat_twin(run.method))
-
-
-def calibrated(run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: Any = None) -> RunConfig:
-    """The run as it is."""
-    return run
 
 
 def validation_scores(

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from hypdefect.errors import DataError
 from hypdefect.evaluation import RunConfig
-from hypdefect.families.detector_training import jittered, shuffled_order
+from hypdefect.families.detector_training import in_epochs, jittered, shuffled_order
 from hypdefect.families.image_files import ImageFile, MaskFile
 from hypdefect.features.extract import pixels_of, resize
 from hypdefect.images.pasted_textures import PERLIN, pasted
@@ -124,12 +124,10 @@ class SegmenterTraining:
         return trained
 
     def item(self, number: int) -> Batch:
-        """Images `number * N` and on of an endless stream, in which every image comes once before any comes again."""
+        """Group `number` of the images (`in_epochs`)."""
         method: Any = self.run.method
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
-        first, total = number * method.images, len(self.learned)
-        places = range(first, first + method.images)
-        chosen = [shuffled_order(total, method.seed, at // total)[at % total] for at in places]
+        chosen = in_epochs(number, method.images, len(self.learned), method.seed)
         pieces = [self._piece(i, method, generator) for i in chosen]
         return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
 

@@ -3,7 +3,7 @@
 Shapes: N images, K outputs, one a defect class and background, H W pixels.
 """
 
-from collections.abc import Mapping
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -49,17 +49,17 @@ class SegmenterConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FPNConfig(SegmenterConfig):
-    """Nothing beside."""
+    """The pyramid has no settings of its own."""
 
 
-class TrainedSegmenter(nn.Module):
+class TrainedSegmenter(nn.Module, ABC):
     """A network of pixels: `scores` of a subclass, its loss, and what the registry keeps, all of its tensors."""
 
     needs: ClassVar[Needs] = "pixels"
 
-    def __init__(self, config: Any, num_classes: int) -> None:
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        self.config, self.num_classes = config, num_classes
+        self.config = config
         self.trained = False
 
     def begin(self, painted: Batches) -> None:
@@ -75,11 +75,12 @@ class TrainedSegmenter(nn.Module):
                 groups[id(parameter) in pretrained].append(parameter)
         return [{"params": groups[0], "factor": 1.0}, {"params": groups[1], "factor": BACKBONE_RATE}]
 
+    @abstractmethod
     def scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K h w"]:
-        raise NotImplementedError
+        """Logits on the grid of the finest map."""
 
     def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
-        """Of the pixels of some images; a target of -1 is no pixel of the image."""
+        """Of the pixels of some images."""
         assert item.targets is not None
         total = pixel_loss(self.scores(item.views["pixels"]), item.targets)
         return LossTerms(total, {"pixels": float(total.detach())})
@@ -99,9 +100,6 @@ class TrainedSegmenter(nn.Module):
         self.trained = True
         self.eval()
 
-    def start_from(self, weights: Mapping[str, Tensor]) -> None:
-        self.load_state_dict(dict(weights))
-
     def export(self) -> dict[str, Tensor]:
         return {name: value.detach().clone() for name, value in self.state_dict().items()}
 
@@ -114,7 +112,7 @@ class FPN(TrainedSegmenter):
     """A linear layer on the finest level of a feature pyramid."""
 
     def __init__(self, config: FPNConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
+        super().__init__(config)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.pyramid = Pyramid(config.network, config.frozen)

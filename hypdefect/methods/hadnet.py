@@ -4,7 +4,7 @@
 | --- | --- |
 | HST: maps of several scales to the ball of curvature rho, distances to hyperplanes (eq. 3, 7) | `HyperbolicScores` |
 | AFSS: channels whose squared difference of an image and its painted copy is like the mask and like the distance to a
-  hyperplane (eq. 8 to 10), chosen once | `chosen_channels`, buffers `channels_i` |
+  hyperplane (eq. 8 to 10), chosen once | `HADNet.begin`, `selection_losses`, buffers `channels_i` |
 | reconstruction by an autoencoder per scale, residual gamma = phi - Phi | `AutoEncoder` |
 | ARD: the s/2 largest channels of each image by global maximum and by average (eq. 11 to 13) | `largest_channels` |
 | discriminator with C + 1 outputs | `HADNet.discriminator` |
@@ -26,7 +26,7 @@ the scales share.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import geoopt
 import torch
@@ -39,7 +39,7 @@ from hypdefect.errors import DataError
 from hypdefect.methods.fpn import SegmenterConfig, TrainedSegmenter
 from hypdefect.methods.pyramid import SCALES, Laterals, Pyramid, Separable, pixel_loss, upsampled
 from hypdefect.methods.ranges import require_at_least, require_share
-from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
+from hypdefect.types import Batch, Batches, LossTerms, Method
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -119,10 +119,8 @@ class AutoEncoder(nn.Module):
 class HADNet(TrainedSegmenter):
     """Logits of a location: what the discriminator says of the strongest residuals, and the hyperbolic scores."""
 
-    needs: ClassVar[Needs] = "pixels"
-
     def __init__(self, config: HADNetConfig, num_classes: int) -> None:
-        super().__init__(config, num_classes)
+        super().__init__(config)
         outputs, width = num_classes + 1, config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)

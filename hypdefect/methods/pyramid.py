@@ -102,13 +102,11 @@ def upsampled(x: Float[Tensor, "N D h w"], like: Float[Tensor, "N _ H W"]) -> Fl
 
 
 def pixel_loss(logits: Float[Tensor, "N K h w"], targets: Int[Tensor, "N H W"]) -> Float[Tensor, ""]:
-    """Cross-entropy, and one minus the soft Dice coefficient of the classes that are there, at the size of the targets;
-    a pixel of target -1 counts nowhere."""
+    """Cross-entropy, and one minus the soft Dice coefficient of the classes that are there, at the size of the
+    targets."""
     full = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False).float()
-    known = targets >= 0
-    entropy = F.cross_entropy(full, targets, ignore_index=-1)
-    shares = full.softmax(1) * known[:, None]
-    truth = F.one_hot(targets.clamp_min(0), full.shape[1]).movedim(3, 1).to(full) * known[:, None]
+    entropy, shares = F.cross_entropy(full, targets), full.softmax(1)
+    truth = F.one_hot(targets, full.shape[1]).movedim(3, 1).to(full)
     there = truth.sum((0, 2, 3)) > 0
     both = (shares * truth).sum((0, 2, 3))
     dice = 2 * both / (shares.sum((0, 2, 3)) + truth.sum((0, 2, 3))).clamp_min(1e-6)

@@ -356,6 +356,14 @@ BAD: dict[str, tuple[Callable[[Path], tuple[object, ...]], str]] = {
     "no such sweep": (lambda at: ("evaluate", "--sweep", "none"), "no finished sweep 'none'"),
     "no shots": (lambda at: ("evaluate", "--shots", 0), "shots must be one or more numbers"),
     "unknown space": (lambda at: ("sweep", "--space", "hypfds"), "'hypfds'"),
+    "init of a segmenter": (
+        lambda at: ("sweep", "--task", "segmentation", "--init", at / "run"),
+        "--task segmentation takes none",
+    ),
+    "good parts beside masks": (
+        lambda at: ("sweep", "--dataset", "mtd", "--root", at.parent / "mtd", *TINY, "--good-class"),
+        "a good part has no mask, which would tell it from defects",
+    ),
     "no such run": (lambda at: ("sweep", "--init", at / "run", "--space", "hypdfs_meta"), "run holds no finished"),
     "nothing to resume": (lambda at: ("sweep", "--resume"), "no unfinished sweep of 'elpv' to resume"),
     "too many workers": (

@@ -286,8 +286,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="epoch",
         file="hypdefect/families/detector_training.py",
-        old="shuffled_order(total, method.seed, at // total)",
-        new="shuffled_order(total, method.seed, 0)",
+        old="shuffled_order(total, seed, at // total)",
+        new="shuffled_order(total, seed, 0)",
         tests=("tests/families/test_detector_training.py",),
         breaks="every epoch shows the normal images in the same order",
     ),
