@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, usual_copies
-from hypdefect.families import few_shot_patches
+from hypdefect.families import few_shot, few_shot_patches
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.transform import TransformConfig
@@ -224,3 +224,20 @@ def test_vectors_are_refused_before_any_work(tmp_path: Path) -> None:
     plan = prepare(few_shot_patches, replace(task, backbone="patchcore_lite0"))
     assert not any(request.mask_id for request in plan.requests())
     assert max(request.copies for request in plan.requests()) == usual_copies(1)
+
+
+def test_no_candidate_of_good_parts_is_in_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    tree = make_mtd_tree(tmp_path / "mtd", per_class=12)
+    job = TaskConfig(dataset="mtd", root=tree, k_shot=2, good_class=True, backbone="patchcore:test_efficientnet@random")
+    cells = TaskConfig(dataset="elpv", backbone="patchcore:test_efficientnet@random")  # all its normals are candidates
+    for task, names in ((job, 6), (cells, 4)):
+        plan = prepare(few_shot_patches, task)
+        assert len(plan.classes) == names
+        assert plan.normal_ids
+        assert not set(plan.normal_ids) & {*plan.pool_ids, *plan.partition.query}
+        good = {row["image_id"] for row in plan.manifest.to_pylist() if not row["is_defect"]}
+        assert good & set(plan.pool_ids)
+        assert good & set(plan.partition.query)
+    with pytest.raises(ConfigError, match="a good part has no mask"):
+        prepare(few_shot, replace(job, backbone="tiny_random"))

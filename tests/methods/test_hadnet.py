@@ -161,6 +161,15 @@ def test_afss_is_done_once_and_kept(tmp_path: Path) -> None:
     model.begin(painted())
     after = [getattr(model, f"channels_{i}") for i in range(4)]
     assert any(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    (batch,) = painted()
+    assert batch.targets is not None
+    fresh = HADNet(TINY, 2).pyramid
+    with torch.no_grad():
+        pairs = zip(fresh(batch.views["clean"]), fresh(batch.views["pixels"]), after, strict=True)
+        for clean, copy, chosen in pairs:
+            losses = selection_losses(clean, copy, batch.targets > 0, TINY.curvature).sum(0)
+            left = [i for i in range(len(losses)) if i not in chosen.tolist()]
+            assert losses[chosen].max() <= losses[left].min()
     assert all(len(set(chosen.tolist())) == len(chosen) for chosen in after)
     random = HADNet(replace(TINY, selection="random"), 2)
     random.begin(painted())

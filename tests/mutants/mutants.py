@@ -395,4 +395,28 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("tests/families/test_segmentation.py",),
         breaks="a segmenter's image is turned without its target",
     ),
+    Mutant(
+        name="bank-only",
+        file="hypdefect/families/few_shot_patches.py",
+        old="tuple(sorted(candidates - set(bank)))",
+        new="tuple(sorted(candidates))",
+        tests=("tests/methods/test_amc.py",),
+        breaks="good candidates lie in the very bank that they are compared with",
+    ),
+    Mutant(
+        name="validated-there",
+        file="hypdefect/distributed/train.py",
+        old="training.validate if isinstance(training, ValidatedTraining) else None",
+        new="None",
+        tests=("tests/ray/test_pretrain.py::test_two_workers_one_of_them_killed_learn_what_one_process_does",),
+        breaks="Ray Train keeps the last weights, not the best",
+    ),
+    Mutant(
+        name="class-count",
+        file="hypdefect/predictor.py",
+        old="card.run.model(kind.size_of(card, transform))",
+        new="card.run.model(transform.dim)",
+        tests=("tests/families/test_segmentation.py",),
+        breaks="a published segmenter is built for another number of classes",
+    ),
 )
