@@ -11,13 +11,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, cast, runtime_checkable
 
 import geoopt
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from hypdefect.errors import ArtifactError, ConfigError, NumericsError
 from hypdefect.files import write_json
@@ -126,20 +127,17 @@ class Begun:
     best: Best = field(default_factory=Best)
 
 
-class MeanLoss(nn.Module):
-    """Mean loss of some items, each with noise of its own seed: what distributed training differentiates; and the mean
-    of each of its parts."""
+class ItemLoss(nn.Module):
+    """Loss of an item, with noise of its own seed: what distributed training differentiates; and each of its parts."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, items: Sequence[Any], seeds: Sequence[int]) -> tuple[Tensor, dict[str, float]]:
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    def forward(self, item: Any, seed: int) -> tuple[Tensor, dict[str, float]]:
         model: Any = self.model
-        terms = [model.loss(i, g) for i, g in zip(items, generators, strict=True)]
-        parts = {name: sum(term.parts[name] for term in terms) / len(terms) for name in sorted(terms[0].parts)}
-        return torch.stack([term.total for term in terms]).mean(), parts
+        terms = model.loss(item, torch.Generator().manual_seed(seed))
+        return terms.total, terms.parts
 
 
 def fit(
@@ -168,7 +166,7 @@ def fit(
     """
     if config.items_per_step % world_size:
         raise ConfigError(f"train.items_per_step={config.items_per_step} is not a multiple of the {world_size} workers")
-    call = wrap(MeanLoss(model))
+    call = wrap(ItemLoss(model))
     optimizer = optimizer_of(model, config)
     begun = Begun() if resume is None else _resumed(resume, model, optimizer)
     best, losses = begun.best, list[float]()
@@ -178,14 +176,11 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step) * group.get("factor", 1.0)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
-        items = [stream(number).to(device) for number in numbers]
-        with config.precision(device):
-            loss, parts = call(items, [config.seed * 1_000_003 + number for number in numbers])
-        mean, *others = _mean_over_ranks([float(loss.detach()), *parts.values()], world_size, device)
+        optimizer.zero_grad(set_to_none=True)
+        own, parts = _accumulated(call, stream, numbers, config, device)
+        mean, *others = _mean_over_ranks([own, *parts.values()], world_size, device)
         if not math.isfinite(mean):
             raise NumericsError(f"training loss at step {step} is {mean}; lower train.lr")
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
         optimizer.step()
         losses.append(mean)
         done = step + 1
@@ -208,6 +203,23 @@ def fit(
         if last:
             break
     return losses
+
+
+def _accumulated(
+    call: nn.Module, stream: Callable[[int], Any], numbers: Sequence[int], config: TrainConfig, device: Any
+) -> tuple[float, dict[str, float]]:
+    """Add up the gradient of the mean loss of these items, one at a time: a step needs the memory of one of them. The
+    mean loss, and that of each of its parts. Ranks are heard at the last item alone."""
+    mean, means = 0.0, dict[str, float]()
+    for number in numbers:
+        waits = isinstance(call, DistributedDataParallel) and number != numbers[-1]
+        with cast(DistributedDataParallel, call).no_sync() if waits else nullcontext():
+            with config.precision(device):
+                loss, parts = call(stream(number).to(device), config.seed * 1_000_003 + number)
+            (loss / len(numbers)).backward()
+        mean += float(loss.detach()) / len(numbers)
+        means = {name: means.get(name, 0.0) + parts[name] / len(numbers) for name in sorted(parts)}
+    return mean, means
 
 
 def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -1,4 +1,4 @@
-"""Turn the ledger into pages a person can read: self-contained HTML, one file of classifiers, one of detectors.
+"""Turn the ledger into pages a person can read: self-contained HTML, a file each of classifiers, detectors, segmenters.
 
 python jobs/report.py: the newest run of every task in the ledger; pictures of features where the store holds them
 
@@ -26,6 +26,7 @@ from hypdefect.results.feature_figures import draw_features
 from hypdefect.results.page import markdown, replace_results, write_page
 from hypdefect.results.reading import leaderboard_values
 from hypdefect.results.sections import current_sections
+from hypdefect.results.segmentation_page import segmenter_tasks, write_segmentation_page
 from hypdefect.types import SplitKind
 
 Hidden = tyro.conf.Suppress
@@ -58,11 +59,11 @@ def main() -> None:
     configure_logging()
     job, options = parse_job(ReportJob, description=__doc__)
     table = ledger.read(home())
-    detectors = detector_tasks(table, job.label)
+    detectors, segmenters = detector_tasks(table, job.label), segmenter_tasks(table, job.label)
     try:
         sections = current_sections(table, job.label)
     except ConfigError:
-        if not detectors or job.readme is not None:
+        if not (detectors or segmenters) or job.readme is not None:
             raise
         sections = []
     if options.json is not None:
@@ -75,6 +76,8 @@ def main() -> None:
     folder = job.out or home() / "report"
     if detectors:
         print(write_detection_page(folder, detectors, home()))
+    if segmenters:
+        print(write_segmentation_page(folder, segmenters, home()))
     if sections:
         draw = partial(draw_features, data=job, seed=job.seed, find_start=stored_start) if job.features else None
         print(write_page(folder, sections, draw))

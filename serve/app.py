@@ -194,7 +194,7 @@ class Ingress:
         """Whether the part on an image is good, and where it is not; the image is given as for /v1/classify."""
         answer, notes, model = await self._answer(request)
         if not isinstance(answer, Detection):
-            raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no detector: ask it at /v1/classify, see /v1/model")
+            raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no detector: ask it at /v1/predict, see /v1/model")
         return Detected(
             verdict="anomalous" if answer.anomalous else "good",
             p_value=answer.p_value,

@@ -1,6 +1,7 @@
 """Meta-training: it learns, it resumes where it stopped, and its steps do not depend on the number of workers."""
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,7 @@ from hypdefect.families.episodic import (
 from hypdefect.families.starts import load_start, write_run
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
-from hypdefect.training import MeanLoss, SteppedConfig, TrainConfig, fit
+from hypdefect.training import SteppedConfig, TrainConfig, fit
 from hypdefect.types import EpisodeSpec, LossTerms
 from tests.toy_features import DIM, toy_batch, toy_pool
 
@@ -55,7 +56,8 @@ def test_the_loss_of_an_easy_pool_goes_down() -> None:
 
     def loss_of(model: HypDFS) -> float:
         with torch.no_grad():
-            return float(MeanLoss(model)(episodes, list(range(12)))[0])
+            seeds = map(torch.Generator().manual_seed, range(12))
+            return float(np.mean([model.loss(one, seed).total for one, seed in zip(episodes, seeds, strict=True)]))
 
     method = replace(METHOD, feature_scale=3.0)  # classes far enough apart for a loss that can fall
     before = loss_of(HypDFS(method, DIM))
@@ -158,10 +160,10 @@ class Recorder(torch.nn.Module):
         self.supports: list[tuple[str, ...]] = []
         self.seeds: list[int] = []
 
-    def forward(self, episodes: list[Any], seeds: list[int]) -> tuple[torch.Tensor, dict[str, float]]:
-        self.supports += [e.support.image_ids for e in episodes]
-        self.seeds += seeds
-        answer: tuple[torch.Tensor, dict[str, float]] = self.loss(episodes, seeds)
+    def forward(self, episode: Any, seed: int) -> tuple[torch.Tensor, dict[str, float]]:
+        self.supports.append(episode.support.image_ids)
+        self.seeds.append(seed)
+        answer: tuple[torch.Tensor, dict[str, float]] = self.loss(episode, seed)
         return answer
 
 
@@ -350,3 +352,29 @@ def test_a_group_of_parameters_has_its_share_of_the_rate() -> None:
     fit(model, lambda number: torch.zeros(()), TrainConfig(steps=10, lr=0.1, weight_decay=0.0), quiet)
     assert model.slow.item() == pytest.approx(0.1 * model.number.item(), rel=1e-3)
     assert model.number.item() > 0.3
+
+
+class Line(Slope):
+    """Its gradient of an item is the item."""
+
+    def loss(self, item: torch.Tensor, generator: torch.Generator) -> LossTerms:
+        total = self.number * item
+        return LossTerms(total=total, parts={"item": float(item)})
+
+
+def test_items_of_a_step_are_made_and_forgotten_one_at_a_time_and_their_mean_is_learned_from() -> None:
+    model, alive = Line(), list[weakref.ref[torch.Tensor]]()
+    held: list[int] = []
+
+    def item(number: int) -> torch.Tensor:
+        held.append(sum(one() is not None for one in alive))
+        made = torch.tensor(float(1 + number))
+        alive.append(weakref.ref(made))
+        return made
+
+    seen: list[dict[str, float]] = []
+    config = TrainConfig(steps=1, items_per_step=4, report_every=1, lr=1e-3)
+    fit(model, item, config, lambda metrics, write: seen.append(metrics))
+    assert model.number.grad == pytest.approx(2.5)
+    assert seen[0]["train/item"] == pytest.approx(2.5)
+    assert max(held) == 0

@@ -1,41 +1,55 @@
-"""Masks from a detector in place of drawn ones: what does localisation cost a classifier?
+"""Masks from a detector or a segmenter in place of drawn ones: what does localisation cost a classifier?
 
 PatchCore learns from the good parts of a set. What its map marks on an image of a defect, above the threshold that it
 is served with, is that image's mask; where nothing is above it, what reaches half of the map's own peak.
+
+HADNet learns from drawn masks. The set is parted in two, by whole groups where there are any: each half is marked by a
+network that learned from the other half alone. What a network calls a defect, of whatever class, is the mask.
 """
 
 import logging
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import ray
+import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 
-from hypdefect.config import digest
+from hypdefect.config import digest, to_mapping
+from hypdefect.datasets.split import parted
 from hypdefect.distributed.extract import fill
 from hypdefect.evaluation import RunConfig
-from hypdefect.families import detection
+from hypdefect.families import detection, segmentation
 from hypdefect.families.image_files import full_mask
 from hypdefect.families.plan import DataConfig
+from hypdefect.families.segmentation_training import foreground
 from hypdefect.files import file_sha256, home, replaced_file
 from hypdefect.images.regions import cleaned, resized
 from hypdefect.progress import progress
 
 logger = logging.getLogger(__name__)
-Masks = Literal["oracle", "predicted", "none"]
+Masks = Literal["oracle", "predicted", "segmenter", "none"]
+SEGMENTER = RunConfig(name="hadnet", method={"steps": 1000}, pretrained=False)
+"""What marks regions where a segmenter does: a short training."""
+VALIDATED_SHARE = 0.1
+"""Share of what a segmenter may look at that its best weights are chosen on."""
 
 
 def with_masks(manifest: pa.Table, config: DataConfig, masks: Masks) -> pa.Table:
-    """The manifest with its own masks (oracle), with a detector's, or with none.
+    """The manifest with its own masks (oracle), with a detector's, with a segmenter's, or with none.
 
     Raises:
-        DataError: no good parts to learn from.
+        DataError: no good parts to learn from, or no masks.
     """
     if masks == "oracle":
         return manifest
-    found = predicted(manifest, config) if masks == "predicted" else {}
+    makers = {"predicted": predicted, "segmenter": segmented}
+    found = makers[masks](manifest, config) if masks in makers else {}
     rows = manifest.to_pylist()
     for row in rows:
         path = found.get(row["file_id"]) if row["is_defect"] else None
@@ -56,24 +70,80 @@ def predicted(manifest: pa.Table, config: DataConfig) -> dict[str, Path]:
     run, setting = RunConfig(name="patchcore", pretrained=False), detection.Setting()
     model = detection.fit(run, fitting, setting, 0)
     threshold = detection.details(run, fitting, setting, 0, model)["pixel_threshold"]
-    rows = {row["image_id"]: row for row in manifest.to_pylist()}
-    folder = home() / "masks" / digest([plan.provenance(), threshold])[:12]
-    folder.mkdir(parents=True, exist_ok=True)
     defects = reported.defects.seen_by(model)
-    found: dict[str, Path] = {}
-    overlaps: list[float] = []
-    with progress(f"masks of {plan.label}") as advance:
-        maps = (anomaly_map for batch in defects for anomaly_map in model.anomaly(batch).map.numpy())
+    rows = {row["image_id"]: row for row in manifest.to_pylist()}
+    maps = (anomaly_map for batch in defects for anomaly_map in model.anomaly(batch).map.numpy())
+
+    def masks() -> Iterable[Found]:
         for number, (image_id, anomaly_map) in enumerate(zip(defects.image_ids, maps, strict=True)):
             row = rows[image_id]
             mask = region(resized(anomaly_map, (row["height"], row["width"])), threshold)
-            found[row["file_id"]] = _store(folder / f"{row['file_id'][:24]}.png", mask)
-            if defects.masks and defects.masks[number]:
-                truth = full_mask(defects.masks[number], mask.shape)
+            truth = full_mask(defects.masks[number], mask.shape) if defects.masks else None
+            yield row["file_id"], mask, truth if truth is not None and truth.any() else None
+
+    return _kept(plan.label, digest([plan.provenance(), threshold]), masks(), len(defects))
+
+
+def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER) -> dict[str, Path]:
+    """A mask file for each file that shows a defect, made by a segmenter that learned from the other half of the set.
+
+    Raises:
+        DataError: no masks; all images of one part.
+    """
+    split: Any = "grouped" if any(manifest["group_id"].to_pylist()) else "random"
+    task = segmentation.TaskConfig(
+        dataset=config.dataset, root=config.root, channels=config.channels, product=config.product, split=split
+    )
+    plan = segmentation.plan(task, manifest)
+    rows = {row["image_id"]: row for row in manifest.to_pylist()}
+    ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
+    unit_of = {i: (split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
+    halves = [tuple(sorted(half)) for half in parted(unit_of, 0.5, "halves")]
+    waiting, looked_at = [], []
+    for half, other in (halves, halves[::-1]):
+        validated, learned = parted({i: unit_of[i] for i in other}, VALIDATED_SHARE, "validated")
+        own = replace(plan, learned_ids=tuple(learned), validated_ids=tuple(validated), reported_ids=half)
+        fitting, reported = segmentation.load(own, home())
+        looked_at.append((fitting, reported.images))
+        waiting.append(_SEGMENTER.remote(run, fitting))
+    logger.info("%s: training two segmenters for masks, %d and %d images", plan.label, *map(len, halves))
+
+    def masks() -> Iterable[Found]:
+        for reference, (fitting, images) in zip(waiting, looked_at, strict=True):
+            model = ray.get(reference)
+            for number in range(len(images)):
+                image, target = images.read(number)
+                if target.any():
+                    shown = foreground(model, image, fitting.side)
+                    yield rows[images.image_ids[number]]["file_id"], region(shown, 0.5), target > 0
+
+    return _kept(plan.label, digest([plan.provenance(), to_mapping(run)]), masks(), len(ids))
+
+
+def _segmenter(run: RunConfig, fitting: Any) -> Any:
+    torch.set_num_threads(1)
+    return segmentation.fit(run, fitting, segmentation.Setting(), 0)
+
+
+_SEGMENTER = ray.remote(_segmenter)  # not decorated: as in distributed.evaluate
+Found = tuple[str, Bool[np.ndarray, "H W"], Bool[np.ndarray, "H W"] | None]
+"""Of a file: its id, the mask that was found, and the drawn one."""
+
+
+def _kept(label: str, name: str, masks: Iterable[Found], total: int) -> dict[str, Path]:
+    """The masks as files, by file; says how much they overlap with the drawn ones."""
+    folder = home() / "masks" / name[:12]
+    folder.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Path] = {}
+    overlaps: list[float] = []
+    with progress(f"masks of {label}") as advance:
+        for file_id, mask, truth in masks:
+            found[file_id] = _store(folder / f"{file_id[:24]}.png", mask)
+            if truth is not None:
                 overlaps.append(float((mask & truth).sum() / (mask | truth).sum()))
-            advance(number + 1, len(defects))
+            advance(len(found), total)
     if overlaps:
-        logger.info("masks of %s: mean overlap with the drawn ones (IoU) %.3f", plan.label, np.mean(overlaps))
+        logger.info("masks of %s: mean overlap with the drawn ones (IoU) %.3f", label, np.mean(overlaps))
     return found
 
 

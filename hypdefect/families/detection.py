@@ -385,13 +385,13 @@ def transformed(data: Any, transform: FeatureTransform) -> Any:
     return data
 
 
-def twin(run: RunConfig, fitting: Fitting, start: Any = None) -> RunConfig | None:
-    """The run at c = 0; None where its method has no curvature."""
+def twin(run: RunConfig, fitting: Any, start: Any = None) -> RunConfig | None:
+    """The run at c = 0, for any family; None where its method has no curvature."""
     flat_twin = get_method(run.name).flat_twin
     return None if flat_twin is None else replace(run, method=flat_twin(run.method))
 
 
-def calibrated(run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: Any = None) -> RunConfig:
+def calibrated(run: RunConfig, fitting: Any, setting: Any, numbers: range, start: Any = None) -> RunConfig:
     """The run as it is: a detector's p-values come from normals of each draw, a segmenter has none."""
     return run
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from torch import Tensor, nn
 
 from hypdefect.errors import DataError
@@ -206,14 +206,22 @@ def measured(model: Segmenter, images: Marked, classes: tuple[str, ...], side: i
     metrics = SegmentationMetrics(classes)
     for number in range(len(images)):
         image, target = images.read(number)
-        none = torch.zeros(1, dtype=torch.long)
-        pixels = resize(pixels_of(image), side)[None].to(device)
-        batch = Batch(image_ids=(images.image_ids[number],), views={"pixels": pixels}, labels=none, aug_index=none)
-        metrics.update(class_map(model.logits(batch), target.shape), target)
+        metrics.update(scores_of(model, image, side, device).argmax(0).cpu().numpy(), target)
     return metrics
 
 
-def class_map(logits: Tensor, size: tuple[int, ...]) -> Int[np.ndarray, "H W"]:
-    """The likeliest class of each pixel of an image of this size."""
-    full = nn.functional.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    return np.asarray(full.argmax(1)[0].cpu().numpy())
+def scores_of(
+    model: Segmenter, image: UInt8[np.ndarray, "H W 3"], side: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "K H W"]:
+    """Logits of each pixel of an image, background first, at the image's own size."""
+    none = torch.zeros(1, dtype=torch.long)
+    pixels = resize(pixels_of(image), side)[None].to(device)
+    logits = model.logits(Batch(image_ids=("",), views={"pixels": pixels}, labels=none, aug_index=none))
+    full = nn.functional.interpolate(logits.float(), size=image.shape[:2], mode="bilinear", align_corners=False)
+    return full[0]
+
+
+@torch.no_grad()
+def foreground(model: Segmenter, image: UInt8[np.ndarray, "H W 3"], side: int) -> Float[np.ndarray, "H W"]:
+    """How likely each pixel shows a defect, of whatever class."""
+    return np.asarray(1 - scores_of(model, image, side).softmax(0)[0].numpy())

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 
 from hypdefect.evaluation import TWIN
 from hypdefect.files import replaced_file
-from hypdefect.results.detection_tables import NAMES, OF_CLASS, DetectorTask, curves
+from hypdefect.results.detection_tables import NAMES, OF_CLASS, REFERENCE, CurvePoint, DetectorTask, curves
 from hypdefect.results.figures import DARK, GREY, GRID, Album, Picture, new_figure, percent
 from hypdefect.results.page import Cell, Line, templates
 from hypdefect.results.reading import format_accuracy, format_difference
@@ -26,7 +26,7 @@ class Chapter:
     """What the page says of one task."""
 
     task: DetectorTask
-    columns: list[str]
+    heads: list[str]
     lines: list[Line]
     album: Album
 
@@ -60,33 +60,37 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
     album = Album(folder, re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}"))
     if task.curve is not None:
         caption = "Everything but c as its defaults. Right: over the same draws, minus c = 0. Bars are 95 % intervals."
-        plot_curves(album.add("curvature", "AUROC against curvature", caption), task)
+        plot_curves(album.add("curvature", "AUROC against curvature", caption), curves(task), "image AUROC")
     if task.classes:
         caption = "Image AUROC of the defects of one class against all reported good parts. Bars are 95 % intervals."
         plot_classes(album.add("classes", "Which defects are found", caption), task)
-    if (pictures := newest_pictures(task, home)) is not None:
+    if (pictures := newest_pictures(task.dataset, task.split, "tested_normals", home)) is not None:
         caption = (
             f"The images that the newest published detector ({pictures.parent.name}) scored highest and lowest of each "
             "class: the image, what is marked, the map, what was found, both outlines (blue: marked, orange: found)."
         )
         album.pictures.append(Picture(pictures, "What a detector says", caption))
-    return Chapter(task, [NAMES[name] for name in shown], lines, album)
+    heads = ["detector", *(f"{NAMES[name]}, %" for name in shown), f"AUROC minus {REFERENCE}", "minus its c = 0 twin"]
+    return Chapter(task, heads, lines, album)
 
 
-def newest_pictures(task: DetectorTask, home: Path) -> Path | None:
-    """The pictures of the newest sweep or training run of this set and split."""
+def newest_pictures(dataset: str, split: str, count: str, home: Path) -> Path | None:
+    """The pictures of the newest sweep or training run of this set and split.
+
+    Args:
+        count: what only tasks of the family count, of their plans' provenance.
+    """
     found = []
     for path in [*home.glob("sweeps/*/pictures.png"), *home.glob("runs/*/pictures.png")]:
         record = path.parent / ("result.json" if path.parent.parent.name == "sweeps" else "record.json")
         about: dict[str, Any] = json.loads(record.read_text())["task"] if record.is_file() else {}
-        if (about.get("dataset"), about.get("split")) == (task.dataset, task.split):
+        if (about.get("dataset"), about.get("split"), count in about) == (dataset, split, True):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def plot_curves(path: Path, task: DetectorTask) -> None:
-    """AUROC of each hyperbolic detector against c, and the paired difference to c = 0."""
-    found = curves(task)
+def plot_curves(path: Path, found: Mapping[str, Sequence[CurvePoint]], metric: str) -> None:
+    """A metric of each hyperbolic method against c, and the paired difference to c = 0."""
     labels = sorted({point.c for curve in found.values() for point in curve})
     with new_figure(path, 9.6, 3.7) as figure:
         left, right = figure.subplots(1, 2)
@@ -108,8 +112,8 @@ def plot_curves(path: Path, task: DetectorTask) -> None:
             axes.set_xlabel("curvature c (0: Euclidean; steps not to scale)")
         low, high = left.get_ylim()
         left.set_ylim(max(low, 0), min(high, 101))
-        left.set(title="image AUROC (bars: 95 % interval)", ylabel="AUROC, %")
-        right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points of AUROC")
+        left.set(title=f"{metric} (bars: 95 % interval)", ylabel=f"{metric}, %")
+        right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points")
         left.legend(frameon=False, loc="lower left")
 
 

@@ -283,7 +283,7 @@ def test_evaluate_by_other_protocols(user: User, data: tuple[object, ...], swept
     first, sweep, meta, page = user.run_many(
         line,
         ("evaluate", "--sweep", "first", "--draws", 3, "--json", "sweep.json"),
-        ("evaluate", *data, *EVALUATE, *META),
+        ("evaluate", *data, *EVALUATE, *META, "--shots", 2, "--trials", 1),
         ("report", "--root", "mtd", "--copies", "1", *RECIPE),
     )
     assert (first.code, sweep.code) == (0, 0), first.stderr + sweep.stderr

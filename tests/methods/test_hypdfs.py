@@ -33,7 +33,6 @@ from hypdefect.methods.hypdfs import (
     whole_crop_contrast,
 )
 from hypdefect.methods.support import class_means
-from hypdefect.training import MeanLoss
 from hypdefect.types import VIEWS, Batch, Episode, LossTerms
 from tests.toy_features import DIM, permuted, toy_batch, unit
 
@@ -1244,9 +1243,6 @@ def test_episode_loss_judges_the_queries() -> None:
     assert wrong > right
     turned = model.loss(replace(episode, query=permuted(query)), rng()).parts["ce"]
     assert turned == pytest.approx(right, rel=1e-5)
-    both, _ = MeanLoss(model)([episode, episode], [0, 1])
-    mean = (model.loss(episode, rng(0)).total + model.loss(episode, rng(1)).total) / 2
-    torch.testing.assert_close(both, mean)
 
 
 # ---- likelihood in meta-training -----------------------------------------------------------------------------------
