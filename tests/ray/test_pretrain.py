@@ -93,7 +93,7 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(ray_local: Any, t
         k_shot=1,
     )
     config = PretrainConfig(
-        synthesis=SynthesisConfig(kind="perlin", textures=5, per_class=5),
+        synthesis=SynthesisConfig(kind="perlin", textures=8, per_class=4),
         train=replace(SMALL, steps=8, maml=False),
     )
     plan = prepare(few_shot_patches, job)
@@ -134,7 +134,7 @@ def test_tables_show_every_row_with_the_spread_of_the_bank(
         bank_seeds=(1, 2),
         backbone="patchcore:test_efficientnet@random",
         pretraining=PretrainConfig(
-            synthesis=SynthesisConfig(kind="perlin", textures=5, per_class=5),
+            synthesis=SynthesisConfig(kind="perlin", textures=8, per_class=4),
             train=replace(SMALL, steps=4, maml=False),
         ),
     )
