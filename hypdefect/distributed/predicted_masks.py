@@ -3,10 +3,12 @@
 PatchCore learns from the good parts of a set. What its map marks on an image of a defect, above the threshold that it
 is served with, is that image's mask; where nothing is above it, what reaches half of the map's own peak.
 
-HADNet learns from drawn masks. The set is parted in two, by whole groups where there are any: each half is marked by a
-network that learned from the other half alone. What a network calls a defect, of whatever class, is the mask.
+HADNet learns from drawn masks. The set is parted in two, class by class and by whole groups where there are any: each
+half is marked by a network that learned from the other half alone. What a network calls a defect, of whatever class, is
+the mask.
 """
 
+import json
 import logging
 from collections.abc import Iterable
 from dataclasses import replace
@@ -21,14 +23,14 @@ from jaxtyping import Bool, Float
 from PIL import Image
 
 from hypdefect.config import digest, to_mapping
-from hypdefect.datasets.split import parted
+from hypdefect.datasets.split import make_partition, parted
 from hypdefect.distributed.extract import fill
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import detection, segmentation
 from hypdefect.families.image_files import full_mask
 from hypdefect.families.plan import DataConfig
 from hypdefect.families.segmentation_training import foreground
-from hypdefect.files import file_sha256, home, replaced_file
+from hypdefect.files import file_sha256, home, replaced_file, write_json
 from hypdefect.images.regions import cleaned, resized
 from hypdefect.progress import progress
 
@@ -88,17 +90,21 @@ def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER
     """A mask file for each file that shows a defect, made by a segmenter that learned from the other half of the set.
 
     Raises:
-        DataError: no masks; all images of one part.
+        DataError: no masks; a class of one image, or of one part.
     """
     split: Any = "grouped" if any(manifest["group_id"].to_pylist()) else "random"
     task = segmentation.TaskConfig(
         dataset=config.dataset, root=config.root, channels=config.channels, product=config.product, split=split
     )
     plan = segmentation.plan(task, manifest)
+    name = digest([plan.provenance(), to_mapping(run)])
+    listed = _folder(name) / "files.json"
+    if listed.exists():
+        return {file_id: _folder(name) / file for file_id, file in json.loads(listed.read_text()).items()}
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
     ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
     unit_of = {i: (split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
-    halves = [tuple(sorted(half)) for half in parted(unit_of, 0.5, "halves")]
+    halves = _halves(plan, manifest, unit_of)
     waiting, looked_at = [], []
     for half, other in (halves, halves[::-1]):
         validated, learned = parted({i: unit_of[i] for i in other}, VALIDATED_SHARE, "validated")
@@ -117,7 +123,23 @@ def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER
                     shown = foreground(model, image, fitting.side)
                     yield rows[images.image_ids[number]]["file_id"], region(shown, 0.5), target > 0
 
-    return _kept(plan.label, digest([plan.provenance(), to_mapping(run)]), masks(), len(ids))
+    found = _kept(plan.label, name, masks(), len(ids))
+    write_json(listed, {file_id: path.name for file_id, path in found.items()})
+    return found
+
+
+def _halves(plan: segmentation.SegmentationPlan, manifest: pa.Table, unit_of: dict[str, str]) -> list[tuple[str, ...]]:
+    """Two halves of the images, with every class in both; good parts are parted apart from defects, where no unit of
+    theirs shows a defect."""
+    rows = {row["image_id"]: row for row in manifest.to_pylist()}
+    split: Any = plan.split
+    pool = set(make_partition(manifest, split, 0, plan.classes).pool)
+    first = {unit_of[i] for i in unit_of if i in pool}
+    shown = {unit_of[i] for i in unit_of if rows[i]["is_defect"]}
+    good = {i: unit for i, unit in unit_of.items() if unit not in shown}
+    if len(set(good.values())) > 1:
+        first |= {unit_of[i] for i in parted(good, 0.5, "halves")[0]}
+    return [tuple(i for i in unit_of if (unit_of[i] in first) is side) for side in (True, False)]
 
 
 def _segmenter(run: RunConfig, fitting: Any) -> Any:
@@ -132,7 +154,7 @@ Found = tuple[str, Bool[np.ndarray, "H W"], Bool[np.ndarray, "H W"] | None]
 
 def _kept(label: str, name: str, masks: Iterable[Found], total: int) -> dict[str, Path]:
     """The masks as files, by file; says how much they overlap with the drawn ones."""
-    folder = home() / "masks" / name[:12]
+    folder = _folder(name)
     folder.mkdir(parents=True, exist_ok=True)
     found: dict[str, Path] = {}
     overlaps: list[float] = []
@@ -145,6 +167,10 @@ def _kept(label: str, name: str, masks: Iterable[Found], total: int) -> dict[str
     if overlaps:
         logger.info("masks of %s: mean overlap with the drawn ones (IoU) %.3f", label, np.mean(overlaps))
     return found
+
+
+def _folder(name: str) -> Path:
+    return home() / "masks" / name[:12]
 
 
 def region(anomaly_map: Float[np.ndarray, "H W"], threshold: float) -> Bool[np.ndarray, "H W"]:

@@ -10,6 +10,7 @@ import numpy as np
 import ray
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from hypdefect.distributed.benchmarks import BenchmarkConfig, Timing, interleaved, wall_seconds
 from hypdefect.distributed.cluster import connected
@@ -56,7 +57,10 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
         partial(step, trained, lambda: trained.loss(item, torch.Generator()).total),
     )
     weights = sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6
-    note = f"{weights:.2f} M weights, paper 11.35; limit 1 / 1.3 = 0.77"
+    with FlopCounterMode(display=False) as counter:
+        forward(model.scores)
+    sums = counter.get_total_flops() / 2e9  # a multiplication and its addition are one
+    note = f"{weights:.2f} M weights, paper 11.35; {sums:.2f} G multiply-adds, paper 1.113; limit 1 / 1.3 = 0.77"
     return [
         Timing(f"HADNet, an image of {SIDE} x {SIDE}", "its backbone", alone, whole, note),
         Timing("  a training step of 4 images", "of its backbone alone", maps, all_of_it),

@@ -172,6 +172,10 @@ def test_each_half_of_a_set_is_marked_by_a_network_that_learned_from_the_other(
     for plan, learned in zip(halves, (first, second), strict=True):
         assert not learned & set(plan.reported_ids)
         assert learned | set(plan.reported_ids) == first | second
+        assert {defects[f]["defect"] for f in defects if defects[f]["image_id"] in learned} == set(plan.classes)
+    halves.clear()
+    assert segmented(manifest, config, run) == found  # they are there: nothing is trained
+    assert not halves
 
 
 def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree: Path) -> None:
