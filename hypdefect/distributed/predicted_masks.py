@@ -123,7 +123,7 @@ def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER
                     shown = foreground(model, image, fitting.side)
                     yield rows[images.image_ids[number]]["file_id"], region(shown, 0.5), target > 0
 
-    found = _kept(plan.label, name, masks(), len(ids))
+    found = _kept(plan.label, name, masks(), sum(rows[i]["is_defect"] for i in ids))
     write_json(listed, {file_id: path.name for file_id, path in found.items()})
     return found
 

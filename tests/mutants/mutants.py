@@ -419,4 +419,30 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("tests/families/test_segmentation.py",),
         breaks="a published segmenter is built for another number of classes",
     ),
+    Mutant(
+        name="accumulated",
+        file="hypdefect/training.py",
+        old="(loss / len(numbers)).backward()",
+        new="loss.backward()",
+        tests=("tests/test_training.py",),
+        breaks="a step learns from the sum of its items' losses, not from their mean",
+    ),
+    Mutant(
+        name="other-half",
+        file="hypdefect/distributed/predicted_masks.py",
+        old="for half, other in (halves, halves[::-1]):",
+        new="for half, other in (halves, halves):",
+        tests=(
+            "tests/ray/test_segmentation.py::test_each_half_of_a_set_is_marked_by_a_network_that_learned_from_the_other",
+        ),
+        breaks="a segmenter marks the images that it learned from",
+    ),
+    Mutant(
+        name="own-pictures",
+        file="hypdefect/results/detection_page.py",
+        old="(dataset, split, True)",
+        new="(dataset, split, count in about)",
+        tests=("tests/results/test_segmentation_page.py",),
+        breaks="the page of segmenters shows a detector's pictures",
+    ),
 )
