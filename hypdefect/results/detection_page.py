@@ -106,6 +106,7 @@ def plot_curves(path: Path, found: Mapping[str, Sequence[CurvePoint]], metric: s
                 y, half = np.array([percent(value) for _, value in pairs]).T
                 axes.errorbar(x, y, half, fmt="o-", ms=4, color=colour, elinewidth=1.3, label=method)
         for axes in (left, right):
+            axes.set_xlim(-0.3, len(labels) - 0.7)
             axes.set_xticks(range(len(labels)), [f"{c:g}" for c in labels])
             axes.grid(axis="y", color=GRID)
             axes.set_axisbelow(True)
@@ -114,7 +115,7 @@ def plot_curves(path: Path, found: Mapping[str, Sequence[CurvePoint]], metric: s
         left.set_ylim(max(low, 0), min(high, 101))
         left.set(title=f"{metric} (bars: 95 % interval)", ylabel=f"{metric}, %")
         right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points")
-        left.legend(frameon=False, loc="lower left")
+        left.legend(frameon=False, loc="best")
 
 
 def plot_classes(path: Path, task: DetectorTask) -> None:
