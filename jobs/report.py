@@ -26,7 +26,7 @@ from hypdefect.results.feature_figures import draw_features
 from hypdefect.results.page import markdown, replace_results, write_page
 from hypdefect.results.reading import leaderboard_values
 from hypdefect.results.sections import current_sections
-from hypdefect.results.segmentation_page import segmenter_tasks, write_segmentation_page
+from hypdefect.results.segmentation_page import segmenter_tasks, segmenter_values, write_segmentation_page
 from hypdefect.types import SplitKind
 
 Hidden = tyro.conf.Suppress
@@ -68,7 +68,7 @@ def main() -> None:
         sections = []
     if options.json is not None:
         classifiers = [leaderboard_values(section) for section in sections]
-        write_json(options.json, [*classifiers, *detector_values(detectors)])
+        write_json(options.json, [*classifiers, *detector_values(detectors), *segmenter_values(segmenters)])
     if job.readme is not None:
         replace_results(job.readme, markdown(sections, command_line(), job.peers))
         print(job.readme)

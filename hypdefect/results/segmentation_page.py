@@ -2,9 +2,11 @@
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,6 +21,7 @@ from hypdefect.results.detection_tables import CurvePoint, displayed
 from hypdefect.results.figures import Album, Picture
 from hypdefect.results.page import Cell, Line, templates
 from hypdefect.results.reading import format_accuracy, format_difference
+from hypdefect.results.tables import plain_values
 
 METRICS = {
     "miou": "mean IoU",
@@ -119,6 +122,20 @@ def write_segmentation_page(folder: Path, tasks: Sequence[SegmenterTask], home: 
     with replaced_file(page) as file:
         file.write(templates().get_template("segmentation.html.j2").render(chapters=chapters).encode())
     return page
+
+
+def segmenter_values(tasks: Sequence[SegmenterTask]) -> list[dict[str, Any]]:
+    """The tables as plain values for JSON."""
+    values = []
+    for task in tasks:
+        rows: dict[str, dict[str, Any]] = defaultdict(dict)
+        for metric in task.shown:
+            for row in leaderboard(task.main, metric):
+                rows[row.name][metric] = asdict(row.accuracy)
+        about = {"label": task.label, "split": task.split, "study": task.study, "run": task.main["run_id"][0].as_py()}
+        values.append(about | {"segmenters": dict(rows)})
+    plain: list[dict[str, Any]] = plain_values(values)
+    return plain
 
 
 def _chapter(folder: Path, task: SegmenterTask, home: Path) -> Chapter:

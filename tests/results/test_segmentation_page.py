@@ -12,7 +12,7 @@ from hypdefect.evaluation import TWIN
 from hypdefect.files import write_json
 from hypdefect.results import ledger
 from hypdefect.results.detection_page import newest_pictures
-from hypdefect.results.segmentation_page import segmenter_tasks, write_segmentation_page
+from hypdefect.results.segmentation_page import segmenter_tasks, segmenter_values, write_segmentation_page
 from tests.ledger_rows import row
 
 RHO = {"HADNet": 0.01, TWIN: 0.0, "rho = 0.1": 0.1, "no HST": 0.01}
@@ -52,6 +52,9 @@ def test_rows_are_compared_to_the_full_method_and_the_curve_begins_at_0(tasks: A
     assert points[0].to_0 is None
     assert [point.to_0.interval.mean for point in points[1:] if point.to_0] == pytest.approx([0.04, 0.02])
     assert swept.curve() == {}
+    values = segmenter_values([paper])[0]
+    assert values["segmenters"]["hadnet, HADNet"]["iou crack"]["mean"] == pytest.approx(0.71)
+    assert json.loads(json.dumps(values)) == values
 
 
 def test_the_page_holds_every_row_and_its_pictures(tasks: Any, tmp_path: Path) -> None:
