@@ -18,7 +18,7 @@ from hypdefect.datasets import get_dataset
 from hypdefect.distributed.evaluate import SharedFeatures, SharedReported
 from hypdefect.distributed.reproduce_detectors import missing_set
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import RunConfig, Score, Scored
+from hypdefect.evaluation import TWIN, RunConfig, Score, Scored
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Setting, TaskConfig
@@ -28,13 +28,13 @@ from hypdefect.methods.hadnet import HADNetConfig
 from hypdefect.progress import lines
 from hypdefect.results import ledger
 from hypdefect.results.published import published
+from hypdefect.results.segmentation_page import FULL, RHO
 from hypdefect.statistics import Interval, interval, paired
 from hypdefect.types import SplitKind
 
-FULL = "HADNet"
 ROWS: dict[str, dict[str, Any]] = {
     FULL: {},
-    "c = 0 twin": {"method.curvature": 0.0},
+    TWIN: {"method.curvature": 0.0},
     "random channels": {"method.selection": "random"},
     "random projection": {"method.selection": "projection"},
     "all residuals": {"method.ard": "off"},
@@ -42,7 +42,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "no HST": {"method.hst": False},
     "single scale": {"method.scales": "finest"},
     "teacher": {"method.teacher": 0.1},
-    **{f"rho = {rho:g}": {"method.curvature": rho} for rho in (0.001, 0.005, 0.05, 0.1, 0.3, 0.5)},
+    **{f"{RHO}{rho:g}": {"method.curvature": rho} for rho in (0.001, 0.005, 0.05, 0.1, 0.3, 0.5)},
 }
 """What differs from the full method, whose rho is 0.01: tables 5 and 6, and the twin."""
 PLAIN = "FPN"

@@ -3,32 +3,20 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hypdefect.evaluation import TWIN
-from hypdefect.files import replaced_file
 from hypdefect.results.detection_tables import NAMES, OF_CLASS, REFERENCE, CurvePoint, DetectorTask, curves
 from hypdefect.results.figures import DARK, GREY, GRID, Album, Picture, new_figure, percent
-from hypdefect.results.page import Cell, Line, templates
+from hypdefect.results.page import Cell, Chapter, Line, write_chapters
 from hypdefect.results.reading import format_accuracy, format_difference
 
 COLOURS = ("#3566a8", "#d9822b", "#4c8f5a", "#8a5fa8", "#b5495b", "#6b6f76")
 MOST_DRAWN = 6
 """Detectors in the picture of classes, the best first; twins are left out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Chapter:
-    """What the page says of one task."""
-
-    task: DetectorTask
-    heads: list[str]
-    lines: list[Line]
-    album: Album
 
 
 def write_detection_page(folder: Path, tasks: Sequence[DetectorTask], home: Path) -> Path:
@@ -38,11 +26,7 @@ def write_detection_page(folder: Path, tasks: Sequence[DetectorTask], home: Path
         home: where sweeps and training runs keep the pictures of what they published.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chapters = [_chapter(folder, task, home) for task in tasks]
-    page = folder / "detection.html"
-    with replaced_file(page) as file:
-        file.write(templates().get_template("detection.html.j2").render(chapters=chapters).encode())
-    return page
+    return write_chapters(folder, "detection", [_chapter(folder, task, home) for task in tasks])
 
 
 def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
@@ -71,7 +55,7 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
         )
         album.pictures.append(Picture(pictures, "What a detector says", caption))
     heads = ["detector", *(f"{NAMES[name]}, %" for name in shown), f"AUROC minus {REFERENCE}", "minus its c = 0 twin"]
-    return Chapter(task, heads, lines, album)
+    return Chapter(task.title, task.main, heads, lines, album)
 
 
 def newest_pictures(dataset: str, split: str, count: str, home: Path) -> Path | None:

@@ -53,6 +53,18 @@ class Line:
     kind: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Chapter:
+    """What a page of detectors or segmenters says of one task."""
+
+    title: str
+    main: pa.Table
+    """Ledger rows of the run."""
+    heads: list[str]
+    lines: list[Line]
+    album: Album
+
+
 @functools.cache
 def templates() -> Environment:
     """The templates of the pages, and the filters that they use."""
@@ -103,6 +115,14 @@ def write_page(
     page = folder / "index.html"
     with replaced_file(page) as file:
         file.write(text.encode())
+    return page
+
+
+def write_chapters(folder: Path, name: str, chapters: Sequence[Chapter]) -> Path:
+    """One self-contained HTML file, `name.html`, by the template of that name."""
+    page = folder / f"{name}.html"
+    with replaced_file(page) as file:
+        file.write(templates().get_template(f"{name}.html.j2").render(chapters=chapters).encode())
     return page
 
 

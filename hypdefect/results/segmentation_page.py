@@ -12,14 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from hypdefect.evaluation import TWIN
-from hypdefect.files import replaced_file
 from hypdefect.methods import get_method
 from hypdefect.results import ledger
 from hypdefect.results.comparison import display_name, leaderboard, paired_to
 from hypdefect.results.detection_page import newest_pictures, plot_curves
 from hypdefect.results.detection_tables import CurvePoint, displayed
 from hypdefect.results.figures import Album, Picture
-from hypdefect.results.page import Cell, Line, templates
+from hypdefect.results.page import Cell, Chapter, Line, write_chapters
 from hypdefect.results.reading import format_accuracy, format_difference
 from hypdefect.results.tables import plain_values
 
@@ -86,16 +85,6 @@ class SegmenterTask:
         return {method: sorted(points, key=lambda point: point.c)}
 
 
-@dataclass(frozen=True, slots=True)
-class Chapter:
-    """What the page says of one task."""
-
-    task: SegmenterTask
-    heads: list[str]
-    lines: list[Line]
-    album: Album
-
-
 def segmenter_tasks(table: pa.Table, label: str = "") -> list[SegmenterTask]:
     """The newest run of each study of segmenters, of every image set and split, or of those of one label."""
     rows = ledger.latest(table.filter(pc.equal(table["family"], "segmentation")))
@@ -117,11 +106,7 @@ def write_segmentation_page(folder: Path, tasks: Sequence[SegmenterTask], home: 
         home: where sweeps and training runs keep the pictures of what they published.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    chapters = [_chapter(folder, task, home) for task in tasks]
-    page = folder / "segmentation.html"
-    with replaced_file(page) as file:
-        file.write(templates().get_template("segmentation.html.j2").render(chapters=chapters).encode())
-    return page
+    return write_chapters(folder, "segmentation", [_chapter(folder, task, home) for task in tasks])
 
 
 def segmenter_values(tasks: Sequence[SegmenterTask]) -> list[dict[str, Any]]:
@@ -164,4 +149,4 @@ def _chapter(folder: Path, task: SegmenterTask, home: Path) -> Chapter:
         )
         album.pictures.append(Picture(pictures, "What a segmenter says", caption))
     heads = ["segmenter", *(f"{title}, %" for title in shown.values())]
-    return Chapter(task, [*heads, f"mean IoU minus {reference}" if reference else ""], lines, album)
+    return Chapter(task.title, task.main, [*heads, f"mean IoU minus {reference}" if reference else ""], lines, album)

@@ -84,9 +84,7 @@ def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-3)
     assert (result.folder / "pictures.png").exists()
-    assert (
-        result.scored.draws[0].metrics["miou"] > 0
-    )  # its best weights are early ones: all pixels of the last are good
+    assert result.scored.draws[0].metrics["miou"] > 0  # best weights are early ones; the last call all pixels good
     assert train_networks(job, run, workers=1, **options).losses == result.losses  # finished: nothing is trained
     with pytest.raises(ConfigError, match="exists with other settings"):
         train_networks(job, RunConfig(name="fpn"), workers=1, name=result.folder.name, **options)
