@@ -3,9 +3,9 @@
 PatchCore learns from the good parts of a set. What its map marks on an image of a defect, above the threshold that it
 is served with, is that image's mask; where nothing is above it, what reaches half of the map's own peak.
 
-HADNet learns from drawn masks. The set is parted in two, class by class and by whole groups where there are any: each
-half is marked by a network that learned from the other half alone. What a network calls a defect, of whatever class, is
-the mask.
+HADNet learns from drawn masks of support candidates. These are parted in two: each half is marked by a network that
+learned from the other half, the queries by the first of the two. No query's mask is learned from. What a network calls
+a defect, of whatever class, is the mask.
 """
 
 import json
@@ -17,16 +17,18 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
 
 from hypdefect.config import digest, to_mapping
-from hypdefect.datasets.split import make_partition, parted
+from hypdefect.datasets.split import Partition, make_partition, parted
 from hypdefect.distributed.extract import fill
 from hypdefect.evaluation import RunConfig
-from hypdefect.families import detection, segmentation
+from hypdefect.families import detection, few_shot, segmentation
+from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.image_files import full_mask
 from hypdefect.families.plan import DataConfig
 from hypdefect.families.segmentation_training import foreground
@@ -42,7 +44,7 @@ VALIDATED_SHARE = 0.1
 """Share of what a segmenter may look at that its best weights are chosen on."""
 
 
-def with_masks(manifest: pa.Table, config: DataConfig, masks: Masks) -> pa.Table:
+def with_masks(manifest: pa.Table, config: TaskConfig, masks: Masks) -> pa.Table:
     """The manifest with its own masks (oracle), with a detector's, with a segmenter's, or with none.
 
     Raises:
@@ -50,8 +52,9 @@ def with_masks(manifest: pa.Table, config: DataConfig, masks: Masks) -> pa.Table
     """
     if masks == "oracle":
         return manifest
-    makers = {"predicted": predicted, "segmenter": segmented}
-    found = makers[masks](manifest, config) if masks in makers else {}
+    found: dict[str, Path] = {}
+    if masks != "none":
+        found = predicted(manifest, config) if masks == "predicted" else segmented(manifest, config)
     rows = manifest.to_pylist()
     for row in rows:
         path = found.get(row["file_id"]) if row["is_defect"] else None
@@ -86,33 +89,35 @@ def predicted(manifest: pa.Table, config: DataConfig) -> dict[str, Path]:
     return _kept(plan.label, digest([plan.provenance(), threshold]), masks(), len(defects))
 
 
-def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER) -> dict[str, Path]:
-    """A mask file for each file that shows a defect, made by a segmenter that learned from the other half of the set.
+def segmented(manifest: pa.Table, config: TaskConfig, run: RunConfig = SEGMENTER) -> dict[str, Path]:
+    """A mask file for each support candidate and query of a task, made by segmenters that saw neither the file nor any
+    query.
 
     Raises:
-        DataError: no masks; a class of one image, or of one part.
+        DataError: no masks; a class whose support candidates are one image, or of one part.
     """
-    split: Any = "grouped" if any(manifest["group_id"].to_pylist()) else "random"
+    partition = few_shot.plan(config, manifest).partition
     task = segmentation.TaskConfig(
-        dataset=config.dataset, root=config.root, channels=config.channels, product=config.product, split=split
+        dataset=config.dataset, root=config.root, channels=config.channels, product=config.product, split=config.split
     )
     plan = segmentation.plan(task, manifest)
-    name = digest([plan.provenance(), to_mapping(run)])
+    name = digest([plan.provenance(), to_mapping(run), list(partition.pool), list(partition.query)])
     listed = _folder(name) / "files.json"
     if listed.exists():
         return {file_id: _folder(name) / file for file_id, file in json.loads(listed.read_text()).items()}
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
-    ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
-    unit_of = {i: (split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
-    halves = _halves(plan, manifest, unit_of)
+    first, second, asked, unit_of = _sides(plan, manifest, partition)
     waiting, looked_at = [], []
-    for half, other in (halves, halves[::-1]):
-        validated, learned = parted({i: unit_of[i] for i in other}, VALIDATED_SHARE, "validated")
-        own = replace(plan, learned_ids=tuple(learned), validated_ids=tuple(validated), reported_ids=half)
+    for learned_from, marked in ((first, second + asked), (second, first)):
+        defects = {i: unit_of[i] for i in learned_from if rows[i]["is_defect"]}
+        validated = {unit_of[i] for i in parted(defects, VALIDATED_SHARE, "validated")[0]}
+        sides = ([i for i in learned_from if (unit_of[i] in validated) is side] for side in (False, True))
+        learned_ids, validated_ids = map(tuple, sides)
+        own = replace(plan, learned_ids=learned_ids, validated_ids=validated_ids, reported_ids=marked)
         fitting, reported = segmentation.load(own, home())
         looked_at.append((fitting, reported.images))
         waiting.append(_SEGMENTER.remote(run, fitting))
-    logger.info("%s: training two segmenters for masks, %d and %d images", plan.label, *map(len, halves))
+    logger.info("%s: training two segmenters for masks, on %d and %d images", plan.label, len(first), len(second))
 
     def masks() -> Iterable[Found]:
         for reference, (fitting, images) in zip(waiting, looked_at, strict=True):
@@ -123,23 +128,33 @@ def segmented(manifest: pa.Table, config: DataConfig, run: RunConfig = SEGMENTER
                     shown = foreground(model, image, fitting.side)
                     yield rows[images.image_ids[number]]["file_id"], region(shown, 0.5), target > 0
 
-    found = _kept(plan.label, name, masks(), sum(rows[i]["is_defect"] for i in ids))
+    found = _kept(plan.label, name, masks(), sum(rows[i]["is_defect"] for i in (*first, *second, *asked)))
     write_json(listed, {file_id: path.name for file_id, path in found.items()})
     return found
 
 
-def _halves(plan: segmentation.SegmentationPlan, manifest: pa.Table, unit_of: dict[str, str]) -> list[tuple[str, ...]]:
-    """Two halves of the images, with every class in both; good parts are parted apart from defects, where no unit of
-    theirs shows a defect."""
+def _sides(
+    plan: segmentation.SegmentationPlan, manifest: pa.Table, partition: Partition
+) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], dict[str, str]]:
+    """Two halves of the images that may be learned from, every class in both, and the queries, an id a file; and what
+    must not be parted, of each. Good parts are learned from, but for those of a query's unit."""
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
+    ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
+    unit_of = {i: (plan.split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
+    pool, queries = ({rows[i]["file_id"] for i in side} for side in (partition.pool, partition.query))
+    candidates = manifest.filter(pc.is_in(manifest["image_id"], pa.array(partition.pool)))
     split: Any = plan.split
-    pool = set(make_partition(manifest, split, 0, plan.classes).pool)
-    first = {unit_of[i] for i in unit_of if i in pool}
-    shown = {unit_of[i] for i in unit_of if rows[i]["is_defect"]}
-    good = {i: unit for i, unit in unit_of.items() if unit not in shown}
+    half = {rows[i]["file_id"] for i in make_partition(candidates, split, 0, plan.classes).pool}
+    asked = tuple(i for i in ids if rows[i]["file_id"] in queries)
+    tested = {unit_of[i] for i in asked}
+    usable = [i for i in ids if unit_of[i] not in tested and (rows[i]["file_id"] in pool or not rows[i]["is_defect"])]
+    in_first = {unit_of[i] for i in usable if rows[i]["file_id"] in half}
+    shown = {unit_of[i] for i in usable if rows[i]["is_defect"]}
+    good = {i: unit_of[i] for i in usable if unit_of[i] not in shown}
     if len(set(good.values())) > 1:
-        first |= {unit_of[i] for i in parted(good, 0.5, "halves")[0]}
-    return [tuple(i for i in unit_of if (unit_of[i] in first) is side) for side in (True, False)]
+        in_first |= {unit_of[i] for i in parted(good, 0.5, "halves")[0]}
+    first, second = (tuple(i for i in usable if (unit_of[i] in in_first) is side) for side in (True, False))
+    return first, second, asked, unit_of
 
 
 def _segmenter(run: RunConfig, fitting: Any) -> Any:

@@ -74,7 +74,7 @@ class EvaluateConfig(TaskConfig):
     meta: MetaConfig = field(default_factory=MetaConfig)
     masks: Masks = "oracle"
     """Regions of the defects: oracle: as they were drawn; predicted: what a detector marks that learned from the good
-    parts; none."""
+    parts; segmenter: what HADNet marks that learned from masks of other support candidates; none."""
     sweep: str = ""
     """Evaluate what this sweep selected, on its own task, instead."""
 
@@ -197,13 +197,17 @@ def planned(job: EvaluateConfig) -> list[TaskPlan]:
     """The task at each partition, every K possible on all of them."""
     copies = max(map(usual_copies, job.shots)) if job.copies is None else job.copies
     most = replace(job, k_shot=max(job.shots), copies=copies)
-    first = prepare(few_shot, most)
-    if job.masks != "oracle":
-        first = few_shot.plan(most, with_masks(first.manifest, job, job.masks))
+    drawn = prepare(few_shot, most)
     for transform in (job.transform, job.meta.transform):
-        transform.part_numbers(first.num_parts)  # one that is not there: say so before any work
-    numbers = range(job.partition + 1, job.partition + job.partitions)
-    return [first, *(few_shot.plan(replace(most, partition=n), first.manifest, first.imported) for n in numbers)]
+        transform.part_numbers(drawn.num_parts)  # one that is not there: say so before any work
+    plans: list[TaskPlan] = []
+    manifest = drawn.manifest
+    for number in range(job.partition, job.partition + job.partitions):
+        at = replace(most, partition=number)
+        if not plans or job.masks == "segmenter":  # which learns from the partition's own support candidates
+            manifest = with_masks(drawn.manifest, at, job.masks)
+        plans.append(few_shot.plan(at, manifest, drawn.imported))
+    return plans
 
 
 def validation_episodes(job: EvaluateConfig, plans: Sequence[TaskPlan], fixed: bool) -> dict[int, int]:

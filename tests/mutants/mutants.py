@@ -430,12 +430,22 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="other-half",
         file="hypdefect/distributed/predicted_masks.py",
-        old="for half, other in (halves, halves[::-1]):",
-        new="for half, other in (halves, halves):",
+        old="((first, second + asked), (second, first))",
+        new="((first, first + asked), (second, second))",
         tests=(
-            "tests/ray/test_segmentation.py::test_each_half_of_a_set_is_marked_by_a_network_that_learned_from_the_other",
+            "tests/ray/test_segmentation.py::test_regions_come_from_networks_that_saw_neither_the_image_nor_any_query",
         ),
         breaks="a segmenter marks the images that it learned from",
+    ),
+    Mutant(
+        name="no-query",
+        file="hypdefect/distributed/predicted_masks.py",
+        old="if unit_of[i] not in tested and (rows[i]",
+        new="if (rows[i]",
+        tests=(
+            "tests/ray/test_segmentation.py::test_regions_come_from_networks_that_saw_neither_the_image_nor_any_query",
+        ),
+        breaks="a good part of a query's tile is learned from",
     ),
     Mutant(
         name="own-pictures",

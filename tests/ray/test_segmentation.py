@@ -22,7 +22,7 @@ from hypdefect.distributed.reproduce_hadnet import FULL, ReproduceHADNetConfig, 
 from hypdefect.distributed.sweep import named, sweep
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
-from hypdefect.families import segmentation
+from hypdefect.families import few_shot, segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Setting, TaskConfig
 from hypdefect.features.extract import RecipeConfig
@@ -144,36 +144,44 @@ def test_a_sweep_tests_its_choice_beside_twin_and_plain_peer(
 PLAIN = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 3}
 
 
-def test_each_half_of_a_set_is_marked_by_a_network_that_learned_from_the_other(
+def test_regions_come_from_networks_that_saw_neither_the_image_nor_any_query(
     ray_local: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halves: list[Any] = []
+    seen: list[Any] = []
     load = segmentation.load
 
     def kept(plan: Any, at: Path) -> Any:
-        halves.append(plan)
+        seen.append(plan)
         return load(plan, at)
 
     monkeypatch.setattr(segmentation, "load", kept)
-    config = TaskConfig(**task(tree))
-    manifest = prepare(segmentation, config).manifest
+    config = few_shot.TaskConfig(**task(tree) | {"split": "grouped"}, k_shot=2, partition=1)
+    plan = prepare(few_shot, config)
+    group_of = dict(zip(plan.manifest["image_id"].to_pylist(), plan.manifest["group_id"].to_pylist(), strict=True))
     run = RunConfig(name="hadnet", method=replace(TINY, steps=3), pretrained=False)
-    found = segmented(manifest, config, run)
-    defects = {row["file_id"]: row for row in manifest.to_pylist() if row["is_defect"]}
+    found = segmented(plan.manifest, config, run)
+    defects = {row["file_id"]: row for row in plan.manifest.to_pylist() if row["is_defect"]}
     assert found.keys() == defects.keys()
     for file_id, path in found.items():
         with Image.open(path) as mask:
             assert mask.size == (defects[file_id]["width"], defects[file_id]["height"])
             assert np.asarray(mask).any()
-    first, second = ({*plan.learned_ids, *plan.validated_ids} for plan in halves)
-    assert not first & second
-    for plan, learned in zip(halves, (first, second), strict=True):
-        assert not learned & set(plan.reported_ids)
-        assert learned | set(plan.reported_ids) == first | second
-        assert {defects[f]["defect"] for f in defects if defects[f]["image_id"] in learned} == set(plan.classes)
-    halves.clear()
-    assert segmented(manifest, config, run) == found  # they are there: nothing is trained
-    assert not halves
+    pool, queries = set(plan.partition.pool), set(plan.partition.query)
+    learned = [{*one.learned_ids, *one.validated_ids} for one in seen]
+    marked = [set(one.reported_ids) for one in seen]
+    assert not learned[0] & learned[1]
+    for own, others in zip(learned, marked, strict=True):
+        assert not own & (others | queries)
+        assert not {group_of[i] for i in own} & {group_of[i] for i in others | queries}
+        assert {defects[f]["defect"] for f in defects if defects[f]["image_id"] in own} == set(plan.classes)
+    assert learned[0] | learned[1] >= pool
+    assert marked[0] | marked[1] >= pool | queries
+    seen.clear()
+    assert segmented(plan.manifest, config, run) == found  # they are there: nothing is trained
+    assert not seen
+    other = replace(config, partition=2)
+    assert segmented(plan.manifest, other, run).keys() == found.keys()
+    assert seen  # other queries: trained anew
 
 
 def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree: Path) -> None:
