@@ -176,7 +176,7 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = config.rate(step) * group.get("factor", 1.0)
         numbers = [step * config.items_per_step + i for i in range(rank, config.items_per_step, world_size)]
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         own, parts = _accumulated(call, stream, numbers, config, device)
         mean, *others = _mean_over_ranks([own, *parts.values()], world_size, device)
         if not math.isfinite(mean):
@@ -222,17 +222,52 @@ def _accumulated(
     return mean, means
 
 
-def optimizer_of(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """AdamW; of a model with points on a manifold its Riemannian form, which leaves them there.
+class Optimizers:
+    """Optimisers of parts of a model, used as one."""
+
+    def __init__(self, *parts: torch.optim.Optimizer) -> None:
+        self.parts = parts
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for part in self.parts for group in part.param_groups]
+
+    def zero_grad(self) -> None:
+        for part in self.parts:
+            part.zero_grad(set_to_none=True)
+
+    def step(self) -> None:
+        for part in self.parts:
+            part.step()
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        return [part.state_dict() for part in self.parts]
+
+    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
+        """Raises RuntimeError where the state is of other optimisers."""
+        if not isinstance(state, list) or len(state) != len(self.parts):
+            raise RuntimeError("its optimiser is another one: it was written by another version; start anew")
+        for part, own in zip(self.parts, state, strict=True):
+            part.load_state_dict(own)
+
+
+def optimizer_of(model: nn.Module, config: TrainConfig) -> Optimizers:
+    """AdamW, in one kernel; of points on a manifold `RiemannianAdam`, which leaves them there.
 
     A model's `parameter_groups`, where it has such, say with which "factor" of the rate each of them is trained.
     """
     named: Any = getattr(model, "parameter_groups", None)
-    parameters = model.parameters() if named is None else named()
-    curved = any(isinstance(parameter, geoopt.ManifoldParameter) for parameter in model.parameters())
-    kind = geoopt.optim.RiemannianAdam if curved else torch.optim.AdamW
-    optimizer: torch.optim.Optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay)
-    return optimizer
+    groups: list[dict[str, Any]] = [{"params": list(model.parameters())}] if named is None else named()
+    parts: list[torch.optim.Optimizer] = []
+    for kind, curved in ((partial(torch.optim.AdamW, fused=True), False), (geoopt.optim.RiemannianAdam, True)):
+        own = [group | {"params": [p for p in group["params"] if _is_curved(p) is curved]} for group in groups]
+        if own := [group for group in own if group["params"]]:
+            parts.append(kind(own, lr=config.lr, weight_decay=config.weight_decay))
+    return Optimizers(*parts)
+
+
+def _is_curved(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, geoopt.ManifoldParameter)
 
 
 def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | torch.device) -> list[float]:
@@ -245,7 +280,7 @@ def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | tor
 
 
 def save_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], best: Best | None = None
+    folder: Path, model: nn.Module, optimizer: Optimizers, state: dict[str, Any], best: Best | None = None
 ) -> None:
     """weights.safetensors, optimizer.pt (plain tensors), state.json and, of a validated training, best.safetensors.
 
@@ -265,7 +300,7 @@ def _stored(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value.detach().cpu().contiguous() for name, value in weights.items()}
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> int:
+def load_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizers | None = None) -> int:
     """Restore weights and optimiser; the number of steps done.
 
     Raises:
@@ -293,7 +328,7 @@ def _state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _resumed(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Begun:
+def _resumed(folder: Path, model: nn.Module, optimizer: Optimizers) -> Begun:
     """Restore weights and optimiser, and say where they stand. Raises ArtifactError as `load_checkpoint`."""
     step = load_checkpoint(folder, model, optimizer)
     with readable(folder):

@@ -7,11 +7,14 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from sklearn.metrics import confusion_matrix
 
 from hypdefect.evaluation import Score, TrialResult
 
-LABELS = {"acc": "accuracy", "auroc": "AUROC"}
+LABELS = {"acc": "accuracy", "auroc": "AUROC", "miou": "mean IoU", "iou": "IoU"}
+OF_CLASS = {"miou": "iou"}
+"""What a metric is called of a single class, where not the same."""
 BLUE, GREY, ORANGE = "#3566a8", "#9aa3ad", "#d9822b"
 
 
@@ -52,6 +55,7 @@ def _history(axes: Axes, trials: Sequence[TrialResult], metric: str) -> None:
     low = max(min(values), np.quantile(values, 0.5) - 4 * (max(values) - np.quantile(values, 0.5)) - 1)
     axes.set_ylim(low - 0.5, max(values) + 0.5)
     axes.set(title="search (validation episodes)", xlabel="trial", ylabel=f"{LABELS.get(metric, metric)}, %")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", frameon=False)
 
 
@@ -67,20 +71,28 @@ def _draws(axes: Axes, scores: Mapping[str, Sequence[Score]], metric: str) -> No
     axes.set(title="test, same draws (bar: mean)", ylabel=f"{LABELS.get(metric, metric)}, %")
 
 
+def by_class(draws: Sequence[Score], metric: str) -> dict[str, float]:
+    """Mean over draws, in percent, of the metrics called "METRIC CLASS", by class; empty where a family has none."""
+    prefix = f"{OF_CLASS.get(metric, metric)} "
+    names = sorted(name for name in draws[0].metrics if name.startswith(prefix))
+    return {name.removeprefix(prefix): 100 * float(np.mean([d.metrics[name] for d in draws])) for name in names}
+
+
 def _by_class(axes: Axes, draws: Sequence[Score], metric: str) -> None:
-    """Mean over draws of the metrics called "METRIC CLASS"; nothing where a family has none."""
-    names = sorted(name for name in draws[0].metrics if name.startswith(f"{metric} "))
-    if not names:
+    means = by_class(draws, metric)
+    if not means:
         axes.set_axis_off()
         return
-    means = [100 * float(np.mean([draw.metrics[name] for draw in draws])) for name in names]
-    axes.barh(range(len(names)), means, color=BLUE)
-    for place, mean in enumerate(means):
-        axes.text(mean - 1, place, f"{mean:.1f}", ha="right", va="center", color="white", fontweight="bold")
-    axes.set_yticks(range(len(names)), [name.removeprefix(f"{metric} ") for name in names])
+    low = max(0.0, min(50.0, min(means.values()) - 5))
+    axes.barh(range(len(means)), list(means.values()), color=BLUE)
+    for place, mean in enumerate(means.values()):
+        inside = mean > low + 12
+        where, align, colour = (mean - 1, "right", "white") if inside else (mean + 1, "left", BLUE)
+        axes.text(where, place, f"{mean:.1f}", ha=align, va="center", color=colour, fontweight="bold")
+    axes.set_yticks(range(len(means)), list(means))
     axes.invert_yaxis()
-    axes.set_xlim(max(0.0, min(50.0, min(means) - 5)), 100)
-    axes.set(title="the winner, by class", xlabel=f"{LABELS.get(metric, metric)}, %")
+    axes.set_xlim(low, 100)
+    axes.set(title="the winner, by class", xlabel=f"{LABELS.get(OF_CLASS.get(metric, metric), metric)}, %")
 
 
 def _confusion(axes: Axes, draws: Sequence[Score], classes: Sequence[str], truth: Mapping[str, str]) -> None:

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from hypdefect.config import to_mapping
-from hypdefect.evaluation import RunConfig
+from hypdefect.evaluation import RunConfig, Score
 from hypdefect.results.figures import short, spread
 from hypdefect.results.ledger_figures import ablation_bars
 from hypdefect.results.sections import fit_of
+from hypdefect.results.sweep_figure import by_class
 from tests.ledger_rows import as_table
 from tests.results.ledgers import ablations, generated
 
@@ -52,3 +53,17 @@ def test_long_names_are_cut() -> None:
     assert short("short", 10) == "short"
     assert short("one two three four", 10) == "one two …"
     assert short("x" * 30, 10) == "x" * 9 + "…"
+
+
+def test_a_sweep_shows_each_class_by_the_metric_of_its_family() -> None:
+    draws = [
+        Score(
+            number=i,
+            metrics={"miou": 0.5, "iou crack": 0.2 + 0.2 * i, "iou fray": 0.8, "auroc crack": 0.9},
+            image_ids=(),
+        )
+        for i in range(2)
+    ]
+    assert by_class(draws, "miou") == pytest.approx({"crack": 30.0, "fray": 80.0})
+    assert by_class(draws, "auroc") == pytest.approx({"crack": 90.0})
+    assert by_class(draws, "acc") == {}
