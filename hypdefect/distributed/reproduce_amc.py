@@ -21,7 +21,7 @@ from hypdefect.distributed.evaluate import SharedFeatures, SharedReported
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.pseudo import pretrain
 from hypdefect.distributed.reproduce_detectors import missing_set
-from hypdefect.errors import ConfigError
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score, Scored
 from hypdefect.families import few_shot_patches
 from hypdefect.families.amc_training import PretrainConfig
@@ -133,7 +133,7 @@ class Figures:
 
 
 def reproduce_amc(config: ReproduceAMCConfig) -> tuple[list[Figures], list[str]]:
-    """Every row on every product that is here, and of each set that is not what to download and where to put it."""
+    """Every row on every product that is here; why others are not: what to download, or what the product lacks."""
     figures: list[Figures] = []
     missing: list[str] = []
     for dataset in config.datasets:
@@ -146,10 +146,15 @@ def reproduce_amc(config: ReproduceAMCConfig) -> tuple[list[Figures], list[str]]
             task = replace(task_of(config, dataset), product=product if len(products) > 1 else "")
             for good_class in (False, True):
                 names = [name for name in config.rows if ROWS[name].good_class == good_class]
-                if names:
+                if not names:
+                    continue
+                try:
                     plan = few_shot_patches.plan(replace(task, good_class=good_class), manifest)
-                    figures += _of_plan(config, plan, names)
-    return figures, missing
+                except DataError as error:
+                    missing.append(str(error))
+                    continue
+                figures += _of_plan(config, plan, names)
+    return figures, list(dict.fromkeys(missing))
 
 
 def task_of(config: ReproduceAMCConfig, dataset: str) -> TaskConfig:

@@ -6,6 +6,7 @@ import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def _loop(settings: dict[str, Any]) -> None:
             training.config,
             report,
             validate=training.validate if isinstance(training, ValidatedTraining) else None,
-            wrap=prepare_model,
+            wrap=partial(prepare_model, parallel_strategy_kwargs={"gradient_as_bucket_view": True}),  # no copy
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             resume=resume,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from hypdefect.config import digest
-from hypdefect.errors import ConfigError
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import (
@@ -80,13 +80,18 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     Of an image set whose normals are all candidates every second one remains a candidate.
 
     Raises:
-        ConfigError: the features are vectors.
+        ConfigError: the features are vectors. DataError: no normal images.
     """
     task = few_shot.plan(config, manifest, imported)
     if task.key.grid is None:
         raise ConfigError(
             f"{config.backbone if imported is None else config.dataset} gives vectors, and this method reads patches: "
             "choose a backbone of patches, such as --backbone patchcore_lite0"
+        )
+    if not task.normal_ids:
+        raise DataError(
+            f"{task.label} has no normal images, which residuals are taken from: add images of good parts, or choose a "
+            "method that needs none, such as --space hypdfs"
         )
     candidates = set(task.pool_ids)
     bank = [i for i in task.normal_ids if i not in candidates] or list(task.normal_ids[::2])

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
+from hypdefect.distributed.reproduce_amc import ReproduceAMCConfig, reproduce_amc
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, usual_copies
 from hypdefect.families import few_shot, few_shot_patches
@@ -19,7 +20,7 @@ from hypdefect.features.transform import TransformConfig
 from hypdefect.methods.amc import AMC, AMCConfig, Supports, passes_of
 from hypdefect.methods.residuals import Residuals
 from hypdefect.types import Batch
-from tests.tiny_dataset import make_mtd_tree
+from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 
 DIM, SIDE = 6, 8
 HEADS = ("contrastive", "relation", "direct")
@@ -224,6 +225,16 @@ def test_vectors_are_refused_before_any_work(tmp_path: Path) -> None:
     plan = prepare(few_shot_patches, replace(task, backbone="patchcore_lite0"))
     assert not any(request.mask_id for request in plan.requests())
     assert max(request.copies for request in plan.requests()) == usual_copies(1)
+
+
+def test_a_set_without_good_parts_is_refused_before_any_work(tmp_path: Path) -> None:
+    tree = make_folder_tree(tmp_path / "own", with_good=False)
+    message = "folder has no normal images, which residuals are taken from: add images of good"
+    with pytest.raises(DataError, match=message):
+        prepare(few_shot_patches, TaskConfig(dataset="folder", root=tree, backbone="patchcore_lite0", k_shot=1))
+    figures, missing = reproduce_amc(ReproduceAMCConfig(datasets=("folder",), roots={"folder": tree}, shots=(1,)))
+    assert not figures
+    assert [reason[: len(message)] for reason in missing] == [message]
 
 
 def test_no_candidate_of_good_parts_is_in_the_bank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
