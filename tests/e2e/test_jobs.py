@@ -25,7 +25,7 @@ from hypdefect.registry import resolve
 from hypdefect.results.ledger import metric, read, read_part
 from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.timeout(600)]
 JOBS = Path(hypdefect.__file__).parents[1] / "jobs"
 NAMES = sorted(p.stem for p in JOBS.glob("*.py") if "run_job(main)" in p.read_text())
 TINY = ("--backbone", "tiny_random", "--copies", "1", "--k-shot", "2")
@@ -99,7 +99,7 @@ class User:
             env=self.environment(""),
             capture_output=True,
             text=True,
-            timeout=200,
+            timeout=400,
         )
         assert done.returncode == 0, f"{job} {args}\n{done.stdout}\n{done.stderr}"
         return Done(0, done.stdout, done.stderr, json.loads(summary.read_text()))
@@ -114,7 +114,7 @@ class User:
             input=json.dumps(lines),
             capture_output=True,
             text=True,
-            timeout=250,
+            timeout=500,
         )
         assert done.returncode == 0, done.stderr
         return [Done(*result) for result in json.loads(done.stdout)]

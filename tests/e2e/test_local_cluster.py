@@ -15,7 +15,7 @@ from cluster import head, processes
 from cluster.processes import PROJECT, Record, free_port
 from tests.tiny_dataset import make_folder_tree
 
-pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.e2e, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
 BIN = Path(sys.executable).parent
 LONG = "import sys, time\nprint('ready', flush=True)\ntime.sleep(60)\n"
 
@@ -60,7 +60,7 @@ def _state(foreign_head: Record, tmp_path_factory: pytest.TempPathFactory) -> It
 def ours(_state: None) -> Record:
     """Our head; the first test that asks for it starts it."""
     start = command("start")
-    output, _ = start.communicate(timeout=240)
+    output, _ = start.communicate(timeout=300)
     assert start.returncode == 0, output
     record = processes.read_record(head.HEAD)
     assert record is not None
@@ -79,7 +79,7 @@ def code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_jobs_run_on_our_head_and_their_status_is_ours(ours: Record, code: Path) -> None:
     jobs = [submit(code, name) for name in ("good.py", "bad.py")]
-    (good, _), (bad, _) = (job.communicate(timeout=120) for job in jobs)
+    (good, _), (bad, _) = (job.communicate(timeout=300) for job in jobs)
     assert jobs[0].returncode == 0, good
     assert jobs[1].returncode == 1, bad
     assert f"job page: {ours.url}/#/jobs/good-" in good
@@ -103,7 +103,7 @@ def test_an_interrupt_stops_the_job_and_a_second_one_leaves_it(ours: Record, cod
     jobs[2].send_signal(signal.SIGINT)
     time.sleep(0.5)
     jobs[2].send_signal(signal.SIGINT)
-    outputs = [job.communicate(timeout=60)[0] for job in jobs]
+    outputs = [job.communicate(timeout=180)[0] for job in jobs]
     assert [job.returncode for job in jobs] == [130, 130, 130], outputs
     assert "left running" in outputs[2]
     client = JobSubmissionClient(ours.url)
@@ -117,7 +117,7 @@ def test_relative_paths_mean_the_folder_of_the_user(ours: Record, tmp_path: Path
     (tmp_path / "c.yaml").write_text("root: images\n")
     words = ["python", "jobs/ingest.py", "--dataset", "folder", "--config", "c.yaml"]
     job = command("submit", "--", *words, "--out", "out/m.parquet", "--json=result.json", cwd=tmp_path)
-    output, _ = job.communicate(timeout=200)
+    output, _ = job.communicate(timeout=300)
     assert job.returncode == 0, output
     assert (tmp_path / "out" / "m.parquet").is_file()
     assert json.loads((tmp_path / "result.json").read_text())
@@ -127,7 +127,7 @@ def test_relative_paths_mean_the_folder_of_the_user(ours: Record, tmp_path: Path
     ray += ["--runtime-env", str(PROJECT / "cluster" / "runtime_env.yaml"), "--"]
     plain = subprocess.run(
         [*ray, *words[:-2], "--root", str(tmp_path / "images"), "--json", "lost.json"],
-        cwd=PROJECT, env=env, capture_output=True, text=True, timeout=200, check=False,
+        cwd=PROJECT, env=env, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert plain.returncode == 1
     assert "lost.json: this Ray job runs in a copy" in plain.stdout
@@ -139,7 +139,7 @@ def test_stop_ends_ours_and_spares_others(ours: Record, foreign_head: Record) ->
     assert len(theirs) > 3
     assert not mine & theirs
     stop = command("stop")
-    output, _ = stop.communicate(timeout=60)
+    output, _ = stop.communicate(timeout=180)
     assert stop.returncode == 0, output
     assert not processes.members(ours)
     assert not any(map(processes.lives, mine))

@@ -41,7 +41,7 @@ from jobs.sweep import JOBS, DetectionJob, SweepJob
 from tests.tiny_dataset import make_mtd_tree
 from tune_spaces import get_space
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]  # a family's whole way is long
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]  # a family's whole way is long
 
 
 SMALL: dict[str, Any] = {

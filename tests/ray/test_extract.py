@@ -27,7 +27,7 @@ from hypdefect.features.store import FeatureStore
 from hypdefect.types import VIEWS
 from tests.tiny_dataset import make_mtd_tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 REPOSITORY = Path(hypdefect.__file__).parents[1]
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 
@@ -126,7 +126,7 @@ def test_changed_images_are_named_and_the_rest_is_stored(ray_local: Any, tree: P
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_killed_extractions_leave_a_valid_store(tmp_path: Path, private_env: dict[str, str]) -> None:
     root, home = make_mtd_tree(tmp_path / "mtd", per_class=24), tmp_path / "home"
     env = private_env | {"HYPDEFECT_HOME": str(home)}
@@ -154,7 +154,7 @@ def test_killed_extractions_leave_a_valid_store(tmp_path: Path, private_env: dic
         store.rows()  # raises where a part is damaged
     there = len({row.image_id for row in store.rows()})
     summary = tmp_path / "summary.json"
-    done = subprocess.run([*command, "--json", str(summary)], env=env, capture_output=True, text=True, timeout=200)
+    done = subprocess.run([*command, "--json", str(summary)], env=env, capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr
     report = json.loads(summary.read_text())
     assert report["cached"] + report["extracted"] == 144

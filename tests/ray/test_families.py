@@ -29,7 +29,7 @@ from hypdefect.training import TrainConfig, fit
 from tests.elsewhere import segmentation
 from tests.tiny_dataset import make_mtd_tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 METHODS = ("small_segmenter",)
 

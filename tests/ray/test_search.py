@@ -34,7 +34,7 @@ from hypdefect.types import VIEWS
 from jobs.sweep import SweepJob
 from tests.ray.search_script import BASE, NAME, SETTING, as_space, make_task, small_space
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 REPOSITORY = Path(hypdefect.__file__).parents[1]
 SPACES = sorted(p.stem for p in Path(tune_spaces.__file__).parent.glob("[a-z]*.py"))
 SMALL_SPACE = as_space(small_space)

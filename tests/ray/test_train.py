@@ -19,7 +19,7 @@ from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.training import fit
 from tests.ray.search_script import SMALL, make_task
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(480)]
 CONFIG = EpisodicConfig(
     method=HypDFSConfig(**SMALL), steps=6, items_per_step=4, n_way=3, k_shot=2, n_query=3, lr=1e-2, report_every=2
 )
@@ -50,7 +50,7 @@ def kill_one_worker(folder: Path, killed: list[int]) -> None:
     """Once the first checkpoint lies there."""
     import psutil  # Ray brings its own
 
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not list(folder.rglob("state.json")) and time.monotonic() < end:
         time.sleep(0.02)
     for process in psutil.Process().children(recursive=True):
