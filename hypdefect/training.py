@@ -246,7 +246,7 @@ class Optimizers:
     def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
         """Raises RuntimeError where the state is of other optimisers."""
         if not isinstance(state, list) or len(state) != len(self.parts):
-            raise RuntimeError("its optimiser is another one: it was written by another version; start anew")
+            raise RuntimeError("its optimiser is that of another version of hypdefect; delete the folder of the run")
         for part, own in zip(self.parts, state, strict=True):
             part.load_state_dict(own)
 
