@@ -243,8 +243,8 @@ class Optimizers:
     def state_dict(self) -> list[dict[str, Any]]:
         return [part.state_dict() for part in self.parts]
 
-    def load_state_dict(self, state: Sequence[dict[str, Any]]) -> None:
-        """Raises RuntimeError where the state is of other optimisers."""
+    def load_state_dict(self, state: Any) -> None:
+        """What `state_dict` gave. Raises RuntimeError where the state is of other optimisers."""
         if not isinstance(state, list) or len(state) != len(self.parts):
             raise RuntimeError("its optimiser is that of another version of hypdefect; delete the folder of the run")
         for part, own in zip(self.parts, state, strict=True):
