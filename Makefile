@@ -56,7 +56,7 @@ endif
 
 proofs: .venv/.installed ## the slow tests that CI runs besides
 	$(BIN)/python -m pytest -q -n 2 --dist load -m "slow and not ray and not e2e" $(ARGS)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "slow and (ray or e2e)" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and (ray or e2e)" $(ARGS)
 
 mutants: .venv/.installed ## break lines one at a time: the tests must notice (ARGS name some)
 	$(BIN)/python -m tests.mutants.run $(ARGS)
