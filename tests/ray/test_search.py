@@ -260,7 +260,7 @@ def complete(folder: Path) -> dict[int, tuple[dict[str, Any], float | None, Any]
     return {t.number: (t.params, t.value, t.datetime_complete) for t in trials if t.state is TrialState.COMPLETE}
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 90) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 240) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
@@ -280,6 +280,7 @@ def start_script(folder: Path, trials: int, env: dict[str, str]) -> "subprocess.
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_killed_search_continues_with_what_is_missing(
     ray_local: Any, data: Fitting, tmp_path: Path, private_env: dict[str, str]
 ) -> None:
