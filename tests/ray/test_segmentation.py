@@ -67,7 +67,7 @@ def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_
     from serve.app import build_app
 
     job = TaskConfig(**task(tree))
-    run = RunConfig(name="hadnet", method=replace(TINY, steps=24, lr=1e-3, curvature=0.5), pretrained=False)
+    run = RunConfig(name="hadnet", method=replace(TINY, steps=24, lr=3e-4, curvature=0.5), pretrained=False)
     fitting, _ = segmentation.load(prepare(segmentation, job), tmp_path)
     training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
     alone = training.model()
@@ -79,7 +79,7 @@ def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_
     result = train_networks(job, run, workers=2, **options)
     killer.join()
     assert len(killed) == 1
-    assert result.losses == pytest.approx(losses, abs=1e-3)
+    assert result.losses == pytest.approx(losses, rel=1e-3)  # they begin at 565, and rounding grows with the steps
     weights = Predictor.load(result.entry).model.state_dict()
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-3)
