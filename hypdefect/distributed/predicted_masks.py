@@ -136,8 +136,8 @@ def segmented(manifest: pa.Table, config: TaskConfig, run: RunConfig = SEGMENTER
 def _sides(
     plan: segmentation.SegmentationPlan, manifest: pa.Table, partition: Partition
 ) -> tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], dict[str, str]]:
-    """Two halves of the images that may be learned from, every class in both, and the queries, an id a file; and what
-    must not be parted, of each. Good parts are learned from, but for those of a query's unit."""
+    """Two halves of the images that may be learned from, with every class in both; the queries; and the unit of each
+    image, which is never parted. One id a file. Good parts are learned from, but for those of queries' units."""
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
     ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
     unit_of = {i: (plan.split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}

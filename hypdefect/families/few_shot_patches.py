@@ -91,7 +91,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     if not task.normal_ids:
         raise DataError(
             f"{task.label} has no normal images, which residuals are taken from: add images of good parts, or choose a "
-            "method that needs none, such as --space hypdfs"
+            "method that needs none, such as hypdfs"
         )
     candidates = set(task.pool_ids)
     bank = [i for i in task.normal_ids if i not in candidates] or list(task.normal_ids[::2])

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hypdefect.errors import ConfigError
 from hypdefect.methods.fpn import FPN, FPNConfig
 from hypdefect.methods.hadnet import HADNet, HADNetConfig, largest_channels, selection_losses
-from hypdefect.methods.pyramid import pixel_loss
+from hypdefect.methods.pyramid import BACKBONE_RATE, pixel_loss
 from hypdefect.training import SteppedConfig, fit, optimizer_of
 from hypdefect.types import Batch
 
@@ -117,6 +117,21 @@ def test_the_twin_is_the_limit_of_curvature_0() -> None:
         normals = flat.hst.normals / flat.hst.normals.norm(dim=1, keepdim=True)
         linear = 2 * ((v[..., None, :] - flat.hst.points) * normals).sum(-1) * flat.hst.scale
         torch.testing.assert_close(flat.hst(x), linear.movedim(3, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_both_optimisers_keep_their_rates_and_are_resumed() -> None:
+    model = HADNet(replace(TINY, curvature=1.0), 2)
+    optimizer = optimizer_of(model, SteppedConfig())
+    assert {group["factor"] for group in optimizer.param_groups} == {1.0, BACKBONE_RATE}
+    model.loss(marked(2), torch.Generator()).total.backward()
+    optimizer.step()
+    fresh = optimizer_of(model, SteppedConfig())
+    fresh.load_state_dict(optimizer.state_dict())
+    for own, other in zip(optimizer.parts, fresh.parts, strict=True):
+        moments = [state["exp_avg"] for state in own.state.values()]
+        assert moments
+        for kept, found in zip(moments, [state["exp_avg"] for state in other.state.values()], strict=True):
+            torch.testing.assert_close(found, kept, rtol=0, atol=0)
 
 
 def test_points_are_trained_on_the_ball_and_stay_there() -> None:
