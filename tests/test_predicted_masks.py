@@ -3,10 +3,12 @@
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from hypdefect.datasets.ingest import ingest
-from hypdefect.distributed.predicted_masks import region, with_masks
+from hypdefect.distributed import tournament
+from hypdefect.distributed.predicted_masks import Masks, region, with_masks
 from hypdefect.distributed.tournament import EvaluateConfig
 from hypdefect.errors import ConfigError
 from hypdefect.families import few_shot
@@ -40,3 +42,23 @@ def test_without_masks_a_task_sees_whole_images(tmp_path: Path) -> None:
 def test_imported_features_have_no_masks_to_change() -> None:
     with pytest.raises(ConfigError, match="masks must be oracle"):
         EvaluateConfig(dataset="imported:any", masks="none")
+
+
+def test_a_segmenter_marks_each_partition_anew_and_a_detector_marks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a segmenter may learn from depends on the partition; here masks are left out, so that none is trained."""
+    asked: list[int] = []
+
+    def noted(manifest: pa.Table, config: TaskConfig, masks: Masks) -> pa.Table:
+        asked.append(config.partition)
+        return with_masks(manifest, config, "none")
+
+    monkeypatch.setattr(tournament, "with_masks", noted)
+    tree = make_mtd_tree(tmp_path / "mtd", per_class=12)
+    cases: tuple[tuple[Masks, list[int]], ...] = (("segmenter", [1, 2, 3]), ("predicted", [1]))
+    for masks, expected in cases:
+        asked.clear()
+        job = EvaluateConfig(dataset="mtd", root=tree, shots=(1,), partition=1, partitions=3, masks=masks)
+        assert [plan.config.partition for plan in tournament.planned(job)] == [1, 2, 3]
+        assert asked == expected

@@ -1,16 +1,17 @@
 """Pictures of results: what is drawn beside what, and labels that can be read."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from hypdefect.config import to_mapping
-from hypdefect.evaluation import RunConfig, Score
+from hypdefect.evaluation import RunConfig, Score, TrialResult
 from hypdefect.results.figures import short, spread
 from hypdefect.results.ledger_figures import ablation_bars
 from hypdefect.results.sections import fit_of
-from hypdefect.results.sweep_figure import by_class
+from hypdefect.results.sweep_figure import by_class, plot_sweep
 from tests.ledger_rows import as_table
 from tests.results.ledgers import ablations, generated
 
@@ -67,3 +68,16 @@ def test_a_sweep_shows_each_class_by_the_metric_of_its_family() -> None:
     assert by_class(draws, "miou") == pytest.approx({"crack": 30.0, "fray": 80.0})
     assert by_class(draws, "auroc") == pytest.approx({"crack": 90.0})
     assert by_class(draws, "acc") == {}
+
+
+def test_the_picture_of_a_sweep_holds_the_metric_of_each_class(tmp_path: Path) -> None:
+    trials = [TrialResult(number=0, params={}, value=0.5, rungs=1, seconds=0.0)]
+
+    def drawn(crack: float) -> bytes:
+        metrics = {"miou": 0.5, "iou crack": crack, "iou fray": 1 - crack}
+        scores = {"hadnet": [Score(number=i, metrics=metrics, image_ids=()) for i in range(2)]}
+        plot_sweep(tmp_path / "sweep.png", trials, scores, [], {}, "miou")
+        return (tmp_path / "sweep.png").read_bytes()
+
+    assert drawn(0.3) == drawn(0.3)
+    assert drawn(0.3) != drawn(0.4)
