@@ -83,15 +83,13 @@ def _by_class(axes: Axes, draws: Sequence[Score], metric: str) -> None:
     if not means:
         axes.set_axis_off()
         return
-    low = max(0.0, min(50.0, min(means.values()) - 5))
     axes.barh(range(len(means)), list(means.values()), color=BLUE)
     for place, mean in enumerate(means.values()):
-        inside = mean > low + 12
-        where, align, colour = (mean - 1, "right", "white") if inside else (mean + 1, "left", BLUE)
+        where, align, colour = (mean - 1, "right", "white") if mean > 12 else (mean + 1, "left", BLUE)
         axes.text(where, place, f"{mean:.1f}", ha=align, va="center", color=colour, fontweight="bold")
     axes.set_yticks(range(len(means)), list(means))
     axes.invert_yaxis()
-    axes.set_xlim(low, 100)
+    axes.set_xlim(0, 100)
     axes.set(title="the winner, by class", xlabel=f"{LABELS.get(OF_CLASS.get(metric, metric), metric)}, %")
 
 
