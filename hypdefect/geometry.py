@@ -72,7 +72,8 @@ def _even(t2: Tensor, series: tuple[float, ...], closed: Callable[[Tensor], Tens
 
 
 def _asinhc(t2: Tensor) -> Tensor:
-    return _even(t2, _ASINHC, lambda t: torch.asinh(t) / t)
+    """asinh(t)/t, away from 0 by log1p: as accurate as torch.asinh, which computes one element at a time on a CPU."""
+    return _even(t2, _ASINHC, lambda t: torch.log1p(t + t * t / (1 + torch.sqrt(1 + t * t))) / t)
 
 
 def _tanhc(t2: Tensor) -> Tensor:

@@ -1,10 +1,13 @@
 """What must be fast of networks that are trained: HADNet's forward and training step, and two workers beside one."""
 
+import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import ray
@@ -12,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from hypdefect.distributed.benchmarks import BenchmarkConfig, Timing, interleaved, wall_seconds
+from hypdefect.distributed.benchmarks import BenchmarkConfig, Timing, interleaved
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.train import train
 from hypdefect.families.amc_training import AMCTrainConfig, AMCTraining
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.features.backbones import Backbone, compute_on_one_thread, get_backbone
 from hypdefect.features.spec import FeatureTable
-from hypdefect.methods.amc import AMC, AMCConfig
+from hypdefect.methods.amc import AMCConfig
 from hypdefect.methods.hadnet import HADNet, HADNetConfig
 from hypdefect.training import TrainConfig, Training
 from hypdefect.types import Batch
@@ -64,29 +67,52 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
     return [
         Timing(f"HADNet, an image of {SIDE} x {SIDE}", "its backbone", alone, whole, note),
         Timing("  a training step of 4 images", "of its backbone alone", maps, all_of_it),
-        two_workers("HADNet, 80 steps of 4 images", SegmenterSteps(steps=80), SegmenterSteps(steps=1)),
+        two_workers("HADNet, a step of 4 images", SegmenterSteps(steps=40)),
     ]
 
 
 def pretraining(config: BenchmarkConfig) -> list[Timing]:
     """Episodes of AMC's pretraining with one and two workers."""
-    return [two_workers("AMC, 2000 episodes of pretraining", amc_training(1000), amc_training(1))]
+    return [two_workers("AMC, a step of 2 episodes of pretraining", amc_training(300))]
 
 
-def two_workers(what: str, training: Training, short: Training) -> Timing:
-    """The steps of a training with one worker and with two of one thread each; what the start takes is left out: it is
-    that of the same training of a single step."""
-    seconds = []
+def two_workers(what: str, training: Training) -> Timing:
+    """Median seconds of a step with one worker and with two of one thread each, which are trained in turn, twice each.
+    A step is measured from when its first item is asked for until the next one's is: starts are left out."""
+    seconds: dict[int, list[float]] = {1: [], 2: []}
     with connected(), tempfile.TemporaryDirectory() as folder:
         if int(ray.cluster_resources().get("CPU", 0)) < 2:
             return Timing(what, "1 worker", 0.0, float("nan"), "one CPU here")
-        for workers in (1, 2):
-            each = [
-                wall_seconds(partial(train, one, workers=workers, name=f"{name}{workers}", folder=Path(folder)))
-                for name, one in (("short", short), ("long", training))
-            ]
-            seconds.append(each[1] - each[0])
-    return Timing(f"{what}, 2 workers", "1 worker", seconds[0], seconds[1], "one thread each; at least 1.6")
+        for turn, workers in enumerate((1, 2, 1, 2)):
+            timed = TimedSteps(training, Path(folder) / f"asked{turn}")
+            train(timed, workers=workers, name=f"run{turn}", folder=Path(folder))
+            asked = [float(line) for line in timed.asked.read_text().split()]
+            steps = np.diff(asked)[2:]  # the driver asks once, and the first step warms up
+            seconds[workers].append(float(np.median(steps)))
+    one, two = (statistics.mean(of_run) for of_run in seconds.values())
+    return Timing(f"{what}, 2 workers", "1 worker", one, two, "one thread each; at least 1.6")
+
+
+@dataclass(frozen=True, slots=True)
+class TimedSteps:
+    """A `training.Training` on one thread a worker, however many there are; `asked` gets the second of each step."""
+
+    training: Training
+    asked: Path
+
+    @property
+    def config(self) -> TrainConfig:
+        return self.training.config
+
+    def model(self) -> nn.Module:
+        torch.set_num_threads(1)
+        return self.training.model()
+
+    def item(self, number: int) -> Any:
+        if number % self.config.items_per_step == 0:
+            with self.asked.open("a") as file:
+                file.write(f"{time.perf_counter()}\n")
+        return self.training.item(number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +126,6 @@ class SegmenterSteps:
         return TrainConfig(steps=self.steps, items_per_step=2, report_every=self.steps)
 
     def model(self) -> nn.Module:
-        torch.set_num_threads(1)  # however many there are for a worker
         return HADNet(HADNetConfig(), CLASSES).train()
 
     def item(self, number: int) -> Batch:
@@ -128,12 +153,4 @@ def amc_training(steps: int) -> AMCTraining:
     table = FeatureTable(image_ids=ids, aug_index=np.zeros(len(ids), np.int64), views={"patch": maps})
     names = tuple(f"{i:02d}" for i in range(12))
     pool = LabelledFeatures(class_names=names, image_ids=ids, labels=labels, groups=ids, table=table)
-    return OneThreadAMC(pool=pool, config=config)
-
-
-class OneThreadAMC(AMCTraining):
-    """A worker computes on one thread, however many there are for it."""
-
-    def model(self) -> AMC:
-        torch.set_num_threads(1)
-        return super().model()
+    return AMCTraining(pool=pool, config=config)

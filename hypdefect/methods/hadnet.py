@@ -173,7 +173,8 @@ class HADNet(TrainedSegmenter):
         """The chosen channels of each scale, or the random mixtures."""
         if self.config.selection == "projection":
             return [torch.einsum("kd,ndhw->nkhw", getattr(self, f"mixture_{i}"), x) for i, x in enumerate(maps)]
-        return [x[:, getattr(self, f"channels_{i}")] for i, x in enumerate(maps)]
+        chosen = [x.movedim(1, 3)[..., getattr(self, f"channels_{i}")] for i, x in enumerate(maps)]
+        return [x.movedim(3, 1) for x in chosen]  # channels stay last in memory, as they are in the maps
 
     # -- the network -------------------------------------------------------------------------------------------------
 
@@ -211,8 +212,9 @@ class HADNet(TrainedSegmenter):
             weights = by_maximum * gates[0] + by_average * gates[1]
         parts = weights.split([x.shape[1] for x in residuals], 2)
         pairs = zip(residuals, parts, strict=True)
-        found = [torch.bmm(weight.to(x.dtype), x.flatten(2)).unflatten(2, x.shape[2:]) for x, weight in pairs]
-        return [found[0] + self.enter.bias[:, None, None], *found[1:]]
+        found = [torch.bmm(x.movedim(1, 3).flatten(1, 2), weight.mT.to(x.dtype)) for x, weight in pairs]
+        found[0] = found[0] + self.enter.bias
+        return [rows.unflatten(1, x.shape[2:]).movedim(3, 1) for rows, x in zip(found, residuals, strict=True)]
 
     def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
         """Of the pixels by all of the network and by the hyperbolic scores alone, of the autoencoders on background,
