@@ -9,6 +9,7 @@ K :=
 TRIALS :=
 RESUME :=
 MODEL :=
+LONG :=
 ARGS :=
 
 BIN := .venv/bin
@@ -54,9 +55,9 @@ else
 	$(BIN)/python -m pytest $(ARGS)
 endif
 
-proofs: .venv/.installed ## the slow tests that CI runs besides
+proofs: .venv/.installed ## the slow tests that CI runs besides (LONG=1: also those it has no time for)
 	$(BIN)/python -m pytest -q -n 2 --dist load -m "slow and not ray and not e2e" $(ARGS)
-	$(BIN)/python -m pytest -m "slow and (ray or e2e)" $(ARGS)
+	$(BIN)/python -m pytest -m "slow and (ray or e2e)$(if $(LONG),, and not long)" $(ARGS)
 
 mutants: .venv/.installed ## break lines one at a time: the tests must notice (ARGS name some)
 	$(BIN)/python -m tests.mutants.run $(ARGS)

@@ -30,6 +30,7 @@ JOBS = Path(hypdefect.__file__).parents[1] / "jobs"
 NAMES = sorted(p.stem for p in JOBS.glob("*.py") if "run_job(main)" in p.read_text())
 TINY = ("--backbone", "tiny_random", "--copies", "1", "--k-shot", "2")
 RECIPE = ("--recipe.whole-size", "64", "--recipe.crop-size", "64", "--recipe.window", "48")
+LONG = [pytest.mark.slow, pytest.mark.long]
 SEARCH = ("--trials", "3", "--episodes", "4", "--rungs", "2", "--draws", "3", "--finalists", "2", "--workers", "1")
 CROWD = ("--workers", "64", "--train.items-per-step", "64")
 TRAIN = (
@@ -166,6 +167,7 @@ def test_extract(user: User, extracted: Done) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_train(user: User, trained: Done) -> None:
     assert trained.path == user.home / "runs" / "meta"
     start, known = load_start(trained.path)
@@ -180,7 +182,7 @@ def test_train(user: User, trained: Done) -> None:
     assert "meta-trained" in trained.stdout
 
 
-@pytest.mark.parametrize("which", ["swept", pytest.param("swept_meta", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("which", ["swept", pytest.param("swept_meta", marks=LONG)])
 def test_sweep(user: User, which: str, request: pytest.FixtureRequest) -> None:
     done: Done = request.getfixturevalue(which)
     result = done.result
@@ -212,7 +214,7 @@ def test_sweep(user: User, which: str, request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.parametrize(
     ("which", "version", "sweep"),
-    [("swept", 1, "first"), pytest.param("swept_meta", 2, "second", marks=pytest.mark.slow)],
+    [("swept", 1, "first"), pytest.param("swept_meta", 2, "second", marks=LONG)],
 )
 def test_the_published_model_predicts_as_the_sweep_did(
     user: User, which: str, version: int, sweep: str, request: pytest.FixtureRequest
@@ -390,6 +392,7 @@ def test_bad_input_ends_in_one_line_and_leaves_nothing(user: User) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_truncated_part_is_named_and_mended(user: User, data: tuple[object, ...]) -> None:
     other = User(user.place / "other", user.cluster)  # a home of its own: every part holds rows of this task alone
     shutil.copytree(user.tree, other.tree)

@@ -78,6 +78,7 @@ def test_it_is_scored_published_and_answers(ray_local: Any, tmp_path: Path, monk
     assert sum(blank.probabilities.values()) == pytest.approx(1)
 
 
+@pytest.mark.long
 def test_it_stands_in_a_comparison_beside_methods_of_vectors(
     ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -84,6 +84,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Any:
         yield make_mtd_tree(tmp_path_factory.mktemp("mtd"), per_class=12)
 
 
+@pytest.mark.long
 def test_pseudo_defects_of_a_product_are_made_and_learned_from(ray_local: Any, tree: Path, tmp_path: Path) -> None:
     job = TaskConfig(
         dataset="mtd",
@@ -122,6 +123,7 @@ def test_pseudo_defects_of_a_product_are_made_and_learned_from(ray_local: Any, t
         pretrain(plan, fitting, replace(config, train=SMALL), name=folder.name)
 
 
+@pytest.mark.long
 def test_tables_show_every_row_with_the_spread_of_the_bank(
     ray_local: Any, tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -59,6 +59,7 @@ def task(tree: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_served(
     ray_local: Any, tree: Path, tmp_path: Path
 ) -> None:

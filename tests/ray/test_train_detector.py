@@ -24,7 +24,7 @@ from tests.ray.test_detection import SMALL
 from tests.ray.test_train import kill_one_worker
 from tests.tiny_dataset import make_mtd_tree
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(480)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(480)]
 
 
 @dataclass(frozen=True)
