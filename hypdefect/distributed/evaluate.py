@@ -15,6 +15,7 @@ import numpy as np
 import ray
 import torch
 
+from hypdefect.config import digest
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, choose
 from hypdefect.families import get_family
@@ -240,13 +241,17 @@ def score_selected(
     *,
     progress: Progress | None = None,
 ) -> list[Scored]:
-    """Every choice on the draws 0, 1, ... of its K.
+    """Every choice on the draws 0, 1, ... of its K; a configuration that was chosen twice is fitted once.
 
     Raises:
         NumericsError: a configuration failed on a draw.
     """
-    waiting = [reported.draws(one.config, settings[one.k_shot], draws) for one in selected]
-    done = _gathered([r for references in waiting for r in references], progress)
+    names = [(one.k_shot, digest(one.config)) for one in selected]
+    of_name = {
+        name: reported.draws(one.config, settings[one.k_shot], draws)
+        for name, one in dict(zip(names, selected, strict=True)).items()
+    }
+    done = _gathered([r for references in of_name.values() for r in references], progress)
     return [
         Scored(
             config=one.config,
@@ -257,7 +262,7 @@ def score_selected(
             draws=tuple(score for r in references for score in done[r][0]),
             seconds=one.seconds + sum(done[r][1] for r in references),
         )
-        for one, references in zip(selected, waiting, strict=True)
+        for one, references in zip(selected, (of_name[name] for name in names), strict=True)
     ]
 
 
@@ -299,7 +304,7 @@ def compare(
         selected,
         settings,
         draws,
-        progress=progress and (lambda done, _: progress(choosing + done, total)),
+        progress=progress and (lambda done, of: progress(choosing + done, choosing + of)),
     )
 
 

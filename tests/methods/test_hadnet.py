@@ -235,6 +235,18 @@ def test_gating_before_upsampling_is_gating_after_it() -> None:
     torch.testing.assert_close(total, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("selection", ["afss", "projection"])
+def test_channels_are_last_in_memory_throughout(selection: Any) -> None:
+    """Sums of maps of different layouts are several times slower."""
+    model = HADNet(replace(TINY, selection=selection), 2)
+    summed: list[torch.Tensor] = []
+    model.laterals.register_forward_pre_hook(lambda _, given: summed.extend([*given[0], *given[1]]))
+    with torch.no_grad():
+        model.scores(marked(2).views["pixels"])
+    assert len(summed) == 8
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in summed)
+
+
 def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there() -> None:
     logits = torch.randn(1, 4, 4, 4)
     targets = torch.tensor([[[0, 1], [2, 1]]]).repeat_interleave(2, 1).repeat_interleave(2, 2)

@@ -212,6 +212,23 @@ def test_meta_trained_features_are_projected_and_hypdfs_starts_from_its_weights(
     assert not np.array_equal(first[2], first[3])
 
 
+def test_a_configuration_that_is_chosen_twice_is_fitted_once(ray_local: Any, task: Task) -> None:
+    own = Entrant(candidates=(CONFIGS["curved"],))
+    curve = Entrant(candidates=(CONFIGS["curved"],), variant="c = 0.5")
+    other = Entrant(candidates=(CONFIGS["prototype"],))
+    steps: list[tuple[int, int]] = []
+    settings = {k: setting_of(k) for k in (1, 3)}
+    found = compare(
+        *task, [own, curve, other], settings, 2, episodes=0, twins=False, progress=lambda *step: steps.append(step)
+    )
+    at = {(one.config.name, one.variant, one.k_shot): one for one in found}
+    for k_shot in settings:
+        first, second = at["hypdfs", "", k_shot], at["hypdfs", "c = 0.5", k_shot]
+        assert all(x is y for x, y in zip(first.draws, second.draws, strict=True))
+        assert_same(at["prototype", "", k_shot].draws[1], in_process(task, CONFIGS["prototype"], k_shot, 1))
+    assert steps[-1] == (4, 4)
+
+
 def test_validation_is_that_of_plain_calls(ray_local: Any, task: Task, start: dict[str, torch.Tensor]) -> None:
     configs = [CONFIGS["flat"], CONFIGS["curved"], override(CONFIGS["curved"], {"pretrained": False})]
     meta = MetaStart(method="hypdfs", projection={}, core=start)
