@@ -170,11 +170,13 @@ class HADNet(TrainedSegmenter):
             own.copy_(of_scale.topk(len(own), largest=False).indices.sort().values)
 
     def selected(self, maps: list[Float[Tensor, "N _ _ _"]]) -> list[Float[Tensor, "N _ _ _"]]:
-        """The chosen channels of each scale, or the random mixtures."""
+        """The chosen channels of each scale, or the random mixtures; channels stay last in memory, as in the maps."""
+        last = [x.movedim(1, 3) for x in maps]
         if self.config.selection == "projection":
-            return [torch.einsum("kd,ndhw->nkhw", getattr(self, f"mixture_{i}"), x) for i, x in enumerate(maps)]
-        chosen = [x.movedim(1, 3)[..., getattr(self, f"channels_{i}")] for i, x in enumerate(maps)]
-        return [x.movedim(3, 1) for x in chosen]  # channels stay last in memory, as they are in the maps
+            chosen = [x @ getattr(self, f"mixture_{i}").T for i, x in enumerate(last)]
+        else:
+            chosen = [x[..., getattr(self, f"channels_{i}")] for i, x in enumerate(last)]
+        return [x.movedim(3, 1) for x in chosen]
 
     # -- the network -------------------------------------------------------------------------------------------------
 

@@ -239,12 +239,14 @@ def test_gating_before_upsampling_is_gating_after_it() -> None:
 def test_channels_are_last_in_memory_throughout(selection: Any) -> None:
     """Sums of maps of different layouts are several times slower."""
     model = HADNet(replace(TINY, selection=selection), 2)
-    summed: list[torch.Tensor] = []
-    model.laterals.register_forward_pre_hook(lambda _, given: summed.extend([*given[0], *given[1]]))
+    seen: list[torch.Tensor] = []
+    model.laterals.register_forward_pre_hook(lambda _, given: seen.extend([*given[0], *given[1]]))
+    for part in (*model.autoencoders, *model.reduce):
+        part.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     with torch.no_grad():
         model.scores(marked(2).views["pixels"])
-    assert len(summed) == 8
-    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in summed)
+    assert len(seen) == 16
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in seen)
 
 
 def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there() -> None:
