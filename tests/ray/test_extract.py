@@ -89,6 +89,7 @@ def test_every_row_then_only_what_is_new(ray_local: Any, tree: Path, tmp_path: P
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_rows_are_bit_identical_for_any_number_of_actors(ray_local: Any, tree: Path, tmp_path: Path) -> None:
     plan = plan_of(tree, tmp_path)
     requests = plan.requests()

@@ -52,6 +52,7 @@ SMALL = AMCTrainConfig(
 )
 
 
+@pytest.mark.long
 def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: Any, tmp_path: Path) -> None:
     config = replace(SMALL, steps=30, lr=3e-4)  # rounding grows with the steps, and faster with the rate
     training = training_of(residuals(), config)
