@@ -17,6 +17,8 @@ LOCAL := $(BIN)/python -m cluster.local
 SWEEP := $(if $(TASK),--task '$(TASK)') $(if $(DATASET),--dataset '$(DATASET)') $(if $(ROOT),--root '$(ROOT)') $(if $(K),--k-shot '$(K)') \
          $(if $(TRIALS),--trials '$(TRIALS)') $(if $(filter-out 0,$(RESUME)),--resume) $(ARGS)
 
+PROOFS := slow$(if $(LONG),, and not long)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup sweep dashboard serve stop test proofs mutants lint bench clean
 .NOTPARALLEL:
@@ -56,8 +58,8 @@ else
 endif
 
 proofs: .venv/.installed ## the slow tests that CI runs besides (LONG=1: also those it has no time for)
-	$(BIN)/python -m pytest -q -n 2 --dist load -m "slow and not ray and not e2e" $(ARGS)
-	$(BIN)/python -m pytest -m "slow and (ray or e2e)$(if $(LONG),, and not long)" $(ARGS)
+	$(BIN)/python -m pytest -q -n 2 --dist load -m "$(PROOFS) and not ray and not e2e" $(ARGS)
+	$(BIN)/python -m pytest -m "$(PROOFS) and (ray or e2e)" $(ARGS)
 
 mutants: .venv/.installed ## break lines one at a time: the tests must notice (ARGS name some)
 	$(BIN)/python -m tests.mutants.run $(ARGS)
