@@ -22,7 +22,7 @@ from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detection import calibrated, transformed, twin
 from hypdefect.families.image_files import image_file, mask_file
 from hypdefect.families.plan import DataConfig, Plan, of_product, shuffled, task_label
-from hypdefect.families.segmentation_training import Marked, SegmenterTraining, measured
+from hypdefect.families.segmentation_training import Marked, SegmenterTraining, epoch_of, measured
 from hypdefect.features.extract import RecipeConfig, dims_of
 from hypdefect.features.imported import Imported
 from hypdefect.features.spec import ImageRequest
@@ -277,6 +277,7 @@ def training_of(
         classes=fitting.classes,
         learned=fitting.learned,
         validated=fitting.validated,
+        epoch=epoch_of(fitting.learned, seeded.method.rare, seeded.method.seed),
         textures=tuple(load_textures(SynthesisConfig())[1]),
         side=fitting.side,
         report_every=report_every,

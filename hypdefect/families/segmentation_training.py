@@ -6,6 +6,7 @@ with another brightness, contrast and saturation. It depends on its number alone
 Shapes: H W pixels of an image, S side of the network input, C defect classes.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -85,6 +86,8 @@ class SegmenterTraining:
     classes: tuple[str, ...]
     learned: Marked
     validated: Marked
+    epoch: tuple[int, ...]
+    """Numbers of the images of an epoch (`epoch_of`)."""
     textures: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
     """What pseudo-defects are painted with."""
     side: int
@@ -124,10 +127,10 @@ class SegmenterTraining:
         return trained
 
     def item(self, number: int) -> Batch:
-        """Group `number` of the images (`in_epochs`)."""
+        """Group `number` of the images, in epochs."""
         method: Any = self.run.method
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
-        chosen = in_epochs(number, method.images, len(self.learned), method.seed)
+        chosen = [self.epoch[i] for i in in_epochs(number, method.images, len(self.epoch), method.seed)]
         pieces = [self._piece(i, method, generator) for i in chosen]
         return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
 
@@ -182,6 +185,18 @@ class Painted:
             yield replace(batch, views=batch.views | {"clean": clean})
         if not done:
             raise DataError(f"of {len(order)} images none has a place where a pseudo-defect could be painted")
+
+
+def epoch_of(images: Marked, rare: float, seed: int) -> tuple[int, ...]:
+    """Numbers of the images of an epoch: each comes as often as its rarest class asks for (`SegmenterConfig.rare`).
+    Where that is 1.4 times, four in ten of them, drawn by the seed, come twice and the others once."""
+    shown = [{label for label, _ in masks} for masks in images.masks]
+    counts = Counter(label for labels in shown for label in labels)
+    shares = [min((counts[label] / len(images) for label in labels), default=1.0) for labels in shown]
+    times = np.sqrt(np.maximum(rare / np.array(shares), 1.0))
+    drawn = np.floor(times + np.random.default_rng(seed).random(len(images))).astype(int)
+    numbers: list[int] = np.repeat(np.arange(len(images)), drawn).tolist()
+    return tuple(numbers)
 
 
 def sized(image: UInt8[np.ndarray, "H W 3"], target: Int[np.ndarray, "H W"], side: int) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,6 @@
 """Segmentation: images are parted without leaks, targets are put together, training gives what it saw best."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
-from hypdefect.families.segmentation_training import Painted, measured, scores_of
+from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, save_model
@@ -91,11 +91,12 @@ def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
 
 def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task: Any) -> None:
     _, fitting, _ = task
-    training = segmentation.training_of(RunConfig(name="fpn", method=TINY), fitting, Setting(), 0)
+    once = TINY | {"rare": 0.0}
+    training = segmentation.training_of(RunConfig(name="fpn", method=once), fitting, Setting(), 0)
     first, again, other = training.item(3), training.item(3), training.item(4)
     assert torch.equal(first.views["pixels"], again.views["pixels"])
     assert not torch.equal(first.views["pixels"], other.views["pixels"])
-    pieces = segmentation.training_of(RunConfig(name="fpn", method=TINY | {"smallest": 0.5}), fitting, Setting(), 0)
+    pieces = segmentation.training_of(RunConfig(name="fpn", method=once | {"smallest": 0.5}), fitting, Setting(), 0)
     assert not torch.equal(pieces.item(3).views["pixels"], first.views["pixels"])
     assert first.targets is not None
     assert first.targets.shape == (2, 64, 64)
@@ -111,6 +112,38 @@ def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task:
                     grey = pixels.mean(0)
                     gaps.append(float((grey[marked].mean() - grey[~marked].mean()).abs()))
     assert np.mean(there) > 1.5 * np.mean(turned)
+
+
+def test_images_of_rare_classes_come_more_often(task: Any) -> None:
+    _, fitting, _ = task
+    labels = [(1,)] * 3 + [(1, 2)] + [(2,)] * 15 + [(3,)] * 41 + [()] * 40
+    a_mask = next(masks[0][1] for masks in fitting.learned.masks if masks)
+    images = Marked(
+        files=fitting.learned.files[:1] * 100,
+        masks=tuple(tuple((label, a_mask) for label in of) for of in labels),
+        image_ids=tuple(map(str, range(100))),
+    )
+    assert epoch_of(images, 0.0, 0) == tuple(range(100))
+    counts = Counter(epoch_of(images, 0.25, 0))  # class 1: sqrt(0.25 / 0.04) = 2.5 times; class 2: 1.25
+    assert {counts[i] for i in range(4)} == {2, 3}
+    assert {counts[i] for i in range(4, 19)} == {1, 2}
+    several = [Counter(epoch_of(images, 0.25, seed)) for seed in range(200)]
+    assert np.mean([[c[i] for i in range(4)] for c in several]) == pytest.approx(2.5, abs=0.1)
+    assert np.mean([[c[i] for i in range(4, 19)] for c in several]) == pytest.approx(1.25, abs=0.1)
+    assert {counts[i] for i in range(19, 100)} == {1}
+    assert len({tuple(c[i] for i in range(19)) for c in several}) > 150
+
+
+def test_training_shows_an_epoch_as_often_as_its_classes_ask_for(task: Any) -> None:
+    _, fitting, _ = task
+    run = RunConfig(name="fpn", method=TINY | {"images": 1, "rare": 1.0})
+    training = segmentation.training_of(run, fitting, Setting(), 0)
+    epoch = epoch_of(fitting.learned, 1.0, 0)
+    assert len(epoch) > 1.3 * len(fitting.learned)
+    seen = Counter(training.item(i).image_ids[0] for i in range(len(epoch)))
+    assert seen == Counter(fitting.learned.image_ids[i] for i in epoch)
+    other = segmentation.training_of(run, fitting, Setting(), 1)
+    assert other.epoch != training.epoch
 
 
 def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
