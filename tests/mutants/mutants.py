@@ -292,6 +292,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="every epoch shows the normal images in the same order",
     ),
     Mutant(
+        name="rare-classes",
+        file="hypdefect/families/segmentation_training.py",
+        old="[self.epoch[i] for i in in_epochs(number, method.images, len(self.epoch), method.seed)]",
+        new="in_epochs(number, method.images, len(self.learned), method.seed)",
+        tests=("tests/families/test_segmentation.py",),
+        breaks="images of rare classes come as often as others",
+    ),
+    Mutant(
         name="rate",
         file="hypdefect/training.py",
         old='group["lr"] = config.rate(step) *',
