@@ -17,6 +17,7 @@ _MODULES = (
     "relation_head",
     "hyperbolic_prototype",
     "patchcore",
+    "conditional_patchcore",
     "simplenet",
     "patch_discriminator",
     "bank_and_discriminator",

@@ -7,6 +7,8 @@ from typing import Any
 import optuna
 import pytest
 import torch
+from scipy.stats import spearmanr
+from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 import tune_spaces
@@ -16,6 +18,7 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.methods import build, get_method, methods_of
 from hypdefect.methods.anomaly_maps import STRIDE, blurred, pixel_maps, top_mean
+from hypdefect.methods.conditional_patchcore import log_spreads
 from hypdefect.methods.normal_patches import sample_patches, standardisation
 from hypdefect.methods.patch_discriminator import PatchDiscriminatorConfig, balanced_loss
 from hypdefect.methods.patchcore import PatchCore, PatchCoreConfig, flat_twin
@@ -344,3 +347,43 @@ def test_what_a_search_varies_of_a_detector_changes_what_it_answers(
     for i, answer in enumerate(answers):
         for other in answers[:i]:
             assert (answer - other).abs().max() > 1e-4 * answer.abs().max()
+
+
+def lively(batch: Batch, seed: int) -> Batch:
+    """The same images, each enlarged round its mean by a random factor of 0.5 to 2: scores follow the factor."""
+    factors = 2 ** (2 * torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) - 1)
+    patches = batch.views["patch"] * factors[:, None, None, None]
+    return replace(batch, views=batch.views | {"patch": patches})
+
+
+def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score() -> None:
+    normals = [lively(images(32, seed), seed) for seed in range(4)]
+    held, odd = lively(images(64, 10), 10), lively(images(64, 11, odd=64), 11)
+    plain, conditional = (fresh(name, bank_size=40) for name in ("patchcore", "conditional_patchcore"))
+    exact = fresh("conditional_patchcore", bank_size=40, directions=0)
+    for model in (plain, conditional, exact):
+        model.fit(normals)
+    assert torch.equal(exact.anomaly(odd).map, plain.anomaly(odd).map)
+    look = log_spreads(held).mean(1)
+    of_plain, of_conditional = (
+        abs(float(spearmanr(look, model.anomaly(held).score).statistic)) for model in (plain, conditional)
+    )
+    assert of_plain > 0.5
+    assert of_conditional < 0.5 * of_plain
+    found = [
+        roc_auc_score([0] * 64 + [1] * 64, torch.cat([model.anomaly(batch).score for batch in (held, odd)]))
+        for model in (plain, conditional)
+    ]
+    assert found[1] > found[0] + 0.02
+    answer, base = conditional.anomaly(odd), plain.anomaly(odd)
+    shares = (answer.map / base.map).flatten(1)
+    torch.testing.assert_close(shares, (answer.score / base.score)[:, None].expand_as(shares), rtol=1e-3, atol=1e-4)
+
+
+def test_an_image_unlike_all_normal_ones_is_not_excused_further_than_these() -> None:
+    model = fresh("conditional_patchcore", bank_size=40)
+    model.fit([lively(images(32, seed), seed) for seed in range(4)])
+    batch = images(4, 12)
+    wild, wilder = (replace(batch, views={"patch": batch.views["patch"] * factor}) for factor in (50.0, 100.0))
+    share = (model.anomaly(wilder).score / model.anomaly(wild).score).mean()
+    assert share == pytest.approx(2, rel=0.1)  # its own spread, which doubled, explains nothing more
