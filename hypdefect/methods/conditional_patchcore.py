@@ -50,8 +50,8 @@ class ConditionalPatchCore(PatchCore):
             "limits": torch.zeros(2, 0),
             "slopes": torch.zeros(0),
         }
-        """Mean log spread `[D]`, directions `[D k]`, the least and the largest coordinate of normal images `[2 k]`, and the
-        slope of the log score in each direction `[k]`."""
+        """Mean log spread `[D]`, directions `[D k]`, the least and the largest coordinate of the normal images `[2 k]`,
+        and the slope of the log score in each direction `[k]`."""
 
     def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
         """Choose the bank, then score the normal images. Pseudo-defects play no part.

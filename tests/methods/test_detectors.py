@@ -350,8 +350,8 @@ def test_what_a_search_varies_of_a_detector_changes_what_it_answers(
 
 
 def lively(batch: Batch, seed: int) -> Batch:
-    """The same images, each enlarged round its mean by a random factor of 0.5 to 2: scores follow the factor."""
-    factors = 2 ** (2 * torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) - 1)
+    """The same images, each enlarged round its mean by a random factor of 1/3 to 3: scores follow the factor."""
+    factors = 3 ** (2 * torch.rand(len(batch), generator=torch.Generator().manual_seed(seed)) - 1)
     patches = batch.views["patch"] * factors[:, None, None, None]
     return replace(batch, views=batch.views | {"patch": patches})
 
@@ -368,13 +368,13 @@ def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score() -> N
     of_plain, of_conditional = (
         abs(float(spearmanr(look, model.anomaly(held).score).statistic)) for model in (plain, conditional)
     )
-    assert of_plain > 0.5
+    assert of_plain > 0.7
     assert of_conditional < 0.5 * of_plain
     found = [
         roc_auc_score([0] * 64 + [1] * 64, torch.cat([model.anomaly(batch).score for batch in (held, odd)]))
         for model in (plain, conditional)
     ]
-    assert found[1] > found[0] + 0.02
+    assert found[1] > found[0] + 0.05
     answer, base = conditional.anomaly(odd), plain.anomaly(odd)
     shares = (answer.map / base.map).flatten(1)
     torch.testing.assert_close(shares, (answer.score / base.score)[:, None].expand_as(shares), rtol=1e-3, atol=1e-4)
