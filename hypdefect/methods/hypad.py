@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from hypdefect import geometry
 from hypdefect.errors import DataError
 from hypdefect.methods.anomaly_maps import pixel_maps, top_mean
+from hypdefect.methods.expected_score import ExpectedScore
 from hypdefect.methods.normal_patches import standardisation
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.types import AnomalyMaps, Batch, Batches, LossTerms, Method, Needs
@@ -76,13 +77,16 @@ class HypADConfig:
     """An image's score is the mean of its so many highest locations; 1, the maximum, is the paper's."""
     sigma: float = 0.0
     """Of a Gaussian that smooths the map, in pixels of the network input; the paper has none."""
+    directions: int = 0
+    """Not in the paper: the score is divided by what a normal image of the same look scores (`expected_score`), which
+    depends on so many principal directions of the images' looks; 0: it is not."""
     seed: int = 0
 
     def __post_init__(self) -> None:
         geometry.validate_curvature(self.curvature)
         require_positive(self, "feature_scale", "clip", "width", "bottleneck", "hard", "steps", "items_per_step")
         require_positive(self, "images", "lr", "top")
-        require_at_least(self, 0, "penalty", "weight_decay", "sigma")
+        require_at_least(self, 0, "penalty", "weight_decay", "sigma", "directions")
         require_share(self, "hard", "jitter", "whole")
 
 
@@ -139,6 +143,7 @@ class HypAD(nn.Module):
         self.register_buffer("mean", torch.zeros(dim))
         self.register_buffer("deviation", torch.zeros(dim))
         self.register_buffer("quantiles", torch.full((2, 2), torch.nan))
+        self.expected = ExpectedScore(dim, config.directions) if config.directions else None
 
     def begin(self, normals: Batches) -> None:
         """Take the teacher's mean and deviation of each channel on normal images.
@@ -210,15 +215,24 @@ class HypAD(nn.Module):
             raise DataError("a detector needs at least one normal image")
         low, high = np.quantile(torch.cat(maps, 1).numpy(force=True), [LOW, HIGH], axis=1)
         self.quantiles = torch.from_numpy(np.stack([low, np.maximum(high, low + 1e-6)])).to(self.mean)
+        if self.expected is not None:
+            self.expected.fit(normals, lambda batch: top_mean(self._scores(batch), self.config.top))
 
     @torch.no_grad()
     def anomaly(self, batch: Batch) -> AnomalyMaps:
         """Raises RuntimeError before `fit`."""
         self._check("anomaly")
+        scores = self._scores(batch)
+        score = top_mean(scores, self.config.top)
+        if self.expected is not None:
+            score = score / self.expected(batch)
+        return AnomalyMaps(score=score, map=pixel_maps(scores, self.config.sigma))
+
+    def _scores(self, batch: Batch) -> Float[Tensor, "N h w"]:
+        """Both maps, rescaled and added."""
         low, high = self.quantiles[:, :, None, None, None]
         local, whole = 0.1 * (self.maps(batch) - low) / (high - low)
-        scores = (1 - self.config.whole) * local + self.config.whole * whole
-        return AnomalyMaps(score=top_mean(scores, self.config.top), map=pixel_maps(scores, self.config.sigma))
+        return (1 - self.config.whole) * local + self.config.whole * whole
 
     def _check(self, what: str) -> None:
         if self.quantiles.isnan().any():

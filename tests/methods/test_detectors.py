@@ -18,7 +18,7 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.methods import build, get_method, methods_of
 from hypdefect.methods.anomaly_maps import STRIDE, blurred, pixel_maps, top_mean
-from hypdefect.methods.conditional_patchcore import log_spreads
+from hypdefect.methods.expected_score import log_spreads
 from hypdefect.methods.normal_patches import sample_patches, standardisation
 from hypdefect.methods.patch_discriminator import PatchDiscriminatorConfig, balanced_loss
 from hypdefect.methods.patchcore import PatchCore, PatchCoreConfig, flat_twin
@@ -363,7 +363,7 @@ def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score() -> N
     exact = fresh("conditional_patchcore", bank_size=40, directions=0)
     for model in (plain, conditional, exact):
         model.fit(normals)
-    assert torch.equal(exact.anomaly(odd).map, plain.anomaly(odd).map)
+    assert torch.equal(exact.anomaly(odd).score, plain.anomaly(odd).score)
     look = log_spreads(held).mean(1)
     of_plain, of_conditional = (
         abs(float(spearmanr(look, model.anomaly(held).score).statistic)) for model in (plain, conditional)
@@ -375,9 +375,26 @@ def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score() -> N
         for model in (plain, conditional)
     ]
     assert found[1] > found[0] + 0.05
-    answer, base = conditional.anomaly(odd), plain.anomaly(odd)
-    shares = (answer.map / base.map).flatten(1)
-    torch.testing.assert_close(shares, (answer.score / base.score)[:, None].expand_as(shares), rtol=1e-3, atol=1e-4)
+    assert torch.equal(conditional.anomaly(odd).map, plain.anomaly(odd).map)
+
+
+def test_hypads_score_may_be_relative_too_and_is_published_so() -> None:
+    plain, relative, other = (fresh("hypad", directions=k) for k in (0, 2, 2))
+    normals, batch = [lively(images(32, seed), seed) for seed in range(2)], lively(images(8, 5), 5)
+    for model in (plain, relative):
+        learn(model, normals)
+    assert torch.equal(relative.anomaly(batch).map, plain.anomaly(batch).map)
+    ratio = relative.anomaly(batch).score / plain.anomaly(batch).score
+    assert ratio.std() > 0.01
+    other.restore(relative.export())
+    assert torch.equal(other.anomaly(batch).score, relative.anomaly(batch).score)
+
+
+def test_one_image_says_nothing_of_what_scores_depend_on(caplog: pytest.LogCaptureFixture) -> None:
+    expected, batch = ExpectedScore(DIM, 3), images(4, 0)
+    expected.fit([batch], lambda batch: torch.tensor([0.0, -1.0, 0.0, 2.0]))
+    assert "1 normal images are too few" in caplog.text
+    assert torch.equal(expected(batch), torch.ones(4))
 
 
 def test_an_image_unlike_all_normal_ones_is_not_excused_further_than_these() -> None:
