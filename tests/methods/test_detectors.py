@@ -18,7 +18,7 @@ from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.methods import build, get_method, methods_of
 from hypdefect.methods.anomaly_maps import STRIDE, blurred, pixel_maps, top_mean
-from hypdefect.methods.expected_score import log_spreads
+from hypdefect.methods.expected_score import ExpectedScore, log_spreads
 from hypdefect.methods.normal_patches import sample_patches, standardisation
 from hypdefect.methods.patch_discriminator import PatchDiscriminatorConfig, balanced_loss
 from hypdefect.methods.patchcore import PatchCore, PatchCoreConfig, flat_twin
