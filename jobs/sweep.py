@@ -46,7 +46,7 @@ class DetectionJob(DetectionConfig, SweepConfig):
     task: Literal["few_shot", "detection", "segmentation"] = "detection"
     """few_shot: which defect is it? detection: is it good, and where not? segmentation: which pixels are which
     defect?"""
-    space: str = "patchcore"
+    space: str = "conditional_patchcore"
     """Module of tune_spaces/ to search."""
     trials: int | None = 6
     """Configurations to try, the defaults first."""

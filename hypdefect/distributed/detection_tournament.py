@@ -30,7 +30,7 @@ from hypdefect.results.sections import CURVATURE, MAIN
 from hypdefect.types import SplitKind
 
 logger = logging.getLogger(__name__)
-DEFAULT_METHODS = ("patchcore", "hyperbolic_patchcore", "bank_and_discriminator")
+DEFAULT_METHODS = ("patchcore", "conditional_patchcore", "hyperbolic_patchcore", "bank_and_discriminator")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -300,6 +300,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="images of rare classes come as often as others",
     ),
     Mutant(
+        name="expected-score",
+        file="hypdefect/methods/expected_score.py",
+        old="(x.clamp(*self.limits) @ self.slopes).exp()",
+        new="(x @ self.slopes).exp()",
+        tests=("tests/methods/test_detectors.py",),
+        breaks="an image unlike all normal ones is excused for it",
+    ),
+    Mutant(
         name="rate",
         file="hypdefect/training.py",
         old='group["lr"] = config.rate(step) *',
