@@ -12,5 +12,5 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("method.hard", [0.01, 0.1, 1.0])
     trial.suggest_categorical("method.whole", [0.0, 0.1, 0.25, 0.5])
     trial.suggest_categorical("method.top", [1, 10])
-    trial.suggest_categorical("method.directions", [0, 1, 2])
+    trial.suggest_categorical("method.directions", [0, 1, 2, 3])
     trial.suggest_float("method.lr", 3e-4, 3e-3, log=True)

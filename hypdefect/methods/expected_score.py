@@ -51,7 +51,7 @@ class ExpectedScore(nn.Module):
         spreads, scores = spreads[scores > 0], scores[scores > 0]
         number = min(self.axes.shape[1], len(scores) - 1, len(self.centre))
         if number < 1:
-            logger.warning("%d normal images are too few to learn what a score depends on", len(scores))
+            logger.warning("too few normal images with a score (%d) to learn what it depends on", len(scores))
             return
         pca = PCA(number, whiten=True, svd_solver="full").fit(spreads)
         x = pca.transform(spreads)

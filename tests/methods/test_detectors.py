@@ -393,7 +393,7 @@ def test_hypads_score_may_be_relative_too_and_is_published_so() -> None:
 def test_one_image_says_nothing_of_what_scores_depend_on(caplog: pytest.LogCaptureFixture) -> None:
     expected, batch = ExpectedScore(DIM, 3), images(4, 0)
     expected.fit([batch], lambda batch: torch.tensor([0.0, -1.0, 0.0, 2.0]))
-    assert "1 normal images are too few" in caplog.text
+    assert "too few normal images with a score (1)" in caplog.text
     assert torch.equal(expected(batch), torch.ones(4))
 
 
