@@ -99,7 +99,7 @@ def plot_curves(path: Path, found: Mapping[str, Sequence[CurvePoint]], metric: s
         left.set_ylim(max(low, 0), min(high, 101))
         left.set(title=f"{metric} (bars: 95 % interval)", ylabel=f"{metric}, %")
         right.set(title="minus c = 0, same draws (bars: 95 % interval)", ylabel="points")
-        left.legend(frameon=False, loc="best")
+        figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(found), frameon=False)
 
 
 def plot_classes(path: Path, task: DetectorTask) -> None:
