@@ -26,6 +26,7 @@ from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_c
 from hypdefect.families import few_shot, few_shot_patches
 from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
+from hypdefect.families.few_shot_patches import PatchPlan
 from hypdefect.families.plan import prepare
 from hypdefect.families.starts import load_start
 from hypdefect.features.imported import is_imported
@@ -47,7 +48,7 @@ FAMILIES = ("few_shot", "few_shot_patches")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(TaskConfig):
     methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
-    """Names of methods; all: every one that reads vectors. amc, which reads patches and is slow, may stand beside."""
+    """Names of methods; all: every one that the image set has what it needs for: amc needs images of good parts."""
     patch_backbone: str = "patchcore_lite0"
     """Where methods that read patches get them."""
     shots: tuple[int, ...] = (1, 3, 5)
@@ -98,7 +99,9 @@ class EvaluateConfig(TaskConfig):
     @property
     def names(self) -> tuple[str, ...]:
         """Every method once."""
-        named = [methods_of("few_shot") if name == "all" else (name,) for name in self.methods]
+        families = FAMILIES[:1] if is_imported(self.dataset) else FAMILIES
+        everything = [name for family in families for name in methods_of(family)]
+        named = [everything if name == "all" else [name] for name in self.methods]
         return tuple(dict.fromkeys(name for group in named for name in group))
 
     def of_family(self, family: str) -> tuple[str, ...]:
@@ -130,13 +133,16 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     rows: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     plans = planned(job)
+    patches = planned_patches(job, plans) if fixed is None else []
     episodes = validation_episodes(job, plans, fixed=fixed is not None)
     kind = "" if job.masks == "oracle" else f"/masks {job.masks}"  # no main run: it would be taken for the set's newest
     names = (f"{study}{kind}" for study in ("main", CEILING))
     run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=name) for name in names)
     fill(*plans)
+    if patches:
+        fill(*patches)
     ready = time.monotonic()
-    for plan in plans:
+    for place, plan in enumerate(plans):
         fitting, reported = few_shot.load(plan, home())
         start = start_of(fitting, plan, job)
         number = plan.config.partition
@@ -151,7 +157,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
                 start=start,
                 progress=advance,
             )
-        scored += of_patches(job, spaces, plan, episodes) if fixed is None else []
+        scored += of_patches(job, spaces, patches[place], episodes) if patches else []
         for one in scored:
             spent[one.config.name] += one.seconds
         rows += ledger.rows_of(scored, run, number, plan.classes)
@@ -160,18 +166,33 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     return Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
 
 
-def of_patches(job: EvaluateConfig, spaces: Spaces, plan: TaskPlan, episodes: dict[int, int]) -> list[Scored]:
-    """Methods that read patches, on the same partition; their `features` are "patches".
+def planned_patches(job: EvaluateConfig, plans: Sequence[TaskPlan]) -> list[PatchPlan]:
+    """The task of methods that read patches at each partition; [] where there are none, or where the image set has no
+    good parts and `all` alone asks for them.
 
     Draws are the same where the pool is: it is not where good parts are a class (`few_shot_patches.plan`).
+
+    Raises:
+        DataError: no good parts, and one of these methods was asked for by name.
     """
     names = job.of_family("few_shot_patches")
     if not names:
         return []
-    own = few_shot_patches.plan(replace(plan.config, backbone=job.patch_backbone), plan.manifest)
-    fill(own)
-    fitting, reported = few_shot_patches.load(own, home())
-    bases = [RunConfig(name=name, support_copies=0) for name in names]
+    try:
+        return [
+            few_shot_patches.plan(replace(plan.config, backbone=job.patch_backbone), plan.manifest) for plan in plans
+        ]
+    except DataError as error:
+        if set(names) & set(job.methods):
+            raise
+        logger.warning("%s left out of all methods: %s", ", ".join(names), error)
+        return []
+
+
+def of_patches(job: EvaluateConfig, spaces: Spaces, plan: PatchPlan, episodes: dict[int, int]) -> list[Scored]:
+    """Methods that read patches; their `features` are "patches"."""
+    fitting, reported = few_shot_patches.load(plan, home())
+    bases = [RunConfig(name=name, support_copies=0) for name in job.of_family("few_shot_patches")]
     tried = [Entrant(candidates=candidates(base, spaces(base.name), job.trials, job.seed)) for base in bases]
     with progress(f"partition {plan.config.partition}: patches") as advance:
         scored = compare(

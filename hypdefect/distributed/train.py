@@ -23,6 +23,11 @@ from hypdefect.files import home
 from hypdefect.progress import lines
 from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
 
+DDP_SETTINGS = {
+    "gradient_as_bucket_view": True,  # no copy
+    "forward_sync_buffers": False,  # no step reads what another one left in a buffer: `training.Training`
+}
+
 
 def _loop(settings: dict[str, Any]) -> None:
     """What each worker runs."""
@@ -45,7 +50,7 @@ def _loop(settings: dict[str, Any]) -> None:
             training.config,
             report,
             validate=training.validate if isinstance(training, ValidatedTraining) else None,
-            wrap=partial(prepare_model, parallel_strategy_kwargs={"gradient_as_bucket_view": True}),  # no copy
+            wrap=partial(prepare_model, parallel_strategy_kwargs=DDP_SETTINGS),
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),
             resume=resume,

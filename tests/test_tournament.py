@@ -1,0 +1,40 @@
+"""Which methods a comparison has, and what an image set must have for them."""
+
+from pathlib import Path
+
+import pytest
+
+from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches
+from hypdefect.errors import DataError
+from tests.tiny_dataset import make_mtd_tree
+from tests.trees import make_neu_seg_tree
+
+
+def test_all_methods_are_those_of_vectors_and_of_patches_where_there_are_images() -> None:
+    job = EvaluateConfig(dataset="mtd", methods=("all", "amc"))
+    assert {"hypdfs", "prototype", "amc"} < set(job.names)
+    assert job.names.count("amc") == 1
+    assert job.of_family("few_shot_patches") == ("amc",)
+    assert "amc" not in EvaluateConfig(dataset="imported:any", methods=("all",)).names
+
+
+def test_methods_that_need_good_parts_leave_all_where_there_are_none(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trees = {
+        "mtd": make_mtd_tree(tmp_path / "mtd", per_class=12),
+        "neu_seg": make_neu_seg_tree(tmp_path / "neu_seg", per_class=12),
+    }
+
+    def job(dataset: str, *methods: str) -> EvaluateConfig:
+        return EvaluateConfig(
+            dataset=dataset, root=trees[dataset], methods=methods, split="random", shots=(1,), partitions=2
+        )
+
+    good, none = (planned(job(dataset, "all")) for dataset in trees)
+    assert [plan.config.partition for plan in planned_patches(job("mtd", "all"), good)] == [0, 1]
+    assert planned_patches(job("mtd", "prototype"), good) == []
+    assert planned_patches(job("neu_seg", "all"), none) == []
+    assert "amc left out of all methods: neu_seg has no normal images" in caplog.text
+    with pytest.raises(DataError, match="has no normal images"):
+        planned_patches(job("neu_seg", "all", "amc"), none)
