@@ -10,7 +10,6 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from scipy.stats import qmc
 from torch import Tensor
 
 from hypdefect.config import from_mapping, override
@@ -256,6 +255,8 @@ def stratified(
     value of a category, integer or stepped range is visited n / count times, rounded up or down; where n is the
     smaller, n values are visited once, evenly spread.
     """
+    from scipy.stats import qmc  # takes a second to import, and workers draw nothing
+
     cube = qmc.LatinHypercube(len(distributions), seed=rng).random(n)
     phases = rng.random(len(distributions))
     for row in cube:

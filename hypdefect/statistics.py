@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from hypdefect.errors import DataError
 
@@ -60,7 +60,7 @@ def interval(values: Sequence[float]) -> Interval:
     if len(x) == 1:
         return Interval(float(x[0]), 0.0, float("inf"), 1)
     std = float(x.std(ddof=1))
-    half = float(stats.t.ppf(0.975, len(x) - 1)) * std / len(x) ** 0.5
+    half = float(special.stdtrit(len(x) - 1, 0.975)) * std / len(x) ** 0.5
     return Interval(float(x.mean()), std, half, len(x))
 
 
@@ -110,7 +110,7 @@ def paired_p(differences: Sequence[float], clusters: Sequence[int]) -> float:
     if found.std == 0:
         return 0.0
     error = found.std / found.n**0.5 * _correction(found.n, clusters)
-    return float(2 * stats.t.sf(abs(found.mean) / error, found.n - 1))
+    return float(2 * special.stdtr(found.n - 1, -abs(found.mean) / error))
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float], clusters: Sequence[int]) -> Interval:

@@ -13,8 +13,9 @@ import torch
 from hypdefect import registry
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
-from hypdefect.features.backbones import BACKBONES, Backbone, get_backbone
+from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
+from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore

@@ -23,8 +23,9 @@ from torch import Tensor
 
 from hypdefect.distributed.benchmarks import BenchmarkConfig, Timing, interleaved, wall_seconds
 from hypdefect.errors import HypdefectError, NumericsError
-from hypdefect.features.backbones import get_backbone, load_in_order, read_weights
+from hypdefect.features.backbones import get_backbone, read_weights
 from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for
+from hypdefect.features.networks import load_in_order
 from hypdefect.files import data_root
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig, draw_laws, load_textures, pseudo_defect

@@ -16,7 +16,7 @@ from hypdefect.datasets.card import DatasetCard
 from hypdefect.datasets.ingest import ingested
 from hypdefect.datasets.manifest import manifest_digest
 from hypdefect.errors import ConfigError
-from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone, patch_grid
+from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone
 from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
 from hypdefect.features.imported import Imported, is_imported, read_import
 from hypdefect.features.spec import FeatureKey, ImageRequest
@@ -139,14 +139,18 @@ def task_label(config: DataConfig) -> str:
 
 def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
     """The key of what a backbone gives under a recipe."""
-    patches = spec.family == "patchcore"
+    grid = None
+    if patches := spec.family == "patchcore":
+        from hypdefect.features.networks import patch_grid  # timm takes seconds to import
+
+        grid = patch_grid(spec, recipe.whole_size)
     return FeatureKey(
         backbone=spec.name,
         backbone_digest=spec.digest,
         block_dims=dims_of(spec, recipe)[0],
         recipe=recipe,
         views=PATCH_VIEWS if patches else VIEWS,
-        grid=patch_grid(spec, recipe.whole_size) if patches else None,
+        grid=grid,
     )
 
 

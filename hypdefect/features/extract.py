@@ -29,7 +29,7 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from hypdefect.errors import ConfigError
-from hypdefect.features.backbones import Backbone, BackboneSpec
+from hypdefect.features.backbones import BackboneSpec
 from hypdefect.features.patches import patch_features
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS, Needs
@@ -259,6 +259,13 @@ def load_tower(spec: BackboneSpec) -> nn.Module:
         from hypdefect.features import clip  # open_clip takes seconds to import
 
         return clip.ImageTower(spec)
+    return network(spec)
+
+
+def network(spec: BackboneSpec) -> nn.Module:
+    """The frozen network of a spec of family timm or patchcore."""
+    from hypdefect.features.networks import Backbone  # timm takes seconds to import
+
     return Backbone(spec)
 
 
@@ -343,7 +350,7 @@ class PatchExtractor:
     views: tuple[str, ...] = PATCH_VIEWS
 
     def __init__(
-        self, backbone: Backbone, recipe: RecipeConfig, device: str | torch.device = "cpu", pixels: bool = False
+        self, backbone: nn.Module, recipe: RecipeConfig, device: str | torch.device = "cpu", pixels: bool = False
     ) -> None:
         self.backbone, self.recipe, self.device = backbone.to(device), recipe, torch.device(device)
         self.pixels = pixels
@@ -423,5 +430,5 @@ def extractor_for(
     if needs not in (None, gives) and (needs, gives) != ("patches+pixels", "patches"):
         raise ConfigError(f"backbone {spec.name} gives {gives}, the method needs {needs}: choose another backbone")
     if gives == "patches":
-        return PatchExtractor(Backbone(spec), recipe, device, pixels=needs == "patches+pixels")
+        return PatchExtractor(network(spec), recipe, device, pixels=needs == "patches+pixels")
     return RegionExtractor(load_tower(spec), recipe, device)

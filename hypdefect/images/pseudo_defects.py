@@ -21,7 +21,6 @@ from typing import Literal, TypeVar
 import numpy as np
 from jaxtyping import Bool, Float, UInt8
 from scipy import ndimage
-from sklearn.datasets import load_sample_images
 
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError
@@ -86,6 +85,8 @@ def load_textures(config: SynthesisConfig) -> tuple[str, list[UInt8[np.ndarray, 
         folder = data_root() / "dtd" / "images"
     pictures: list[np.ndarray] = []
     if folder is None:
+        from sklearn.datasets import load_sample_images  # takes a second to import
+
         for photograph in load_sample_images().images:
             corners = itertools.product(*(range(0, n - PATCH + 1, PATCH) for n in photograph.shape[:2]))
             pictures += [np.ascontiguousarray(photograph[y : y + PATCH, x : x + PATCH]) for y, x in corners]

@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from hypdefect.errors import ConfigError
-from hypdefect.features.backbones import Backbone, get_backbone, normalised
+from hypdefect.features.backbones import get_backbone, normalised
 
 STRIDES = (4, 8, 16, 32)
 """Of the maps that are read."""
@@ -30,6 +30,10 @@ class Pyramid(nn.Module):
     """
 
     def __init__(self, name: str, frozen: int) -> None:
+        from hypdefect.features.networks import (
+            Backbone,  # timm takes seconds to import, and only segmenters need it here
+        )
+
         super().__init__()
         self.spec = get_backbone(name)
         if self.spec.family not in ("timm", "patchcore"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from hypdefect.errors import ConfigError
-from hypdefect.features.backbones import Backbone, get_backbone
+from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import (
     RecipeConfig,
     RegionExtractor,
@@ -26,6 +26,7 @@ from hypdefect.features.extract import (
     views_of,
     window_slices,
 )
+from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
 from hypdefect.types import VIEWS
 

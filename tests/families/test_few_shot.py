@@ -21,8 +21,9 @@ from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, Reported, TaskConfig, TaskPlan
 from hypdefect.families.plan import extraction_key, image_requests
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
-from hypdefect.features.backbones import Backbone, get_backbone
+from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
+from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
