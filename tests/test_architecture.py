@@ -1,7 +1,8 @@
-"""The rules of layout, read from the syntax trees: nothing here imports what it checks."""
+"""The rules of layout, read from the syntax trees: nothing here imports what it checks, but in a process of its own."""
 
 import ast
 import re
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
@@ -106,6 +107,14 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None
     for line in project["dependencies"]:
         modules = declared([line])
         assert modules & (used["product"] | NOT_IMPORTED), f"nothing imports {line}: drop it, or say why it is there"
+
+
+def test_workers_do_not_import_what_takes_seconds_and_few_of_them_need() -> None:
+    modules = [f"hypdefect.{name}" for name in ("distributed.evaluate", "distributed.train", "distributed.tune")]
+    modules += ["hypdefect.distributed.extract", "hypdefect.predictor"]
+    code = f"import sys, {', '.join(modules)}; print(*{{'timm', 'open_clip', 'matplotlib'}} & sys.modules.keys())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [], "import these where they are used"
 
 
 def test_no_file_is_named_after_nothing() -> None:

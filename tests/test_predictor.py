@@ -15,10 +15,10 @@ from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
-from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.timm_networks import Backbone
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods import methods_of
 from hypdefect.predictor import ClassPredictor, Predictor, save_model

@@ -35,9 +35,9 @@ from hypdefect.families.few_shot import Fitting, Setting
 from hypdefect.families.plan import extraction_key
 from hypdefect.features.backbones import BackboneSpec, compute_on_one_thread, get_backbone
 from hypdefect.features.extract import RecipeConfig, RegionExtractor, extractor_for
-from hypdefect.features.networks import Backbone, SlicedSame
 from hypdefect.features.spec import FeatureKey, FeatureTable, ImageRequest, RowKey
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.timm_networks import Backbone, SlicedSame
 from hypdefect.images import read_image
 from hypdefect.methods.hypdfs import HypDFS, HypDFSConfig
 from hypdefect.types import VIEWS, Batch

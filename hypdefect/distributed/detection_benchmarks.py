@@ -25,7 +25,7 @@ from hypdefect.distributed.benchmarks import BenchmarkConfig, Timing, interleave
 from hypdefect.errors import HypdefectError, NumericsError
 from hypdefect.features.backbones import get_backbone, read_weights
 from hypdefect.features.extract import PatchExtractor, RecipeConfig, extractor_for
-from hypdefect.features.networks import load_in_order
+from hypdefect.features.timm_networks import load_in_order
 from hypdefect.files import data_root
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig, draw_laws, load_textures, pseudo_defect

@@ -21,8 +21,8 @@ from hypdefect.distributed.train import train
 from hypdefect.families.amc_training import AMCTrainConfig, AMCTraining
 from hypdefect.families.episodes import LabelledFeatures
 from hypdefect.features.backbones import compute_on_one_thread, get_backbone
-from hypdefect.features.networks import Backbone
 from hypdefect.features.spec import FeatureTable
+from hypdefect.features.timm_networks import Backbone
 from hypdefect.methods.amc import AMCConfig
 from hypdefect.methods.hadnet import HADNet, HADNetConfig
 from hypdefect.training import TrainConfig, Training

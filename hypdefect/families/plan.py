@@ -141,7 +141,7 @@ def extraction_key(spec: BackboneSpec, recipe: RecipeConfig) -> FeatureKey:
     """The key of what a backbone gives under a recipe."""
     grid = None
     if patches := spec.family == "patchcore":
-        from hypdefect.features.networks import patch_grid  # timm takes seconds to import
+        from hypdefect.features.timm_networks import patch_grid  # timm takes seconds to import
 
         grid = patch_grid(spec, recipe.whole_size)
     return FeatureKey(

@@ -22,6 +22,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families.detector_training import in_epochs, jittered, shuffled_order
 from hypdefect.families.image_files import ImageFile, MaskFile
 from hypdefect.features.extract import pixels_of, resize
+from hypdefect.images.pasted_regions import paste_regions
 from hypdefect.images.pasted_textures import PERLIN, pasted
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.metrics import SegmentationMetrics
@@ -135,7 +136,7 @@ class SegmenterTraining:
         return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
 
     def _piece(self, number: int, method: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        image, target = self.learned.read(number)
+        image, target = self._with_pasted(*self.learned.read(number), method, generator)
         share, y, x, mirror, turns = torch.rand(5, generator=generator).tolist()
         height, width = (max(1, round(n * (method.smallest + (1 - method.smallest) * share))) for n in target.shape)
         top, left = round(y * (target.shape[0] - height)), round(x * (target.shape[1] - width))
@@ -146,6 +147,19 @@ class SegmenterTraining:
         quarter = int(4 * turns)
         pixels, marked = pixels.rot90(quarter, (1, 2)), marked.rot90(quarter, (0, 1))
         return jittered(pixels, method.jitter, generator), marked
+
+    def _with_pasted(
+        self, image: np.ndarray, target: np.ndarray, method: Any, generator: torch.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The image, or by chance the same with the defects of another image, drawn as an epoch has them."""
+        if not method.pasted:
+            return image, target
+        draw, which = torch.rand(2, generator=generator).tolist()
+        if draw >= method.pasted:
+            return image, target
+        rng = np.random.default_rng(int(torch.randint(2**62, (1,), generator=generator)))
+        givers = [i for i in self.epoch if self.learned.masks[i]]
+        return paste_regions(image, target, *self.learned.read(givers[int(which * len(givers))]), rng)
 
     def validate(self, model: nn.Module) -> float:
         """Mean IoU of the defect classes on images that are not learned from."""

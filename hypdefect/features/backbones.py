@@ -1,4 +1,4 @@
-"""Frozen backbones: names, architecture, weights, preprocessing and what is read from them (`features.networks`).
+"""Frozen backbones: names, architecture, weights, preprocessing and what is read from them (`features.timm_networks`).
 
 A name says where features come from: an entry of `BACKBONES`, or `FAMILY:ARCHITECTURE@WEIGHTS` for anything else:
 
@@ -153,9 +153,9 @@ def _describe(name: str) -> BackboneSpec:
 
         spec = clip.describe(name, family, architecture, weights)
     else:
-        from hypdefect.features import networks  # timm takes seconds to import, and most jobs do not need it
+        from hypdefect.features import timm_networks  # timm takes seconds to import, and most jobs do not need it
 
-        spec = networks.describe(name, family, architecture, weights)
+        spec = timm_networks.describe(name, family, architecture, weights)
     if spec.weights != "random":
         found = file_sha256(weights_path(spec))
         if match["sha256"] not in (None, found):

@@ -264,7 +264,7 @@ def load_tower(spec: BackboneSpec) -> nn.Module:
 
 def network(spec: BackboneSpec) -> nn.Module:
     """The frozen network of a spec of family timm or patchcore."""
-    from hypdefect.features.networks import Backbone  # timm takes seconds to import
+    from hypdefect.features.timm_networks import Backbone  # timm takes seconds to import
 
     return Backbone(spec)
 

@@ -38,6 +38,8 @@ class SegmenterConfig:
     """Chance that an image's brightness, contrast and saturation are changed."""
     smallest: float = 1.0
     """Least side of the piece of an image that is learned from, as a share of the image's; 1: the whole image."""
+    pasted: float = 0.0
+    """Chance that an image gets the defects of another image that is learned from (copy-paste augmentation)."""
     rare: float = 0.3
     """Of a class that a share f < `rare` of the images shows, the images come sqrt(rare / f) times an epoch (repeat
     factor sampling; Gupta et al., CVPR 2019); 0: every image comes once."""
@@ -46,7 +48,7 @@ class SegmenterConfig:
     def __post_init__(self) -> None:
         require_positive(self, "width", "steps", "items_per_step", "images", "lr")
         require_at_least(self, 0, "weight_decay", "frozen")
-        require_share(self, "jitter", "smallest", "rare")
+        require_share(self, "jitter", "smallest", "pasted", "rare")
         require_positive(self, "smallest")
 
 

@@ -30,9 +30,7 @@ class Pyramid(nn.Module):
     """
 
     def __init__(self, name: str, frozen: int) -> None:
-        from hypdefect.features.networks import (
-            Backbone,  # timm takes seconds to import, and only segmenters need it here
-        )
+        from hypdefect.features.timm_networks import Backbone  # timm takes seconds to import
 
         super().__init__()
         self.spec = get_backbone(name)

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from hypdefect.errors import ArtifactError, ConfigError
-from hypdefect.features import networks
+from hypdefect.features import timm_networks
 from hypdefect.features.backbones import (
     BACKBONES,
     BackboneSpec,
@@ -23,7 +23,7 @@ from hypdefect.features.backbones import (
     weights_path,
 )
 from hypdefect.features.extract import RecipeConfig, RegionExtractor
-from hypdefect.features.networks import Backbone, SlicedSame, fold_batch_norms, load_in_order
+from hypdefect.features.timm_networks import Backbone, SlicedSame, fold_batch_norms, load_in_order
 from hypdefect.images import read_image
 
 import timm  # isort: skip
@@ -82,13 +82,13 @@ def test_features_are_those_of_the_plain_network_in_one_pass(name: str, monkeypa
     spec = get_backbone(name)
     path = min(Path(elpv_dataset.__file__).parent.glob("data/images/*.png"))
     new = RegionExtractor(Backbone(spec), RecipeConfig())
-    monkeypatch.setattr(networks, "pad_by_slicing", lambda net: None)
-    monkeypatch.setattr(networks, "CPU_BATCH", 4)
+    monkeypatch.setattr(timm_networks, "pad_by_slicing", lambda net: None)
+    monkeypatch.setattr(timm_networks, "CPU_BATCH", 4)
     plain = RegionExtractor(Backbone(spec), RecipeConfig())
     assert not any(isinstance(m, SlicedSame) for m in plain.backbone.modules())
     image = read_image(path)
     expected = plain(image, None)
-    monkeypatch.setattr(networks, "CPU_BATCH", 2)
+    monkeypatch.setattr(timm_networks, "CPU_BATCH", 2)
     for view, features in new(image, None).items():
         found, wanted = (x.half().view(torch.int16).int() for x in (features, expected[view]))
         assert (found - wanted).abs().max() <= 1

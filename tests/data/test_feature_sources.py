@@ -16,9 +16,9 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.features import clip
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, dims_of, extractor_for, region_center, window_slices
-from hypdefect.features.networks import Backbone, patch_grid
 from hypdefect.features.patches import patch_features
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.features.timm_networks import Backbone, patch_grid
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.methods.baselines import PrototypeConfig
 from hypdefect.predictor import ClassPredictor, Predictor, save_model

@@ -26,8 +26,8 @@ from hypdefect.features.extract import (
     views_of,
     window_slices,
 )
-from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS, region_shape
+from hypdefect.features.timm_networks import Backbone
 from hypdefect.types import VIEWS
 
 RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)

@@ -23,10 +23,10 @@ from hypdefect.families.plan import extraction_key, image_requests
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
-from hypdefect.features.networks import Backbone
 from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.store import FeatureStore
+from hypdefect.features.timm_networks import Backbone
 from hypdefect.features.transform import TransformConfig
 from hypdefect.images import read_image, read_mask
 from hypdefect.types import VIEWS

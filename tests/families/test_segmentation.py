@@ -146,6 +146,28 @@ def test_training_shows_an_epoch_as_often_as_its_classes_ask_for(task: Any) -> N
     assert other.epoch != training.epoch
 
 
+def test_defects_of_other_images_are_pasted_by_chance(task: Any) -> None:
+    _, fitting, _ = task
+    settings: dict[str, Any] = TINY | {"images": 1, "rare": 0.0, "jitter": 0.0}
+
+    def items(chance: float) -> list[Any]:
+        run = RunConfig(name="fpn", method=settings | {"pasted": chance})
+        training = segmentation.training_of(run, fitting, Setting(), 0)
+        return [training.item(number) for number in range(len(fitting.learned))]
+
+    def marked(batches: list[Any]) -> float:
+        return float(np.mean([(batch.targets > 0).float().mean() for batch in batches]))
+
+    never, half, always = items(0.0), items(0.5), items(1.0)
+    assert marked(never) < marked(half) < marked(always)
+    assert all(torch.equal(a.views["pixels"], b.views["pixels"]) for a, b in zip(always, items(1.0), strict=True))
+    labels = [len(set(batch.targets.unique().tolist()) - {0}) for batch in always]
+    assert max(labels) == 2  # of images with one class each
+    assert min(labels) == 1  # good parts get one, too
+    with pytest.raises(ConfigError, match="pasted"):
+        RunConfig(name="fpn", method=settings | {"pasted": 1.5})
+
+
 def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
     _, fitting, _ = task
     training = segmentation.training_of(RunConfig(name="hadnet", method=TINY), fitting, Setting(), 0)

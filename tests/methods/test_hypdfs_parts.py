@@ -13,7 +13,7 @@ from torch import Tensor
 from hypdefect.datasets.readers.elpv import default_root, scan
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, RegionExtractor, dims_of
-from hypdefect.features.networks import Backbone
+from hypdefect.features.timm_networks import Backbone
 from hypdefect.features.transform import FeatureTransform, TransformConfig
 from hypdefect.geometry import expmap0
 from hypdefect.images import read_image
