@@ -250,7 +250,9 @@ def show_worth(
 
 def loss_line(losses: list[float], seconds: float) -> str:
     last = losses[-20:]
-    return f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f} in {len(losses)} steps, {seconds:.0f} s since this start"
+    return (
+        f"loss {losses[0]:.4f} -> {sum(last) / len(last):.4f} in {len(losses)} steps, {seconds:.0f} s since this start"
+    )
 
 
 if __name__ == "__main__":

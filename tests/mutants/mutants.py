@@ -300,6 +300,22 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="images of rare classes come as often as others",
     ),
     Mutant(
+        name="pasted",
+        file="hypdefect/images/pasted_regions.py",
+        old="pixels = (pixels - around.mean()) * contrast + wanted.mean()",
+        new="pixels = pixels",
+        tests=("tests/test_pasted_regions.py",),
+        breaks="a pasted defect keeps the brightness of the image it comes from",
+    ),
+    Mutant(
+        name="left-out",
+        file="hypdefect/distributed/tournament.py",
+        old="if set(names) & set(job.methods):",
+        new="if False:",
+        tests=("tests/test_tournament.py",),
+        breaks="a method that was asked for by name is left out in silence",
+    ),
+    Mutant(
         name="expected-score",
         file="hypdefect/methods/expected_score.py",
         old="(x.clamp(*self.limits) @ self.slopes).exp()",
