@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches
+from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches, validation_episodes
 from hypdefect.errors import DataError
-from tests.tiny_dataset import make_mtd_tree
+from tests.tiny_dataset import make_elpv_tree, make_mtd_tree
 from tests.trees import make_neu_seg_tree
 
 
@@ -24,17 +24,26 @@ def test_methods_that_need_good_parts_leave_all_where_there_are_none(
     trees = {
         "mtd": make_mtd_tree(tmp_path / "mtd", per_class=12),
         "neu_seg": make_neu_seg_tree(tmp_path / "neu_seg", per_class=12),
+        "elpv": make_elpv_tree(tmp_path / "elpv", per_class=6),  # good parts are classes
     }
 
-    def job(dataset: str, *methods: str) -> EvaluateConfig:
+    def job(dataset: str, *methods: str, shots: tuple[int, ...] = (1,)) -> EvaluateConfig:
         return EvaluateConfig(
-            dataset=dataset, root=trees[dataset], methods=methods, split="random", shots=(1,), partitions=2
+            dataset=dataset, root=trees[dataset], methods=methods, split="random", shots=shots, partitions=2
         )
 
-    good, none = (planned(job(dataset, "all")) for dataset in trees)
+    good, none, _ = (planned(job(dataset, "all")) for dataset in trees)
     assert [plan.config.partition for plan in planned_patches(job("mtd", "all"), good)] == [0, 1]
     assert planned_patches(job("mtd", "prototype"), good) == []
     assert planned_patches(job("neu_seg", "all"), none) == []
     assert "amc left out of all methods: neu_seg has no normal images" in caplog.text
     with pytest.raises(DataError, match="has no normal images"):
         planned_patches(job("neu_seg", "all", "amc"), none)
+    few = job("elpv", "all", shots=(1, 3))
+    assert planned_patches(few, planned(few)) == []
+    by_name = job("elpv", "amc", shots=(1, 3))
+    with pytest.raises(DataError, match=r"class '\w+_good' has [12] support candidates beside .*; K = 3 needs as many"):
+        planned_patches(by_name, planned(by_name))
+    once = job("elpv", "amc")
+    plans = planned_patches(once, planned(once))
+    assert validation_episodes(once, plans, fixed=False) == {1: 0}  # of one image left no query can be drawn

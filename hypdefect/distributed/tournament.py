@@ -48,7 +48,7 @@ FAMILIES = ("few_shot", "few_shot_patches")
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluateConfig(TaskConfig):
     methods: tuple[str, ...] = ("hypdfs", "prototype", "logistic_regression", "shrinkage_lda")
-    """Names of methods; all: every one that the image set has what it needs for: amc needs images of good parts."""
+    """Names of methods. all: every method, amc only where the image set shows good parts."""
     patch_backbone: str = "patchcore_lite0"
     """Where methods that read patches get them."""
     shots: tuple[int, ...] = (1, 3, 5)
@@ -135,6 +135,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     plans = planned(job)
     patches = planned_patches(job, plans) if fixed is None else []
     episodes = validation_episodes(job, plans, fixed=fixed is not None)
+    episodes_of_patches = validation_episodes(job, patches, fixed=False)  # the pool may be smaller
     kind = "" if job.masks == "oracle" else f"/masks {job.masks}"  # no main run: it would be taken for the set's newest
     names = (f"{study}{kind}" for study in ("main", CEILING))
     run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=name) for name in names)
@@ -157,7 +158,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
                 start=start,
                 progress=advance,
             )
-        scored += of_patches(job, spaces, patches[place], episodes) if patches else []
+        scored += of_patches(job, spaces, patches[place], episodes_of_patches) if patches else []
         for one in scored:
             spent[one.config.name] += one.seconds
         rows += ledger.rows_of(scored, run, number, plan.classes)
@@ -167,13 +168,13 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
 
 
 def planned_patches(job: EvaluateConfig, plans: Sequence[TaskPlan]) -> list[PatchPlan]:
-    """The task of methods that read patches at each partition; [] where there are none, or where the image set has no
-    good parts and `all` alone asks for them.
+    """The task of methods that read patches at each partition; [] where there are none, or where the image set has too
+    few good parts and `all` alone asks for them.
 
     Draws are the same where the pool is: it is not where good parts are a class (`few_shot_patches.plan`).
 
     Raises:
-        DataError: no good parts, and one of these methods was asked for by name.
+        DataError: too few good parts, and one of these methods was asked for by name.
     """
     names = job.of_family("few_shot_patches")
     if not names:

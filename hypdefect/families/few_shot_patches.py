@@ -5,6 +5,7 @@ Masks play no part: where a part is not normal, its patches differ from the bank
 
 import hashlib
 import logging
+from collections import Counter
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     Of an image set whose normals are all candidates every second one remains a candidate.
 
     Raises:
-        ConfigError: the features are vectors. DataError: no normal images.
+        ConfigError: the features are vectors. DataError: no normal images, or fewer than K of a class left beside them.
     """
     task = few_shot.plan(config, manifest, imported)
     if task.key.grid is None:
@@ -96,6 +97,14 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     candidates = set(task.pool_ids)
     bank = [i for i in task.normal_ids if i not in candidates] or list(task.normal_ids[::2])
     pool = tuple(sorted(candidates - set(bank)))
+    class_of = dict(zip(manifest["image_id"].to_pylist(), manifest["defect"].to_pylist(), strict=True))
+    left = Counter(class_of[i] for i in pool)
+    for name in task.classes:
+        if left[name] < config.k_shot:
+            raise DataError(
+                f"class {name!r} has {left[name]} support candidates beside the normal images that residuals are taken "
+                f"from; K = {config.k_shot} needs as many: add images of good parts, or lower K"
+            )
     parts = {"uses_mask": False, "normal_ids": tuple(bank), "pool_ids": pool}
     return PatchPlan(**{f.name: getattr(task, f.name) for f in fields(task)} | parts)
 
