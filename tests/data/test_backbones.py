@@ -108,8 +108,9 @@ from hypdefect.features.backbones import compute_on_one_thread
 if sys.argv[1] == "set up":
     compute_on_one_thread()
 def layers():
-    maps = [torch.zeros(6_000_000) for _ in range(4)]
-layers()
+    maps = [torch.zeros(10_000_000) for _ in range(4)]
+for _ in range(10):
+    layers()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(5):
     layers()
@@ -119,13 +120,15 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries have other allocators")
 def test_memory_of_a_layer_serves_the_next_one() -> None:
+    """Maps of 40 MB, which glibc maps anew each time by default: it never keeps a block of over 32 MiB.
+
+    The first rounds are not counted: where the heap begins is luck, and it grows for up to three of them.
+    """
     by_default, kept = (
         int(subprocess.run([sys.executable, "-c", PAGES, how], capture_output=True, text=True, check=True).stdout)
         for how in ("default", "set up")
     )
-    # Where the C library's heap begins is luck: either may fault in one of its four blocks once more, which is a fifth
-    # of the fewest that the default was seen to need.
-    assert kept < by_default / 3
+    assert kept < by_default / 10
 
 
 def test_package_weights_give_two_maps_at_stride_16_and_32() -> None:
