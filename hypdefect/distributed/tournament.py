@@ -36,13 +36,11 @@ from hypdefect.methods import get_method, methods_of
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.progress import progress
 from hypdefect.results import ledger
-from hypdefect.results.sections import CEILING
+from hypdefect.results.sections import CEILING, FAMILIES
 
 logger = logging.getLogger(__name__)
 Spaces = Callable[[str], ModuleType]
 """The search space of a name."""
-FAMILIES = ("few_shot", "few_shot_patches")
-"""Of the methods that can be compared."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

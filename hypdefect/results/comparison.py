@@ -128,7 +128,7 @@ def best_euclidean(rows: list[Row], k_shot: int, by: Literal["validation", "accu
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Claims:
-    """The three comparisons that decide what HypDFS is worth. `name` of each difference is HypDFS's own row."""
+    """The comparisons that decide what HypDFS is worth. `name` of each difference is HypDFS's own row."""
 
     plain: list[Difference]
     """(a) Against every peer on plain features."""
@@ -136,11 +136,13 @@ class Claims:
     """(b) Against the same peers given the same meta-trained features; empty where the run had none."""
     twin: list[Difference]
     """(c) Against its own c = 0 twin at matched distance scale, on the same features."""
+    patches: list[Difference]
+    """(d) Against methods that read patches of the whole image and no mask; empty where the run had none."""
 
 
 def claims(table: pa.Table) -> Claims:
-    """The three comparisons, with HypDFS on meta-trained features where the run has these, else on plain ones."""
-    found = Claims(plain=[], meta=[], twin=[])
+    """The comparisons, with HypDFS on meta-trained features where the run has these, else on plain ones."""
+    found = Claims(plain=[], meta=[], twin=[], patches=[])
     for k_shot in sorted(set(table["k_shot"].to_pylist())):
         rows = {r.name: r for r in leaderboard(table.filter(pc.equal(table["k_shot"], k_shot)))}
         features = next((f for f in ("meta", "plain") if display_name(OURS, f) in rows), None)
@@ -151,6 +153,7 @@ def claims(table: pa.Table) -> Claims:
         sides = (
             (found.plain, [r.name for r in peers if r.features == "plain"]),
             (found.meta, [r.name for r in peers if r.features == "meta"]),
+            (found.patches, [r.name for r in peers if r.features == "patches"]),
             (found.twin, [n for n in rows if n == display_name(OURS, features, TWIN)]),
         )
         for side, names in sides:

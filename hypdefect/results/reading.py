@@ -75,7 +75,7 @@ def leads_of(section: Section) -> dict[tuple[int, str], Lead]:
     if ours is None:
         return {}
     decided = claims(section.main)
-    tested = {(d.k_shot, d.reference): d for d in (*decided.plain, *decided.meta, *decided.twin)}
+    tested = {(d.k_shot, d.reference): d for d in (*decided.plain, *decided.meta, *decided.twin, *decided.patches)}
     leads = {}
     for difference in paired_to(section.main, ours.name):
         key = (difference.k_shot, difference.name)
@@ -129,6 +129,8 @@ def reading(section: Section) -> str:
         text.append(_against_peers(decided.meta, "given the same meta-trained features", label))
     elif ours.features == "meta":
         text.append("No peer was run on the meta-trained features.")
+    if decided.patches:
+        text.append(_against_peers(decided.patches, "on patches and without masks", label))
     if decided.twin:
         parts = [f"{d.verdict} at K = {d.k_shot} ({format_difference(d.interval)})" for d in decided.twin]
         text.append(f"Beside its own c = 0 twin it is {list_words(parts)}.")

@@ -17,6 +17,8 @@ from hypdefect.results.comparison import display_name
 MAIN = "main"
 CEILING = "ceiling"
 """Study of the ledger: logistic regression on all of the pool, K = 0."""
+FAMILIES = ("few_shot", "few_shot_patches")
+"""Of the methods that are compared with one another."""
 CURVATURE = "curvature"
 ABLATION = "ablation/"
 """What studies that change one field of the full method begin with."""
@@ -106,7 +108,7 @@ def current_sections(table: pa.Table, label: str = "") -> list[Section]:
     Raises:
         ConfigError: the ledger holds no main run, or none of this label.
     """
-    newest = ledger.latest(table.filter(pc.equal(table["family"], "few_shot")))
+    newest = ledger.latest(table.filter(pc.is_in(table["family"], pa.array(FAMILIES))))
     tasks: dict[tuple[str, str, str, str], dict[str, pa.Table]] = {}
     names = ("label", "backbone", "split", "protocol", "study")
     keys = list(zip(*(newest[name].to_pylist() for name in names), strict=True))

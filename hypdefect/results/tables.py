@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from hypdefect.evaluation import TrialResult
-from hypdefect.results.comparison import Difference, Row, best_euclidean, claims, leaderboard, paired_to
+from hypdefect.results.comparison import Claims, Difference, Row, best_euclidean, claims, leaderboard, paired_to
 from hypdefect.statistics import Interval, interval, paired
 
 
@@ -129,8 +129,8 @@ def evaluation_tables(rows: pa.Table, protocol: str) -> list[Table]:
             )
         tables.append(table)
     decided = claims(rows)
-    if decided.plain or decided.meta or decided.twin:
-        tables.append(claims_table(decided.plain, decided.meta, decided.twin, shots))
+    if decided.plain or decided.meta or decided.twin or decided.patches:
+        tables.append(claims_table(decided, shots))
     return tables
 
 
@@ -182,17 +182,16 @@ def leaderboard_table(rows: Sequence[Row], fair: Sequence[Difference], strict: S
     return table
 
 
-def claims_table(
-    plain: Sequence[Difference], meta: Sequence[Difference], twin: Sequence[Difference], shots: Sequence[int]
-) -> Table:
+def claims_table(decided: Claims, shots: Sequence[int]) -> Table:
     """HypDFS minus each peer, a column for each K."""
     table = Table(title="HypDFS against the others: accuracy points, paired, ± 95 % (p corrected)")
     for column in ("", *(f"K = {k}" for k in shots)):
         table.add_column(column, justify="right" if column else "left")
     for title, side in (
-        ("(a) every peer on plain features", plain),
-        ("(b) the same peers on the same meta-trained features", meta),
-        ("(c) its own c = 0 twin at matched distance scale", twin),
+        ("(a) every peer on plain features", decided.plain),
+        ("(b) the same peers on the same meta-trained features", decided.meta),
+        ("(c) its own c = 0 twin at matched distance scale", decided.twin),
+        ("(d) methods that see patches and no mask", decided.patches),
     ):
         table.add_section()
         table.add_row(f"{title}{'' if side else ': not in this run'}", style="bold")

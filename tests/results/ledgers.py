@@ -63,13 +63,16 @@ def generated(
                             command="python jobs/evaluate.py --dataset mtd --methods all",
                             label=label,
                             dataset=label,
+                            family="few_shot_patches" if features == "patches" else "few_shot",
                             backbone="efficientnet_lite0",
                             study=study,
                             split=split,
                             method=method,
                             variant=variant,
                             features=features,
-                            method_config=json.dumps(to_mapping(RunConfig(name=method, features=features))),
+                            method_config=json.dumps(
+                                to_mapping(RunConfig(name=method, features="meta" if features == "meta" else "plain"))
+                            ),
                             validation=float(correct),
                             k_shot=k,
                             partition=partition,

@@ -5,7 +5,7 @@ import pytest
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import TWIN, TrialResult
 from hypdefect.results.comparison import leaderboard
-from hypdefect.results.reading import reading
+from hypdefect.results.reading import leads_of, reading
 from hypdefect.results.sections import current_sections
 from hypdefect.results.tables import trial_table
 from tests.ledger_rows import as_table
@@ -54,6 +54,16 @@ def test_the_ceiling_is_said_where_it_was_measured() -> None:
     assert f"{said}{row.accuracy.percent()} % on plain features." in reading(section)
     (section,) = current_sections(as_table(parts[0]))
     assert said not in reading(section)
+
+
+def test_methods_that_read_patches_stand_on_the_page_and_are_told_from_chance() -> None:
+    rows = generated(MAIN | {("amc", "patches", ""): -0.3}, shots=(5,), partitions=12)
+    (section,) = current_sections(as_table(rows))
+    assert "amc, patches" in {row.name for row in leaderboard(section.main)}
+    assert leads_of(section)[5, "amc, patches"].verdict == "ahead"
+    assert "Beside the one peer on patches and without masks it is ahead of it at every K" in reading(section)
+    (plain,) = current_sections(as_table(generated(MAIN, shots=(5,))))
+    assert "patches" not in reading(plain)
 
 
 def test_the_newest_run_of_each_task_is_shown() -> None:
