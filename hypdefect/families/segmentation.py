@@ -294,9 +294,16 @@ def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: 
 
 
 def finished(model: nn.Module, fitting: Fitting, setting: Setting, number: int) -> Segmenter:
-    """A trained network, ready to answer."""
-    cast(TrainedSegmenter, model).finish()
-    return cast(Segmenter, model)
+    """A trained network, ready to answer; whether it names regions as wholes is chosen on the images of validation."""
+    segmenter = cast(TrainedSegmenter, model)
+    segmenter.finish()
+    if segmenter.config.regions == "validated":
+        values = []
+        for whole in (False, True):
+            segmenter.whole_regions.fill_(whole)
+            values.append(measured(segmenter, fitting.validated, fitting.classes, fitting.side).compute()["miou"])
+        segmenter.whole_regions.fill_(values[1] > values[0])
+    return cast(Segmenter, segmenter)
 
 
 def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:

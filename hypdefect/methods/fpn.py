@@ -5,15 +5,20 @@ Shapes: N images, K outputs, one a defect class and background, H W pixels.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from scipy import ndimage
 from torch import Tensor, nn
 
 from hypdefect.methods.pyramid import BACKBONE_RATE, Laterals, Pyramid, pixel_loss
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
+
+FAR = 30.0
+"""How far below the named class the others of a region are, in logits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,6 +48,9 @@ class SegmenterConfig:
     rare: float = 0.3
     """Of a class that a share f < `rare` of the images shows, the images come sqrt(rare / f) times an epoch (repeat
     factor sampling; Gupta et al., CVPR 2019); 0: every image comes once."""
+    regions: Literal["validated", "whole", "pixels"] = "validated"
+    """Not in the papers. whole: a connected region is one defect and gets one name (`name_regions`); pixels: each
+    location is named by itself; validated: what the trained network does better on the images of validation."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,11 +69,13 @@ class TrainedSegmenter(nn.Module, ABC):
     """A network of pixels: `scores` of a subclass, its loss, and what the registry keeps, all of its tensors."""
 
     needs: ClassVar[Needs] = "pixels"
+    whole_regions: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
         self.trained = False
+        self.register_buffer("whole_regions", torch.tensor(config.regions == "whole"))
 
     def begin(self, painted: Batches) -> None:
         """What is decided before step 0; `painted` are images (view "clean"), the same with pseudo-defects painted on
@@ -96,9 +106,10 @@ class TrainedSegmenter(nn.Module, ABC):
         if not self.trained:
             raise RuntimeError(f"{type(self).__name__}.logits needs a trained network")
         pixels = batch.views["pixels"]
-        return nn.functional.interpolate(
-            self.scores(pixels), size=pixels.shape[2:], mode="bilinear", align_corners=False
-        )
+        scores = self.scores(pixels)
+        if self.whole_regions:
+            scores = name_regions(scores)
+        return nn.functional.interpolate(scores, size=pixels.shape[2:], mode="bilinear", align_corners=False)
 
     def finish(self) -> None:
         """Training is over."""
@@ -111,6 +122,27 @@ class TrainedSegmenter(nn.Module, ABC):
     def restore(self, tensors: dict[str, Tensor]) -> None:
         self.load_state_dict(tensors)
         self.finish()
+
+
+def name_regions(logits: Float[Tensor, "N K h w"]) -> Float[Tensor, "N K h w"]:
+    """Give all of a connected region's share of defects to one class: that of the largest mean share.
+
+    A region is 8-connected and holds the locations whose shares of the defects sum to more than that of background.
+    What is background stays so, and so does what each location says of it.
+    """
+    shares = logits.float().softmax(1)
+    found = (shares[:, 0] < 0.5).numpy(force=True)
+    defects = shares[:, 1:].numpy(force=True)
+    winners = np.zeros(found.shape, dtype=np.int64)
+    for number in np.flatnonzero(found.any((1, 2))):
+        regions, count = ndimage.label(found[number], np.ones((3, 3)))
+        means = np.stack([ndimage.mean(share, regions, range(1, count + 1)) for share in defects[number]])
+        winners[number] = np.concatenate([[0], 1 + means.argmax(0)])[regions]
+    winner = torch.from_numpy(winners).to(logits.device)[:, None]
+    together = logits[:, 1:].logsumexp(1, keepdim=True)
+    classes = torch.arange(1, logits.shape[1], device=logits.device).view(1, -1, 1, 1)
+    named = torch.where(classes == winner, together, together - FAR)
+    return torch.cat([logits[:, :1], torch.where(winner > 0, named, logits[:, 1:])], 1)
 
 
 class FPN(TrainedSegmenter):

@@ -195,6 +195,30 @@ def test_a_network_ends_at_the_weights_that_validate_best(task: Any) -> None:
     assert seen == values[: len(seen)]
 
 
+def test_regions_are_named_as_wholes_where_that_validates_better(task: Any) -> None:
+    _, fitting, _ = task
+    chosen = set()
+    for seed in range(8):
+        runs = {
+            r: RunConfig(name="fpn", method=TINY | {"regions": r, "seed": seed})
+            for r in ("whole", "pixels", "validated")
+        }
+        models = {r: run.model(len(fitting.classes)) for r, run in runs.items()}
+        for name, model in models.items():
+            segmentation.finished(model, fitting, Setting(), 0)
+            assert name == "validated" or model.whole_regions == (name == "whole")
+        value = {
+            r: measured(m, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
+            for r, m in models.items()
+        }
+        assert value["validated"] == max(value.values())
+        chosen.add(bool(models["validated"].whole_regions))
+        kept = runs["validated"].model(len(fitting.classes))
+        kept.restore(models["validated"].export())
+        assert torch.equal(kept.whole_regions, models["validated"].whole_regions)
+    assert chosen == {False, True}
+
+
 def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     task: Any, job: TaskConfig, tmp_path: Path
 ) -> None:

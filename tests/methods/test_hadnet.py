@@ -8,10 +8,12 @@ import geoopt
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from hypdefect.errors import ConfigError
-from hypdefect.methods.fpn import FPN, FPNConfig
+from hypdefect.methods.fpn import FPN, FPNConfig, name_regions
 from hypdefect.methods.hadnet import HADNet, HADNetConfig, largest_channels, selection_losses
 from hypdefect.methods.pyramid import BACKBONE_RATE, pixel_loss
 from hypdefect.training import SteppedConfig, fit, optimizer_of
@@ -91,6 +93,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no loss of HST": {"hyperbolic": 0.0},
     "teacher": {"teacher": 1.0},
     "all of the network": {"frozen": 0},
+    "regions named as wholes": {"regions": "whole"},
 }
 
 
@@ -103,6 +106,38 @@ def usual() -> torch.Tensor:
 def test_every_part_changes_the_answer(name: str, usual: torch.Tensor) -> None:
     other = trained(replace(TINY, **CHANGES[name]), steps=6)[0].logits(marked(2, seed=77))
     assert (other - usual).abs().max() > 1e-3
+
+
+def test_a_region_is_named_as_a_whole_by_its_mean_share() -> None:
+    """Two regions that touch at a corner are one; the third, three to two for class 2, is named by itself."""
+    shares = torch.full((1, 3, 6, 6), 0.02)
+    shares[:, 0] = 0.96
+    for place, share in {
+        (0, 0): (0.7, 0.1),
+        (0, 1): (0.2, 0.5),
+        (1, 2): (0.6, 0.3),
+        (4, 4): (0.1, 0.5),
+        (5, 4): (0.45, 0.2),
+    }.items():
+        shares[0, 1:, place[0], place[1]] = torch.tensor(share)
+        shares[0, 0, place[0], place[1]] = 1 - sum(share)
+    before, after = shares.argmax(1), name_regions(shares.log()).argmax(1)
+    assert (before[0, 0, 1], before[0, 5, 4]) == (2, 1)
+    expected = torch.zeros(6, 6, dtype=torch.long)
+    expected[0, 0] = expected[0, 1] = expected[1, 2] = 1
+    expected[4, 4] = expected[5, 4] = 2
+    assert torch.equal(after[0], expected)
+
+
+@given(seed=st.integers(0, 2**31), batch=st.integers(1, 3), classes=st.integers(1, 4))
+def test_naming_regions_moves_no_share_to_or_from_background(seed: int, batch: int, classes: int) -> None:
+    logits = 3 * torch.randn(batch, classes + 1, 5, 7, generator=torch.Generator().manual_seed(seed))
+    shares, named = logits.softmax(1), name_regions(logits).softmax(1)
+    torch.testing.assert_close(named[:, 0], shares[:, 0])
+    found = shares[:, 0] < 0.5
+    torch.testing.assert_close(named.movedim(1, 3)[~found], shares.movedim(1, 3)[~found])
+    torch.testing.assert_close(named[:, 1:].amax(1)[found], (1 - shares[:, 0])[found])
+    assert torch.equal(named.argmax(1) > 0, found)
 
 
 def test_the_twin_is_the_limit_of_curvature_0() -> None:

@@ -300,6 +300,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="images of rare classes come as often as others",
     ),
     Mutant(
+        name="whole-regions",
+        file="hypdefect/methods/fpn.py",
+        old="1 + means.argmax(0)",
+        new="1 + means.argmin(0)",
+        tests=("tests/methods/test_hadnet.py",),
+        breaks="a region gets the name that fits it least",
+    ),
+    Mutant(
         name="pasted",
         file="hypdefect/images/pasted_regions.py",
         old="pixels = (pixels - around.mean()) * contrast + wanted.mean()",
