@@ -127,8 +127,8 @@ class TrainedSegmenter(nn.Module, ABC):
 def name_regions(logits: Float[Tensor, "N K h w"]) -> Float[Tensor, "N K h w"]:
     """Give all of a connected region's share of defects to one class: that of the largest mean share.
 
-    A region is 8-connected and holds the locations whose shares of the defects sum to more than that of background.
-    What is background stays so, and so does what each location says of it.
+    A region is 8-connected. It holds the locations where background has less than half of the share. The shares of
+    background do not change, nor do locations outside the regions.
     """
     shares = logits.float().softmax(1)
     found = (shares[:, 0] < 0.5).numpy(force=True)
