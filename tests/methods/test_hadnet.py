@@ -109,7 +109,7 @@ def test_every_part_changes_the_answer(name: str, usual: torch.Tensor) -> None:
 
 
 def test_a_region_is_named_as_a_whole_by_its_mean_share() -> None:
-    """Three locations, two of which touch at a corner alone, are one region of class 1; two others are one of class 2."""
+    """Three locations, of which two touch at a corner alone, are a region of class 1; two others are one of class 2."""
     shares = torch.full((1, 3, 6, 6), 0.02)
     shares[:, 0] = 0.96
     for place, share in {
