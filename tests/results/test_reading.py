@@ -7,7 +7,7 @@ from hypdefect.evaluation import TWIN, TrialResult
 from hypdefect.results.comparison import leaderboard
 from hypdefect.results.reading import leads_of, reading
 from hypdefect.results.sections import current_sections
-from hypdefect.results.tables import trial_table
+from hypdefect.results.tables import evaluation_tables, trial_table
 from tests.ledger_rows import as_table
 from tests.results.ledgers import MAIN, Truth, generated, true_differences
 
@@ -62,6 +62,8 @@ def test_methods_that_read_patches_stand_on_the_page_and_are_told_from_chance() 
     assert "amc, patches" in {row.name for row in leaderboard(section.main)}
     assert leads_of(section)[5, "amc, patches"].verdict == "ahead"
     assert "Beside the one peer on patches and without masks it is ahead of it at every K" in reading(section)
+    decided = [str(cell) for cell in evaluation_tables(section.main, "draws")[-1].columns[0].cells]
+    assert decided[-1].strip() == "hypdfs - amc, patches"
     (plain,) = current_sections(as_table(generated(MAIN, shots=(5,))))
     assert "patches" not in reading(plain)
 
