@@ -63,7 +63,7 @@ def test_methods_that_read_patches_stand_on_the_page_and_are_told_from_chance() 
     assert leads_of(section)[5, "amc, patches"].verdict == "ahead"
     assert "Beside the one peer on patches and without masks it is ahead of it at every K" in reading(section)
     decided = [str(cell) for cell in evaluation_tables(section.main, "draws")[-1].columns[0].cells]
-    assert decided[-1].strip() == "hypdfs - amc, patches"
+    assert decided[-1].strip() == "hypdfs, meta - amc, patches"
     (plain,) = current_sections(as_table(generated(MAIN, shots=(5,))))
     assert "patches" not in reading(plain)
 
