@@ -8,6 +8,7 @@ python jobs/train.py --dataset folder --root textures --base pool --train.n-way 
 python jobs/train.py --method amc --dataset mtd --backbone patchcore_lite0 --workers 2: AMC's encoder on pseudo classes
 
 python jobs/train.py --method hypad --dataset mtd --workers 2: a detector's networks on images of good parts
+(or bank_and_hypad: the same beside PatchCore's bank)
 
 python jobs/train.py --method hadnet --dataset neu_seg --workers 2: a segmenter (or fpn, its plain peer) on masks
 
@@ -39,6 +40,7 @@ from hypdefect.families.starts import load_start
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, write_json
 from hypdefect.images.pseudo_defects import SynthesisConfig
+from hypdefect.methods.bank_and_hypad import BankAndHypADConfig
 from hypdefect.methods.fpn import FPNConfig
 from hypdefect.methods.hadnet import HADNetConfig
 from hypdefect.methods.hypad import HypADConfig
@@ -47,7 +49,7 @@ from hypdefect.results.detection_figure import plot_detections
 from hypdefect.results.segmentation_figure import plot_segmentations
 from hypdefect.results.tables import metrics_table, worth_table
 
-MethodName = Literal["hypdfs", "amc", "hypad", "hadnet", "fpn"]
+MethodName = Literal["hypdfs", "amc", "hypad", "bank_and_hypad", "hadnet", "fpn"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +113,15 @@ class TrainHypADJob(DetectionConfig, PublishedOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TrainBankAndHypADJob(DetectionConfig, PublishedOptions):
+    method: MethodName = "bank_and_hypad"
+    """What is trained."""
+    bank_and_hypad: BankAndHypADConfig = field(default_factory=BankAndHypADConfig)
+    report_every: int = 50
+    """Steps between checkpoints."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainHADNetJob(SegmentationConfig, PublishedOptions):
     method: MethodName = "hadnet"
     """What is trained."""
@@ -126,6 +137,7 @@ class TrainFPNJob(SegmentationConfig, PublishedOptions):
 
 JOBS: dict[str, type[Any]] = {
     "hypad": TrainHypADJob,
+    "bank_and_hypad": TrainBankAndHypADJob,
     "amc": TrainAMCJob,
     "hadnet": TrainHADNetJob,
     "fpn": TrainFPNJob,
@@ -136,8 +148,8 @@ JOBS: dict[str, type[Any]] = {
 def main() -> None:
     configure_logging()
     job, options = parse_one_of("method", JOBS, TrainJob, __doc__)
-    if job.method == "hypad":
-        train_hypad(job, options)
+    if job.method in ("hypad", "bank_and_hypad"):
+        train_detector(job, options)
     elif job.method in ("hadnet", "fpn"):
         train_segmenter(job, options)
     elif job.method == "amc":
@@ -146,8 +158,8 @@ def main() -> None:
         train_hypdfs(job, options)
 
 
-def train_hypad(job: TrainHypADJob, options: JobOptions) -> None:
-    run = RunConfig(name="hypad", method=job.hypad, pretrained=False)
+def train_detector(job: TrainHypADJob | TrainBankAndHypADJob, options: JobOptions) -> None:
+    run = RunConfig(name=job.method, method=getattr(job, job.method), pretrained=False)
     setting = detection.Setting(seed=job.seed, calibration_share=job.calibration_share, false_alarms=job.false_alarms)
     result = train_published(job, run, setting, plot_detections)
     plan = result.plan
@@ -161,7 +173,7 @@ def train_segmenter(job: TrainHADNetJob | TrainFPNJob, options: JobOptions) -> N
 
 
 def train_published(
-    job: TrainHypADJob | TrainHADNetJob | TrainFPNJob, run: RunConfig, setting: Any, draw: Any
+    job: TrainHypADJob | TrainBankAndHypADJob | TrainHADNetJob | TrainFPNJob, run: RunConfig, setting: Any, draw: Any
 ) -> Trained:
     with connected():
         return train_networks(

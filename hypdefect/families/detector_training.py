@@ -1,7 +1,8 @@
 """Training of detectors that are networks: what an item holds, for this process and for Ray Train alike.
 
 An item is a few normal images, each perhaps with another brightness, contrast and saturation, the teacher's patches of
-them as they then are, and as many pieces of pictures of other things, half as wide. It depends on its number alone.
+them as they then are, and as many pieces of pictures of other things, half as wide. It depends on its number alone. The
+patches of an image as it is are the stored ones; the teacher computes those of the others.
 
 Shapes: N images of an item, S side of the network input.
 """
@@ -9,7 +10,7 @@ Shapes: N images of an item, S side of the network input.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -30,13 +31,21 @@ GREY = 0.3
 LUMA = (0.299, 0.587, 0.114)
 
 
+class StoredImages(Batches, Protocol):
+    """Images whose patches are stored, in the order of their files."""
+
+    def select(self, positions: Sequence[int]) -> Batches:
+        """Some of them."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DetectorTraining:
     """A `training.Training`: the networks of a detector on normal images."""
 
     run: RunConfig
     dim: int
-    normals: Batches
+    normals: StoredImages
     """The stored patches of the images in `files`."""
     files: tuple[ImageFile, ...]
     backbone: str
@@ -76,8 +85,15 @@ class DetectorTraining:
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
         chosen = in_epochs(number, method.images, len(self.files), method.seed)
         side = self.recipe.whole_size
-        pixels = torch.stack([jittered(self.files[i].read(side), method.jitter, generator) for i in chosen])
-        views = _teacher(self.backbone, self.recipe).of_inputs(pixels)
+        images = [self.files[i].read(side) for i in chosen]
+        seen = [jittered(image, method.jitter, generator) for image in images]
+        patches = torch.cat([batch.views["patch"] for batch in self.normals.select(chosen)])
+        changed = [row for row, (image, own) in enumerate(zip(images, seen, strict=True)) if own is not image]
+        if changed:
+            inputs = [seen[row][None] for row in changed]
+            with torch.no_grad():
+                patches[changed] = _teacher(self.backbone, self.recipe).patches(inputs)
+        views = {"patch": patches, "pixels": torch.stack(seen)}
         views["unrelated"] = torch.stack([unrelated(self.pictures, side // 2, generator) for _ in chosen])
         none = torch.zeros(len(chosen), dtype=torch.long)
         return Batch(image_ids=tuple(self.files[i].uri for i in chosen), views=views, labels=none, aug_index=none)
@@ -100,7 +116,7 @@ def shuffled_order(total: int, seed: int, epoch: int) -> list[int]:
 @functools.lru_cache(maxsize=1)
 def _teacher(backbone: str, recipe: RecipeConfig) -> PatchExtractor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    extractor = extractor_for(get_backbone(backbone), recipe, device, needs="patches+pixels")
+    extractor = extractor_for(get_backbone(backbone), recipe, device, needs="patches")
     assert isinstance(extractor, PatchExtractor)
     return extractor
 

@@ -372,15 +372,11 @@ class PatchExtractor:
     def forward(self, prepared: Prepared) -> dict[str, Float[Tensor, "A h w D"]]:
         """Patches of the image (row 0) and of its copies (rows 1..), float32 on the CPU."""
         inputs = [views["patch"][0] for views in prepared.copies]
-        return self.of_inputs(torch.cat(inputs)) if self.pixels else {"patch": self.patches(inputs)}
-
-    @torch.inference_mode()
-    def of_inputs(self, pixels: Float[Tensor, "N 3 S S"]) -> dict[str, Tensor]:
-        """Patches of images that are resized already, and these images, both on the CPU."""
-        return {"patch": self.patches(list(pixels[:, None])), "pixels": pixels.cpu()}
+        views = {"patch": self.patches(inputs)}
+        return views | {"pixels": torch.cat(inputs).cpu()} if self.pixels else views
 
     def patches(self, inputs: list[Float[Tensor, "_ 3 S S"]]) -> Float[Tensor, "A h w D"]:
-        """Each input is a forward of its own: what it gives does not depend on its neighbours."""
+        """Of resized images. Each is a forward of its own: what it gives does not depend on its neighbours."""
         return torch.cat([at_rest(patch_features(self.backbone(x.to(self.device)))) for x in inputs])
 
 

@@ -22,6 +22,7 @@ _MODULES = (
     "patch_discriminator",
     "bank_and_discriminator",
     "hypad",
+    "bank_and_hypad",
     "amc",
     "fpn",
     "hadnet",

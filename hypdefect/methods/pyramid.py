@@ -78,12 +78,17 @@ class Separable(nn.Sequential):
 
 
 class Laterals(nn.Module):
-    """A pyramid's maps, each brought to the same channels, added from the coarsest to the finest (FPN)."""
+    """A pyramid's maps, each brought to the same channels, added from the coarsest to the finest (FPN).
 
-    def __init__(self, dims: Sequence[int], width: int) -> None:
+    Args:
+        finest: whether the finest sum is smoothed, too; what comes after may do that.
+    """
+
+    def __init__(self, dims: Sequence[int], width: int, finest: bool = True) -> None:
         super().__init__()
         self.steps = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
-        self.smooth = nn.ModuleList(Separable(width, width) for _ in dims)
+        coarser = [Separable(width, width) for _ in dims[1:]]
+        self.smooth = nn.ModuleList([Separable(width, width) if finest else nn.Identity(), *coarser])
 
     def forward(
         self, maps: Sequence[Float[Tensor, "N _ _ _"]], more: Sequence[Float[Tensor, "N E _ _"]] = ()

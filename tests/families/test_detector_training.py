@@ -1,7 +1,8 @@
 """What a detector of networks is shown: the same for every process, each image once before any comes again."""
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,28 @@ from hypdefect.files import file_sha256
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods.hypad import HypADConfig
+from hypdefect.types import Batch
 from tests.tiny_dataset import make_mtd_tree
 
 BACKBONE = "patchcore:test_efficientnet@random"
 RECIPE = RecipeConfig(whole_size=64)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Patches of image files, as a feature store has them."""
+
+    files: tuple[ImageFile, ...]
+
+    def select(self, positions: Sequence[int]) -> "Stored":
+        return Stored(tuple(self.files[i] for i in positions))
+
+    def __iter__(self) -> Iterator[Batch]:
+        extractor = extractor_for(get_backbone(BACKBONE), RECIPE)
+        for file in self.files:
+            views = extractor.forward(extractor.prepare(read_image(Path(file.uri)), None))
+            none = torch.zeros(1, dtype=torch.long)
+            yield Batch(image_ids=(file.uri,), views=views, labels=none, aug_index=none)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +51,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> DetectorTraining:
     return DetectorTraining(
         run=run,
         dim=8,
-        normals=[],
+        normals=Stored(files),
         files=files,
         backbone=BACKBONE,
         recipe=RECIPE,
@@ -71,13 +90,36 @@ def test_every_image_comes_once_before_any_comes_again(training: DetectorTrainin
     assert shown[:count] != shown[count:]
 
 
-def test_patches_are_those_of_the_stored_features(training: DetectorTraining) -> None:
-    item = training.item(0)
+def test_patches_are_those_of_the_image_that_is_seen(training: DetectorTraining) -> None:
     extractor = extractor_for(get_backbone(BACKBONE), RECIPE)
     assert isinstance(extractor, PatchExtractor)
-    for row, name in enumerate(item.image_ids):
-        stored = extractor.forward(extractor.prepare(read_image(Path(name)), None))["patch"][0]
-        assert torch.equal(item.views["patch"][row], stored)
+    items = [changed(training, jitter=0.5).item(number) for number in range(6)]
+    stored = {file.uri: next(iter(training.normals.select([i]))) for i, file in enumerate(training.files)}
+    changes = 0
+    for item in items:
+        with torch.no_grad():
+            expected = extractor.patches(list(item.views["pixels"][:, None]))
+        assert torch.equal(item.views["patch"], expected)
+        changes += sum(
+            not torch.equal(patch, stored[name].views["patch"][0])
+            for patch, name in zip(item.views["patch"], item.image_ids, strict=True)
+        )
+    assert 0 < changes < 12  # of the twelve images some were seen as they are
+
+
+def test_the_teacher_computes_nothing_of_an_image_as_it_is(
+    training: DetectorTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    original = PatchExtractor.patches
+    with monkeypatch.context() as patch:
+        patch.setattr(PatchExtractor, "patches", lambda own, x: computed.append(len(x)) or original(own, x))
+        list(training.normals.select([0, 1]))
+        of_the_store = len(computed)
+        changed(training, jitter=0.0).item(2)
+        assert len(computed) == 2 * of_the_store  # what the store's stand-in computes, and no more
+        changed(training, jitter=1.0).item(2)
+    assert computed[-1] == 2
 
 
 def test_an_image_that_changed_is_named(training: DetectorTraining, tmp_path: Path) -> None:

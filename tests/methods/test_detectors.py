@@ -66,9 +66,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "patch_discriminator": DISCRIMINATOR,
     "hypad": {"steps": 10, "width": 4, "bottleneck": 4, "lr": 1e-2},
     "bank_and_discriminator": {"discriminator": PatchDiscriminatorConfig(**DISCRIMINATOR)},
+    "bank_and_hypad": {"steps": 10, "width": 4, "bottleneck": 4, "lr": 1e-2},
 }
 LONG: dict[str, dict[str, Any]] = {
     "hypad": {"steps": 120, "hard": 0.5},
+    "bank_and_hypad": {"steps": 120, "hard": 0.5},
     "patch_discriminator": {"epochs": 100},
     "bank_and_discriminator": {"discriminator": PatchDiscriminatorConfig(**DISCRIMINATOR | {"epochs": 100})},
 }
@@ -166,14 +168,36 @@ def test_a_loss_counts_defects_normal_cells_and_the_hardest_of_these() -> None:
     assert float(only) == pytest.approx(float(torch.nn.functional.softplus(logits).mean() / 2))
 
 
-def test_both_parts_count_by_their_weight() -> None:
+@pytest.mark.parametrize("name", ["bank_and_discriminator", "bank_and_hypad"])
+def test_both_parts_count_by_their_weight(name: str) -> None:
     batch = images(10, 5, odd=5)
-    bank, both, discriminator = (
-        fitted("bank_and_discriminator", weight=weight).anomaly(batch) for weight in (0.0, 0.5, 1.0)
-    )
-    torch.testing.assert_close(both.score, (bank.score + discriminator.score) / 2, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(both.map, (bank.map + discriminator.map) / 2, rtol=1e-4, atol=1e-4)
-    assert not torch.equal(bank.score.argsort(), discriminator.score.argsort())
+    bank, both, other = (fitted(name, weight=weight).anomaly(batch) for weight in (0.0, 0.5, 1.0))
+    torch.testing.assert_close(both.score, (bank.score + other.score) / 2, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(both.map, (bank.map + other.map) / 2, rtol=1e-4, atol=1e-4)
+    assert not torch.equal(bank.score.argsort(), other.score.argsort())
+
+
+def test_hypad_and_the_bank_are_what_they_are_alone_in_units_of_normal_images() -> None:
+    normals, later, batch = [images(8, 0), images(8, 1)], images(12, 2), images(10, 5, odd=5)
+    models = {name: fresh(name, **config) for name, config in ALONE.items()}
+    for name, model in models.items():
+        learn(model, normals)
+        if name != "conditional_patchcore":
+            model.fit([later])  # the bank stays that of the images that were learned from
+    both = models.pop("bank_and_hypad").anomaly(batch).score
+    parts = []
+    for model in models.values():
+        of_normals = model.anomaly(later).score
+        deviation = 1.4826 * (of_normals - of_normals.median()).abs().median()
+        parts.append((model.anomaly(batch).score - of_normals.median()) / deviation)
+    torch.testing.assert_close(both, 0.75 * parts[0] + 0.25 * parts[1], rtol=1e-4, atol=1e-4)
+
+
+ALONE: dict[str, dict[str, Any]] = {
+    "hypad": {"directions": 2, "top": 10},
+    "conditional_patchcore": {"score": "top"},
+    "bank_and_hypad": {"directions": 2, "weight": 0.75},
+}
 
 
 @pytest.mark.parametrize("score", ["reweighted", "top"])

@@ -33,6 +33,7 @@ from hypdefect.files import write_json
 from hypdefect.images import read_image
 from hypdefect.images.pseudo_defects import SynthesisConfig
 from hypdefect.methods import methods_of
+from hypdefect.methods.conditional_patchcore import ConditionalPatchCore, ConditionalPatchCoreConfig
 from hypdefect.predictor import Predictor
 from hypdefect.registry import write_checksums
 from hypdefect.results import ledger
@@ -172,10 +173,21 @@ def test_a_detector_learns_from_pseudo_defects_on_its_own_normals_alone(ran: Ran
     assert all(torch.equal(found[name], value) for name, value in expected.export().items())
 
 
+def test_a_bank_beside_networks_is_of_the_images_they_learned_from(ran: Ran) -> None:
+    fitting, _ = detection.load(ran.result.plan, ran.home)
+    run = RunConfig(name="bank_and_hypad", method={"steps": 1})
+    found = detection.fit(run, fitting, Setting(), 0).export()
+    learned, held = detection._trained_on(fitting, Setting(), 0)
+    expected = ConditionalPatchCore(ConditionalPatchCoreConfig(), sum(fitting.block_dims))
+    expected.fit(learned)
+    assert len(held) > 0
+    assert torch.equal(found["bank.bank"], expected.export()["bank"])
+
+
 @pytest.mark.parametrize("name", methods_of("detection"))
 def test_every_detector_is_fitted_calibrated_and_scored(ran: Ran, name: str) -> None:
     fitting, reported = detection.load(ran.result.plan, ran.home)
-    run = RunConfig(name=name, method={"steps": 3} if name == "hypad" else None)
+    run = RunConfig(name=name, method={"steps": 3} if name in ("hypad", "bank_and_hypad") else None)
     score = detection.score(run, fitting, reported, detection.setting(ran.job), 0)
     assert 0 <= score.metrics["auroc"] <= 1
     assert 0 <= score.metrics["false_alarms"] <= 1

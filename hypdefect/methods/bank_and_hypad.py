@@ -1,0 +1,98 @@
+"""HypAD and the bank of PatchCore together, both relative to what a normal image of the same look scores.
+
+The two miss different defects: the bank knows every patch of the normal images, HypAD what is where. Each one's answer
+is measured in deviations of normal images that neither learned from, and the answer is their weighted sum. No paper;
+measured in docs/experiments.md.
+
+Shapes: N images, H W pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from hypdefect.methods.bank_and_discriminator import median_and_deviation
+from hypdefect.methods.conditional_patchcore import ConditionalPatchCore, ConditionalPatchCoreConfig
+from hypdefect.methods.hypad import HypAD, HypADConfig, flat_twin
+from hypdefect.methods.ranges import require_share
+from hypdefect.types import AnomalyMaps, Batch, Batches, Method
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BankAndHypADConfig(HypADConfig):
+    directions: int = 3
+    top: int = 10
+    bank: ConditionalPatchCoreConfig = ConditionalPatchCoreConfig(score="top")
+    weight: float = 0.5
+    """Of HypAD; the bank has the rest."""
+
+    def __post_init__(self) -> None:
+        HypADConfig.__post_init__(self)
+        require_share(self, "weight")
+
+
+class BankAndHypAD(HypAD):
+    """HypAD, and a bank of the normal images that its networks are trained on."""
+
+    units: Tensor
+
+    def __init__(self, config: BankAndHypADConfig, dim: int) -> None:
+        super().__init__(config, dim)
+        self.bank = ConditionalPatchCore(config.bank, dim)
+        self.weights = (config.weight, 1 - config.weight)
+        self.learned: Batches = ()
+        self.register_buffer("units", torch.full((2, 4), torch.nan))
+        """Of HypAD and of the bank: median and deviation of the scores, then of the map's pixels, of normal images."""
+
+    def begin(self, normals: Batches) -> None:
+        """As HypAD. The bank is of the same images, and is chosen by `fit`: a worker that trains needs none."""
+        super().begin(normals)
+        self.learned = normals
+
+    def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
+        """Choose the bank, and take the scale of both on normal images that neither learned from.
+
+        Raises:
+            DataError, ConfigError, RuntimeError: as HypAD and PatchCore.
+        """
+        super().fit(normals)
+        self.bank.fit(self.learned)
+        answers = [self._apart(batch) for batch in normals]
+        for place, parts in enumerate(zip(*answers, strict=True)):
+            scores = torch.cat([answer.score for answer in parts])
+            pixels = torch.cat([answer.map[:, ::8, ::8].flatten() for answer in parts])
+            self.units[place] = torch.stack([*median_and_deviation(scores), *median_and_deviation(pixels)])
+
+    @torch.no_grad()
+    def anomaly(self, batch: Batch) -> AnomalyMaps:
+        """Raises RuntimeError before `fit`."""
+        score, anomaly_map = torch.zeros(()), torch.zeros(())
+        for weight, unit, answer in zip(self.weights, self.units, self._apart(batch), strict=True):
+            score = score + weight * _standardised(answer.score, unit[:2])
+            anomaly_map = anomaly_map + weight * _standardised(answer.map, unit[2:])
+        return AnomalyMaps(score=score, map=anomaly_map)
+
+    def _apart(self, batch: Batch) -> tuple[AnomalyMaps, AnomalyMaps]:
+        return super().anomaly(batch), self.bank.anomaly(batch)
+
+    def export(self) -> dict[str, Tensor]:
+        """Raises RuntimeError before `fit`."""
+        return super().export() | {f"bank.{name}": x for name, x in self.bank.export().items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        own = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
+        self.bank.restore(own)
+        super().restore({name: x for name, x in tensors.items() if not name.startswith("bank.")})
+
+
+def _standardised(x: Float[Tensor, "*_"], unit: Float[Tensor, "2"]) -> Float[Tensor, "*_"]:
+    return (x - unit[0]) / unit[1]
+
+
+METHODS = {
+    "bank_and_hypad": Method(
+        config=BankAndHypADConfig, build=BankAndHypAD, family="detection", hyperbolic=True, flat_twin=flat_twin
+    ),
+}
