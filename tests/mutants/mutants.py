@@ -284,6 +284,22 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="HypAD's student learns from every location alike",
     ),
     Mutant(
+        name="bank-of-the-scale",
+        file="hypdefect/methods/bank_and_hypad.py",
+        old="self.bank.fit(self.learned)",
+        new="self.bank.fit(normals)",
+        tests=("tests/methods/test_detectors.py",),
+        breaks="the bank beside HypAD is of the images that its scale comes from",
+    ),
+    Mutant(
+        name="teacher-of-changed",
+        file="hypdefect/families/detector_training.py",
+        old="if own is not image]",
+        new="if False]",
+        tests=("tests/families/test_detector_training.py",),
+        breaks="HypAD's teacher answers to images as they were before their jitter",
+    ),
+    Mutant(
         name="epoch",
         file="hypdefect/families/detector_training.py",
         old="shuffled_order(total, seed, at // total)",
