@@ -69,10 +69,19 @@ class PublishedOptions(RunOptions):
 
     seed: int = 0
     """Which normal images are kept for calibration; of a segmenter, its first weights and the order of images."""
-    report_every: int = 100
-    """Steps between checkpoints; a segmenter is validated at each."""
+    report_every: int = 50
+    """Steps between checkpoints."""
     alias: str = "champion"
     """Alias moved to the published version."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmenterOptions(PublishedOptions):
+    """What a run is told that trains a segmenter."""
+
+    report_every: int = 200
+    """Steps between validations, which choose the weights that are kept, and checkpoints. One takes as long as some 40
+    steps on NEU-Seg."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,8 +117,6 @@ class TrainHypADJob(DetectionConfig, PublishedOptions):
     method: MethodName = "hypad"
     """What is trained."""
     hypad: HypADConfig = field(default_factory=HypADConfig)
-    report_every: int = 50
-    """Steps between checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +124,17 @@ class TrainBankAndHypADJob(DetectionConfig, PublishedOptions):
     method: MethodName = "bank_and_hypad"
     """What is trained."""
     bank_and_hypad: BankAndHypADConfig = field(default_factory=BankAndHypADConfig)
-    report_every: int = 50
-    """Steps between checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainHADNetJob(SegmentationConfig, PublishedOptions):
+class TrainHADNetJob(SegmentationConfig, SegmenterOptions):
     method: MethodName = "hadnet"
     """What is trained."""
     hadnet: HADNetConfig = field(default_factory=HADNetConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFPNJob(SegmentationConfig, PublishedOptions):
+class TrainFPNJob(SegmentationConfig, SegmenterOptions):
     method: MethodName = "fpn"
     """What is trained."""
     fpn: FPNConfig = field(default_factory=FPNConfig)
