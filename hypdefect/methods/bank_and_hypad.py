@@ -37,17 +37,17 @@ class BankAndHypAD(HypAD):
     """HypAD, and a bank of the normal images that its networks are trained on."""
 
     units: Tensor
+    """Of HypAD and of the bank: median and deviation of the scores, then of the map's pixels, of normal images."""
 
     def __init__(self, config: BankAndHypADConfig, dim: int) -> None:
         super().__init__(config, dim)
         self.bank = ConditionalPatchCore(config.bank, dim)
         self.weights = (config.weight, 1 - config.weight)
-        self.learned: Batches = ()
+        self.learned: Batches = ()  # the images of `begin`; not kept with the tensors
         self.register_buffer("units", torch.full((2, 4), torch.nan))
-        """Of HypAD and of the bank: median and deviation of the scores, then of the map's pixels, of normal images."""
 
     def begin(self, normals: Batches) -> None:
-        """As HypAD. The bank is of the same images, and is chosen by `fit`: a worker that trains needs none."""
+        """As HypAD. The bank is of the same images. `fit` chooses it, since a worker that trains needs none."""
         super().begin(normals)
         self.learned = normals
 
