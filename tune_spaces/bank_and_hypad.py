@@ -13,3 +13,5 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("method.weight", [0.25, 0.5, 0.75])
     trial.suggest_categorical("method.directions", [0, 3])
     trial.suggest_categorical("method.bank.bank_size", [1000, 2000, 4000])
+    trial.suggest_categorical("method.bank.directions", [0, 3])
+    trial.suggest_categorical("method.bank.score", ["reweighted", "top"])

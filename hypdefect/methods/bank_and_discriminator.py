@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from hypdefect.methods.anomaly_maps import units_of, weighted_sum
 from hypdefect.methods.patch_discriminator import PatchDiscriminator, PatchDiscriminatorConfig
 from hypdefect.methods.patchcore import PatchCore, PatchCoreConfig
 from hypdefect.methods.ranges import require_share
@@ -44,7 +45,7 @@ class BankAndDiscriminator:
         }
         self.weights = {"bank": 1 - config.weight, "discriminator": config.weight}
         self.units: dict[str, Float[Tensor, 4]] = {}
-        """Of each part: median and deviation of the scores, then of the map pixels, of normal images."""
+        """Of each part (`units_of`)."""
 
     def fit(self, normals: Batches, pseudo: Batches | None = None) -> None:
         """Fit both, then look at the normal images once more.
@@ -54,21 +55,13 @@ class BankAndDiscriminator:
         """
         for name, part in self.parts.items():
             part.fit(normals, pseudo)
-            answers = [part.anomaly(batch) for batch in normals]
-            scores = torch.cat([answer.score for answer in answers])
-            pixels = torch.cat([answer.map[:, ::8, ::8].flatten() for answer in answers])
-            self.units[name] = torch.stack([*median_and_deviation(scores), *median_and_deviation(pixels)])
+            self.units[name] = units_of([part.anomaly(batch) for batch in normals])
 
     @torch.no_grad()
     def anomaly(self, batch: Batch) -> AnomalyMaps:
         """Raises RuntimeError before `fit`."""
-        score, anomaly_map = torch.zeros(()), torch.zeros(())
-        for name, part in self.parts.items():
-            answer = part.anomaly(batch)
-            middle, deviation, pixel_middle, pixel_deviation = self.units[name]
-            score = score + self.weights[name] * (answer.score - middle) / deviation
-            anomaly_map = anomaly_map + self.weights[name] * (answer.map - pixel_middle) / pixel_deviation
-        return AnomalyMaps(score=score, map=anomaly_map)
+        answers = [part.anomaly(batch) for part in self.parts.values()]
+        return weighted_sum(answers, [self.units[name] for name in self.parts], list(self.weights.values()))
 
     def export(self) -> dict[str, Tensor]:
         """Raises RuntimeError before `fit`."""
@@ -80,12 +73,6 @@ class BankAndDiscriminator:
             own = {key.removeprefix(f"{name}."): x for key, x in tensors.items() if key.startswith(f"{name}.")}
             self.units[name] = own.pop("units")
             part.restore(own)
-
-
-def median_and_deviation(x: Float[Tensor, "N"]) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
-    """Median, and 1.4826 times the median distance from it, as of a normal distribution; at least 1e-6."""
-    middle = x.median()
-    return middle, (1.4826 * (x - middle).abs().median()).clamp_min(1e-6)
 
 
 METHODS = {

@@ -1,19 +1,15 @@
 """HypAD and the bank of PatchCore together, both relative to what a normal image of the same look scores.
 
-The two miss different defects: the bank knows every patch of the normal images, HypAD what is where. Each one's answer
-is measured in deviations of normal images that neither learned from, and the answer is their weighted sum. No paper;
-measured in docs/experiments.md.
-
-Shapes: N images, H W pixels.
+The two miss different defects. Both answers are measured in deviations of normal images that neither learned from, and
+the answer is their weighted sum. No paper; measured in docs/experiments.md.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from hypdefect.methods.bank_and_discriminator import median_and_deviation
+from hypdefect.methods.anomaly_maps import units_of, weighted_sum
 from hypdefect.methods.conditional_patchcore import ConditionalPatchCore, ConditionalPatchCoreConfig
 from hypdefect.methods.hypad import HypAD, HypADConfig, flat_twin
 from hypdefect.methods.ranges import require_share
@@ -23,7 +19,9 @@ from hypdefect.types import AnomalyMaps, Batch, Batches, Method
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BankAndHypADConfig(HypADConfig):
     directions: int = 3
+    """As HypAD's, and of HypAD's score alone; the bank has its own."""
     top: int = 10
+    """As HypAD's, and of HypAD's score alone; the bank has its own."""
     bank: ConditionalPatchCoreConfig = ConditionalPatchCoreConfig(score="top")
     weight: float = 0.5
     """Of HypAD; the bank has the rest."""
@@ -37,7 +35,7 @@ class BankAndHypAD(HypAD):
     """HypAD, and a bank of the normal images that its networks are trained on."""
 
     units: Tensor
-    """Of HypAD and of the bank: median and deviation of the scores, then of the map's pixels, of normal images."""
+    """Of HypAD and of the bank (`units_of`)."""
 
     def __init__(self, config: BankAndHypADConfig, dim: int) -> None:
         super().__init__(config, dim)
@@ -59,22 +57,16 @@ class BankAndHypAD(HypAD):
         """
         super().fit(normals)
         self.bank.fit(self.learned)
-        answers = [self._apart(batch) for batch in normals]
-        for place, parts in enumerate(zip(*answers, strict=True)):
-            scores = torch.cat([answer.score for answer in parts])
-            pixels = torch.cat([answer.map[:, ::8, ::8].flatten() for answer in parts])
-            self.units[place] = torch.stack([*median_and_deviation(scores), *median_and_deviation(pixels)])
+        answers = [self._of_each(batch) for batch in normals]
+        self.units = torch.stack([units_of(of_one) for of_one in zip(*answers, strict=True)])
 
     @torch.no_grad()
     def anomaly(self, batch: Batch) -> AnomalyMaps:
         """Raises RuntimeError before `fit`."""
-        score, anomaly_map = torch.zeros(()), torch.zeros(())
-        for weight, unit, answer in zip(self.weights, self.units, self._apart(batch), strict=True):
-            score = score + weight * _standardised(answer.score, unit[:2])
-            anomaly_map = anomaly_map + weight * _standardised(answer.map, unit[2:])
-        return AnomalyMaps(score=score, map=anomaly_map)
+        return weighted_sum(self._of_each(batch), list(self.units), self.weights)
 
-    def _apart(self, batch: Batch) -> tuple[AnomalyMaps, AnomalyMaps]:
+    def _of_each(self, batch: Batch) -> tuple[AnomalyMaps, AnomalyMaps]:
+        """HypAD's answer and the bank's."""
         return super().anomaly(batch), self.bank.anomaly(batch)
 
     def export(self) -> dict[str, Tensor]:
@@ -85,10 +77,6 @@ class BankAndHypAD(HypAD):
         own = {name.removeprefix("bank."): x for name, x in tensors.items() if name.startswith("bank.")}
         self.bank.restore(own)
         super().restore({name: x for name, x in tensors.items() if not name.startswith("bank.")})
-
-
-def _standardised(x: Float[Tensor, "*_"], unit: Float[Tensor, "2"]) -> Float[Tensor, "*_"]:
-    return (x - unit[0]) / unit[1]
 
 
 METHODS = {

@@ -131,7 +131,7 @@ class HADNet(TrainedSegmenter):
                 self.register_buffer(f"channels_{i}", torch.randperm(dim)[:number].sort().values)
                 if config.selection == "projection":
                     self.register_buffer(f"mixture_{i}", torch.randn(number, dim) / dim**0.5)
-            self.laterals = Laterals(dims, width, finest=False)  # the discriminator smooths
+            self.laterals = Laterals(dims, width, smooth_finest=False)  # the discriminator smooths
             self.autoencoders = nn.ModuleList(AutoEncoder(number) for number in kept)
             self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
             seen = (SCALES if config.scales == "all" else 1) * (width // 2)

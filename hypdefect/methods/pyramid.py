@@ -81,14 +81,14 @@ class Laterals(nn.Module):
     """A pyramid's maps, each brought to the same channels, added from the coarsest to the finest (FPN).
 
     Args:
-        finest: whether the finest sum is smoothed, too; what comes after may do that.
+        smooth_finest: whether the finest sum is smoothed, too; not where what comes after smooths it.
     """
 
-    def __init__(self, dims: Sequence[int], width: int, finest: bool = True) -> None:
+    def __init__(self, dims: Sequence[int], width: int, smooth_finest: bool = True) -> None:
         super().__init__()
         self.steps = nn.ModuleList(nn.Conv2d(dim, width, 1) for dim in dims)
         coarser = [Separable(width, width) for _ in dims[1:]]
-        self.smooth = nn.ModuleList([Separable(width, width) if finest else nn.Identity(), *coarser])
+        self.smooth = nn.ModuleList([Separable(width, width) if smooth_finest else nn.Identity(), *coarser])
 
     def forward(
         self, maps: Sequence[Float[Tensor, "N _ _ _"]], more: Sequence[Float[Tensor, "N E _ _"]] = ()

@@ -28,6 +28,16 @@ def setup_module() -> None:
     torch.set_num_threads(1)
 
 
+def test_the_finest_sum_is_smoothed_once() -> None:
+    hadnet, plain = HADNet(TINY, 2).laterals, FPN(PLAIN, 2).laterals
+    maps = [torch.randn(1, dim, 32 // 2**i, 32 // 2**i) for i, dim in enumerate(FPN(PLAIN, 2).pyramid.dims)]
+    nudged = [maps[0].clone(), *maps[1:]]
+    nudged[0][0, :, 9, 9] += 1
+    touched = [(laterals(maps) != laterals(nudged)).any(1).sum() for laterals in (hadnet, plain)]
+    assert touched[0] == 1  # HADNet's discriminator smooths; its neighbours are as they were
+    assert touched[1] > 1
+
+
 def marked(number: int, seed: int = 0, classes: int = 2) -> Batch:
     """Grey noise with a bright square of class 1 and a dark one of class 2."""
     generator = torch.Generator().manual_seed(seed)
