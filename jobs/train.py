@@ -76,15 +76,6 @@ class PublishedOptions(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SegmenterOptions(PublishedOptions):
-    """What a run is told that trains a segmenter."""
-
-    report_every: int = 200
-    """Steps between validations, which choose the weights that are kept, and checkpoints. One takes as long as some 40
-    steps on NEU-Seg."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class TrainJob(TaskConfig, RunOptions):
     method: MethodName = "hypdfs"
     """What is trained (--method hypad --help lists the flags of hypad)."""
@@ -113,28 +104,39 @@ class TrainAMCJob(TaskConfig, RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainHypADJob(DetectionConfig, PublishedOptions):
+class DetectorJob(DetectionConfig, PublishedOptions):
     method: MethodName = "hypad"
     """What is trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainHypADJob(DetectorJob):
     hypad: HypADConfig = field(default_factory=HypADConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainBankAndHypADJob(DetectionConfig, PublishedOptions):
+class TrainBankAndHypADJob(DetectorJob):
     method: MethodName = "bank_and_hypad"
     """What is trained."""
     bank_and_hypad: BankAndHypADConfig = field(default_factory=BankAndHypADConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainHADNetJob(SegmentationConfig, SegmenterOptions):
+class SegmenterJob(SegmentationConfig, PublishedOptions):
     method: MethodName = "hadnet"
     """What is trained."""
+    report_every: int = 200
+    """Steps between validations, which choose the weights that are kept, and checkpoints. On NEU-Seg one takes as long
+    as 40 steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainHADNetJob(SegmenterJob):
     hadnet: HADNetConfig = field(default_factory=HADNetConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainFPNJob(SegmentationConfig, SegmenterOptions):
+class TrainFPNJob(SegmenterJob):
     method: MethodName = "fpn"
     """What is trained."""
     fpn: FPNConfig = field(default_factory=FPNConfig)
@@ -153,17 +155,17 @@ JOBS: dict[str, type[Any]] = {
 def main() -> None:
     configure_logging()
     job, options = parse_one_of("method", JOBS, TrainJob, __doc__)
-    if job.method in ("hypad", "bank_and_hypad"):
+    if isinstance(job, DetectorJob):
         train_detector(job, options)
-    elif job.method in ("hadnet", "fpn"):
+    elif isinstance(job, SegmenterJob):
         train_segmenter(job, options)
-    elif job.method == "amc":
+    elif isinstance(job, TrainAMCJob):
         train_amc(job, options)
     else:
         train_hypdfs(job, options)
 
 
-def train_detector(job: TrainHypADJob | TrainBankAndHypADJob, options: JobOptions) -> None:
+def train_detector(job: DetectorJob, options: JobOptions) -> None:
     run = RunConfig(name=job.method, method=getattr(job, job.method), pretrained=False)
     setting = detection.Setting(seed=job.seed, calibration_share=job.calibration_share, false_alarms=job.false_alarms)
     result = train_published(job, run, setting, plot_detections)
@@ -171,15 +173,13 @@ def train_detector(job: TrainHypADJob | TrainBankAndHypADJob, options: JobOption
     show_test(result, f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects", job.alias, options)
 
 
-def train_segmenter(job: TrainHADNetJob | TrainFPNJob, options: JobOptions) -> None:
+def train_segmenter(job: SegmenterJob, options: JobOptions) -> None:
     run = RunConfig(name=job.method, method=getattr(job, job.method), pretrained=False)
     result = train_published(job, run, segmentation.Setting(seed=job.seed), plot_segmentations)
     show_test(result, f"{len(result.plan.reported_ids)} images", job.alias, options)
 
 
-def train_published(
-    job: TrainHypADJob | TrainBankAndHypADJob | TrainHADNetJob | TrainFPNJob, run: RunConfig, setting: Any, draw: Any
-) -> Trained:
+def train_published(job: DetectorJob | SegmenterJob, run: RunConfig, setting: Any, draw: Any) -> Trained:
     with connected():
         return train_networks(
             job,

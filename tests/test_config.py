@@ -8,7 +8,7 @@ import sys
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pytest
 import yaml
@@ -18,8 +18,11 @@ from hypdefect.config import digest, from_mapping, load_yaml, override, to_mappi
 from hypdefect.distributed.reproduce_detectors import ReproduceDetectorsConfig
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
+from hypdefect.families import get_family
 from hypdefect.files import write_json
+from hypdefect.methods import get_method
 from hypdefect.methods.hypdfs import HypDFSConfig
+from jobs import train
 from jobs.sweep import JOBS, DetectionJob, SweepJob
 
 
@@ -448,3 +451,14 @@ def test_paths_in_dicts_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     job, _ = parse_job(ReproduceDetectorsConfig, ["hypad", "--roots", "visa", "set"])
     assert job.roots == {"visa": tmp_path / "set"}
+
+
+def test_every_method_that_is_trained_has_a_job_of_its_own() -> None:
+    assert {"hypdfs", *train.JOBS} == set(get_args(train.MethodName))
+    for name, kind in train.JOBS.items():
+        job = kind(dataset="mtd")
+        assert job.method == name
+        assert isinstance(job, get_family(name).TaskConfig)
+        if name != "amc":
+            assert isinstance(job, train.DetectorJob | train.SegmenterJob)  # which decides how it is trained
+            assert type(getattr(job, name)) is get_method(name).config
