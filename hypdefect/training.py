@@ -15,6 +15,7 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import geoopt
 import torch
+from jaxtyping import Float
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -94,12 +95,22 @@ class Training(Protocol):
 
 
 @runtime_checkable
-class ValidatedTraining(Training, Protocol):
-    """A training whose best weights are kept, of those at every report."""
+class Validation(Protocol):
+    """How good a model is on what it is not trained on. Ranks see a share each, and what they saw is added up."""
 
-    def validate(self, model: nn.Module) -> float:
-        """How good the model is on what it is not trained on; more is better. It may change buffers alone."""
+    def seen(self, model: nn.Module, share: slice) -> Float[Tensor, "_"]:
+        """What the model answers of a share of the images or episodes, as numbers that add up exactly: those of other
+        shares are 0. It may change buffers of the model alone."""
         ...
+
+    def value(self, seen: Float[Tensor, "_"]) -> float:
+        """Of all shares together; more is better."""
+        ...
+
+
+@runtime_checkable
+class ValidatedTraining(Training, Validation, Protocol):
+    """A training whose best weights are kept, of those at every report."""
 
 
 @dataclass(slots=True)
@@ -146,7 +157,7 @@ def fit(
     config: TrainConfig,
     report: Report,
     *,
-    validate: Callable[[nn.Module], float] | None = None,
+    validation: Validation | None = None,
     wrap: Callable[[nn.Module], nn.Module] = lambda module: module,
     rank: int = 0,
     world_size: int = 1,
@@ -157,7 +168,7 @@ def fit(
 
     Args:
         stream: gives item `number`.
-        validate: asked at every report; the model then ends at its best weights (`ValidatedTraining`).
+        validation: asked at every report; the model then ends at its best weights.
         wrap: puts a module inside DistributedDataParallel, where there are several ranks.
         resume: checkpoint folder to continue from.
 
@@ -191,8 +202,9 @@ def fit(
         window = losses[-config.report_every :]
         metrics = {"step": float(done), "train/loss/total": sum(window) / len(window)}
         metrics |= {f"train/{name}": value for name, value in parts.items()}
-        if validate is not None:
-            (metrics["val"],) = _mean_over_ranks([validate(model)], world_size, device)
+        if validation is not None:
+            seen = validation.seen(model, slice(rank, None, world_size))
+            metrics["val"] = validation.value(_sum_over_ranks(seen, world_size, device))
             best.see(metrics["val"], model)
             last = last or config.is_stale(best.reports)
             if last:
@@ -272,11 +284,16 @@ def _is_curved(parameter: nn.Parameter) -> bool:
 
 def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | torch.device) -> list[float]:
     """The same numbers on every rank, so that all of them stop where one does."""
-    mean = torch.tensor(values, dtype=torch.float64, device=device)
+    total = _sum_over_ranks(torch.tensor(values), world_size, device)
+    several = world_size > 1 and torch.distributed.is_initialized()
+    return [float(value) for value in (total / world_size if several else total)]
+
+
+def _sum_over_ranks(values: Float[Tensor, "_"], world_size: int, device: str | torch.device) -> Float[Tensor, "_"]:
+    total = values.to(device, torch.float64)
     if world_size > 1 and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(mean)
-        mean /= world_size
-    return [float(value) for value in mean]
+        torch.distributed.all_reduce(total)
+    return total.cpu()
 
 
 def save_checkpoint(

@@ -49,7 +49,7 @@ def _loop(settings: dict[str, Any]) -> None:
             training.item,
             training.config,
             report,
-            validate=training.validate if isinstance(training, ValidatedTraining) else None,
+            validation=training if isinstance(training, ValidatedTraining) else None,
             wrap=partial(prepare_model, parallel_strategy_kwargs=DDP_SETTINGS),
             rank=context.get_world_rank(),
             world_size=context.get_world_size(),

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.nn.functional as F
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
@@ -131,15 +132,20 @@ class ValidatedAMCTraining(AMCTraining):
     """Of classes that are not trained on."""
 
     @torch.no_grad()
-    def validate(self, model: nn.Module) -> float:
-        """Accuracy of episodes of the classes that were held out, with the statistics of each episode."""
+    def seen(self, model: nn.Module, share: slice) -> Float[Tensor, "_"]:
+        """Accuracy of each episode of the classes that were held out, with its own statistics; 0 of other shares'."""
         assert isinstance(model, AMC)
         device = next(model.parameters()).device
         spec = episode_spec(self.config, self.held_out)
-        episodes = [build_episode(self.held_out, spec, number) for number in range(VALIDATION_EPISODES)]
-        generator = torch.Generator()
-        scores = [model.loss(Tasks(one).to(device), generator).parts["accuracy"] for one in episodes]
-        return float(np.mean(scores))
+        accuracies = torch.zeros(VALIDATION_EPISODES, dtype=torch.float64)
+        for number in range(VALIDATION_EPISODES)[share]:
+            episode = Tasks(build_episode(self.held_out, spec, number))
+            accuracies[number] = model.loss(episode.to(device), torch.Generator()).parts["accuracy"]
+        return accuracies
+
+    def value(self, seen: Float[Tensor, "_"]) -> float:
+        """Mean accuracy."""
+        return float(seen.mean())
 
 
 def episode_spec(config: AMCTrainConfig, pool: LabelledFeatures) -> EpisodeSpec:

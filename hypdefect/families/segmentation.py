@@ -289,7 +289,7 @@ def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: 
     """The network of a draw, trained in this process; it ends at the weights that validated best."""
     training = training_of(run, fitting, setting, number)
     model = training.model()
-    train_in_process(model, training.item, training.config, lambda metrics, write: None, validate=training.validate)
+    train_in_process(model, training.item, training.config, lambda metrics, write: None, validation=training)
     return finished(model, fitting, setting, number)
 
 

@@ -161,14 +161,21 @@ class SegmenterTraining:
         givers = [i for i in self.epoch if self.learned.masks[i]]
         return paste_regions(image, target, *self.learned.read(givers[int(which * len(givers))]), rng)
 
-    def validate(self, model: nn.Module) -> float:
-        """Mean IoU of the defect classes on images that are not learned from."""
+    def seen(self, model: nn.Module, share: slice) -> Float[Tensor, "_"]:
+        """Counts of (true, predicted) classes of the pixels of images that are not learned from."""
         assert isinstance(model, TrainedSegmenter)
         model.finish()
-        value = measured(model, self.validated, self.classes, self.side).compute()["miou"]
+        images = self.validated.select(list(range(len(self.validated))[share]))
+        counts = measured(model, images, self.classes, self.side).counts
         model.trained = False
         model.train()
-        return value
+        return torch.from_numpy(counts).double().flatten()
+
+    def value(self, seen: Float[Tensor, "_"]) -> float:
+        """Mean IoU of the defect classes."""
+        metrics = SegmentationMetrics(self.classes)
+        metrics.counts += seen.view(metrics.counts.shape).long().numpy()
+        return metrics.compute()["miou"]
 
 
 @dataclass(frozen=True, slots=True)

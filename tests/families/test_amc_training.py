@@ -56,8 +56,8 @@ def residuals(n_way: int = 12, per_class: int = 6, spread: float = 0.7, seed: in
 def pretrained(config: AMCTrainConfig, **options: Any) -> tuple[AMC, list[float]]:
     training = training_of(residuals(), config)
     model = training.model()
-    validate = training.validate if isinstance(training, ValidatedAMCTraining) else None
-    losses = fit(model, training.item, config, options.pop("report", ignore), validate=validate, **options)
+    validation = training if isinstance(training, ValidatedAMCTraining) else None
+    losses = fit(model, training.item, config, options.pop("report", ignore), validation=validation, **options)
     return model, losses
 
 
@@ -129,10 +129,12 @@ def test_it_ends_at_the_weights_that_validate_best() -> None:
     assert not set(training.pool.class_names) & set(training.held_out.class_names)
     model = training.model()
     report = lambda metrics, write: seen.append(metrics)  # noqa: E731
-    fit(model, training.item, config, report, validate=training.validate)
+    fit(model, training.item, config, report, validation=training)
     values = [metrics["val"] for metrics in seen]
     assert len(values) < 100
-    assert training.validate(model) == max(values)
+    assert training.value(training.seen(model, slice(None))) == max(values)
+    shares = [training.seen(model, slice(rank, None, 3)) for rank in range(3)]
+    assert training.value(torch.stack(shares).sum(0)) == max(values)
     assert values.index(max(values)) == len(values) - 3  # the best, then two reports that were no better
 
 

@@ -186,13 +186,25 @@ def test_a_network_ends_at_the_weights_that_validate_best(task: Any) -> None:
     training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
     model: Any = training.model()
     values: list[float] = []
-    fit(model, training.item, training.config, lambda m, write: values.append(m["val"]), validate=training.validate)
-    assert training.validate(model) == pytest.approx(max(values))
+    fit(model, training.item, training.config, lambda m, write: values.append(m["val"]), validation=training)
+    assert training.value(training.seen(model, slice(None))) == pytest.approx(max(values))
     early = replace(training, patience=1)
     model = early.model()
     seen: list[float] = []
-    fit(model, early.item, early.config, lambda m, write: seen.append(m["val"]), validate=early.validate)
+    fit(model, early.item, early.config, lambda m, write: seen.append(m["val"]), validation=early)
     assert seen == values[: len(seen)]
+
+
+def test_validation_is_shared_out_over_the_workers(task: Any) -> None:
+    _, fitting, _ = task
+    training = segmentation.training_of(RunConfig(name="fpn", method=TINY), fitting, Setting(), 0)
+    model = training.model()
+    whole = training.seen(model, slice(None))
+    shares = [training.seen(model, slice(rank, None, 3)) for rank in range(3)]
+    assert all(0 < share.sum() < whole.sum() for share in shares)
+    assert torch.equal(torch.stack(shares).sum(0), whole)
+    more_workers_than_images = training.seen(model, slice(len(fitting.validated), None, len(fitting.validated) + 1))
+    assert not more_workers_than_images.any()
 
 
 def test_regions_are_named_as_wholes_where_that_validates_better(task: Any) -> None:

@@ -462,7 +462,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="validated-there",
         file="hypdefect/distributed/train.py",
-        old="training.validate if isinstance(training, ValidatedTraining) else None",
+        old="training if isinstance(training, ValidatedTraining) else None",
         new="None",
         tests=("tests/ray/test_pretrain.py::test_two_workers_one_of_them_killed_learn_what_one_process_does",),
         breaks="Ray Train keeps the last weights, not the best",

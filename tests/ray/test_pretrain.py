@@ -59,7 +59,7 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: A
     assert isinstance(training, ValidatedAMCTraining)
     alone = training.model()
     begun = {name: value.clone() for name, value in alone.trained().items()}
-    expected = fit(alone, training.item, config, lambda metrics, write: None, validate=training.validate)
+    expected = fit(alone, training.item, config, lambda metrics, write: None, validation=training)
     training.finish(alone)
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))

@@ -72,7 +72,7 @@ def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_
     fitting, _ = segmentation.load(prepare(segmentation, job), tmp_path)
     training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
     alone = training.model()
-    losses = fit(alone, training.item, training.config, lambda metrics, write: None, validate=training.validate)
+    losses = fit(alone, training.item, training.config, lambda metrics, write: None, validation=training)
     options: dict[str, Any] = {"setting": Setting(), "draw": plot_segmentations, "report_every": 4}
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(home() / "train", killed))
