@@ -45,7 +45,7 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
             net(pixels)
 
     alone, whole = interleaved(config.rounds, partial(forward, backbone), partial(forward, model.scores))
-    trained = HADNet(HADNetConfig(), CLASSES)
+    trained, filters = (HADNet(HADNetConfig(depthwise=depthwise), CLASSES) for depthwise in (False, True))
     item = segmentation_item(0, 4)
 
     def step(net: nn.Module, loss: Callable[[], Tensor]) -> None:
@@ -55,10 +55,11 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
     def of_maps() -> Tensor:
         return torch.stack([x.square().mean() for x in trained.pyramid(item.views["pixels"])]).sum()
 
-    maps, all_of_it = interleaved(
+    maps, all_of_it, with_filters = interleaved(
         config.rounds,
         partial(step, trained, of_maps),
         partial(step, trained, lambda: trained.loss(item, torch.Generator()).total),
+        partial(step, filters, lambda: filters.loss(item, torch.Generator()).total),
     )
     weights = sum(p.numel() for p in trained.parameters() if p.requires_grad) / 1e6
     with FlopCounterMode(display=False) as counter:
@@ -68,6 +69,7 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
     return [
         Timing(f"HADNet, an image of {SIDE} x {SIDE}", "its backbone", alone, whole, note),
         Timing("  a training step of 4 images", "of its backbone alone", maps, all_of_it),
+        Timing("  the same", "with depthwise filters trained", with_filters, all_of_it),
         two_workers("HADNet, a step of 4 images", SegmenterSteps(steps=40)),
     ]
 

@@ -124,7 +124,7 @@ class HADNet(TrainedSegmenter):
         outputs, width = num_classes + 1, config.width
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.pyramid = Pyramid(config.network, config.frozen)
+            self.pyramid = Pyramid(config.network, config.frozen, config.depthwise)
             dims = self.pyramid.dims
             kept = [max(8, round(config.keep * dim)) for dim in dims]
             for i, (dim, number) in enumerate(zip(dims, kept, strict=True)):

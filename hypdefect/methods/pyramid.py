@@ -27,9 +27,10 @@ class Pyramid(nn.Module):
 
     Args:
         frozen: stages, from the first, that are not trained; 0: all are.
+        depthwise: whether the depthwise filters of the others are trained.
     """
 
-    def __init__(self, name: str, frozen: int) -> None:
+    def __init__(self, name: str, frozen: int, depthwise: bool = False) -> None:
         from hypdefect.features.timm_networks import Backbone  # timm takes seconds to import
 
         super().__init__()
@@ -46,6 +47,10 @@ class Pyramid(nn.Module):
         for part in ("conv_head", "bn2", "global_pool"):
             if isinstance(getattr(self.net, part, None), nn.Module):
                 getattr(self.net, part).requires_grad_(False)  # no map comes from it
+        if not depthwise:
+            for module in self.net.modules():
+                if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
+                    module.requires_grad_(False)
         if frozen:
             self._freeze(frozen)
 

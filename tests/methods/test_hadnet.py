@@ -102,7 +102,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "no reconstruction": {"reconstruction": 0.0},
     "no loss of HST": {"hyperbolic": 0.0},
     "teacher": {"teacher": 1.0},
-    "all of the network": {"frozen": 0},
+    "stem and first stages": {"frozen": 0},
+    "depthwise filters": {"depthwise": True},
     "regions named as wholes": {"regions": "whole"},
 }
 
