@@ -208,6 +208,18 @@ def test_the_pretrained_network_is_trained_more_slowly() -> None:
     assert {id(p) for p in network["params"]} == {id(p) for p in model.pyramid.parameters() if p.requires_grad}
 
 
+@pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
+@pytest.mark.parametrize("depthwise", [False, True])
+def test_depthwise_filters_are_trained_where_that_is_asked_for(build: Any, config: Any, depthwise: bool) -> None:
+    net = build(replace(config, frozen=0, depthwise=depthwise), 2).pyramid.net
+    convolutions = [module for module in net.modules() if isinstance(module, torch.nn.Conv2d)]
+    filters = [module for module in convolutions if module.groups > 1]
+    assert filters
+    assert all(module.weight.requires_grad == depthwise for module in filters)
+    others = [module.weight.requires_grad for module in convolutions if module.groups == 1]
+    assert sum(others) >= len(others) - 1  # no map comes from the head
+
+
 def test_the_channels_chosen_are_those_that_change_where_something_was_painted() -> None:
     generator = torch.Generator().manual_seed(0)
     mask = torch.zeros(2, 32, 32, dtype=torch.bool)
