@@ -284,9 +284,8 @@ def _is_curved(parameter: nn.Parameter) -> bool:
 
 def _mean_over_ranks(values: Sequence[float], world_size: int, device: str | torch.device) -> list[float]:
     """The same numbers on every rank, so that all of them stop where one does."""
-    total = _sum_over_ranks(torch.tensor(values), world_size, device)
-    several = world_size > 1 and torch.distributed.is_initialized()
-    return [float(value) for value in (total / world_size if several else total)]
+    *totals, ranks = _sum_over_ranks(torch.tensor([*values, 1.0], dtype=torch.float64), world_size, device).tolist()
+    return [total / ranks for total in totals]
 
 
 def _sum_over_ranks(values: Float[Tensor, "_"], world_size: int, device: str | torch.device) -> Float[Tensor, "_"]:
