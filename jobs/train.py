@@ -36,6 +36,7 @@ from hypdefect.families.episodic import EpisodicConfig, MetaConfig
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import TaskConfig as SegmentationConfig
+from hypdefect.families.segmentation_training import REPORT_EVERY
 from hypdefect.families.starts import load_start
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, write_json
@@ -125,9 +126,8 @@ class TrainBankAndHypADJob(DetectorJob):
 class SegmenterJob(SegmentationConfig, PublishedOptions):
     method: MethodName = "hadnet"
     """What is trained."""
-    report_every: int = 200
-    """Steps between validations, which choose the weights that are kept, and checkpoints. On NEU-Seg one takes as long
-    as 40 steps."""
+    report_every: int = REPORT_EVERY
+    """Steps between validations, which choose the weights that are kept, and checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)

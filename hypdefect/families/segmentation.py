@@ -22,7 +22,7 @@ from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detection import calibrated, transformed, twin
 from hypdefect.families.image_files import image_file, mask_file
 from hypdefect.families.plan import DataConfig, Plan, of_product, shuffled, task_label
-from hypdefect.families.segmentation_training import Marked, SegmenterTraining, epoch_of, measured
+from hypdefect.families.segmentation_training import REPORT_EVERY, Marked, SegmenterTraining, epoch_of, measured
 from hypdefect.features.extract import RecipeConfig, dims_of
 from hypdefect.features.imported import Imported
 from hypdefect.features.spec import ImageRequest
@@ -268,7 +268,7 @@ def validation_scores(
 
 
 def training_of(
-    run: RunConfig, fitting: Fitting, setting: Setting, number: int, report_every: int = 100
+    run: RunConfig, fitting: Fitting, setting: Setting, number: int, report_every: int = REPORT_EVERY
 ) -> SegmenterTraining:
     """How the network of a draw is trained, by this process or by Ray Train."""
     seeded = replace(run, method=replace(run.method, seed=run.method.seed + 1000 * setting.seed + number))

@@ -31,6 +31,8 @@ from hypdefect.types import Batch, Segmenter
 
 PAINTED = 32
 """Images that pseudo-defects are painted on before step 0."""
+REPORT_EVERY = 200
+"""Steps between validations: on NEU-Seg one takes as long as 40 steps."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -93,7 +95,7 @@ class SegmenterTraining:
     """What pseudo-defects are painted with."""
     side: int
     """S."""
-    report_every: int = 100
+    report_every: int = REPORT_EVERY
     patience: int = 0
 
     @property
