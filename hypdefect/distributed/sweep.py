@@ -205,7 +205,7 @@ def run_search(
     job: Any, family: Family, fitting: Any, space: ModuleType, base: RunConfig, start: Any, workers: int
 ) -> list[TrialResult]:
     """The trials of the sweep's study, best first."""
-    known = len(finished(home() / "sweeps" / "study.db", job.name))
+    known = len(finished(home() / "sweeps" / "study.db", job.name, job.rungs))
     if known:
         logger.info("search: %d of %d trials finished before", known, job.trials)
     else:

@@ -115,8 +115,12 @@ def storage(path: Path) -> optuna.storages.RDBStorage:
     return optuna.storages.RDBStorage(f"sqlite:///{path}", engine_kwargs={"connect_args": {"timeout": 60}})
 
 
-def finished(path: Path, name: str) -> list[TrialResult]:
-    """The finished trials of a study, best first; empty where there is no such study."""
+def finished(path: Path, name: str, rungs: int) -> list[TrialResult]:
+    """The finished trials of a study, best first; empty where there is no such study.
+
+    Args:
+        rungs: of the search, which a trial has that was not stopped early.
+    """
     try:
         study = optuna.load_study(study_name=name, storage=storage(path))
     except KeyError:
@@ -124,8 +128,9 @@ def finished(path: Path, name: str) -> list[TrialResult]:
     results = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         seconds = trial.duration.total_seconds() if trial.duration else float("nan")
-        rungs = len(trial.intermediate_values) + 1
-        results.append(TrialResult(trial.number, dict(trial.params), float(trial.value or 0.0), rungs, seconds))
+        # Optuna is told of a trial's last report as its end; where no scheduler ends trials, also as one on the way
+        reached = min(len(trial.intermediate_values) + 1, rungs)
+        results.append(TrialResult(trial.number, dict(trial.params), float(trial.value or 0.0), reached, seconds))
     return sorted(results, key=lambda r: (-r.rungs, -r.value, r.number))
 
 
@@ -234,4 +239,4 @@ def search(
         if results.num_errors == len(results) and not done:
             reason = str(results.errors[0]).strip().splitlines()[-1]
             raise HypdefectError(f"every trial of {name} failed; first: {reason}")
-    return finished(study_file, name)
+    return finished(study_file, name, config.rungs)

@@ -460,6 +460,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="good candidates lie in the very bank that they are compared with",
     ),
     Mutant(
+        name="full-trials",
+        file="hypdefect/distributed/tune.py",
+        old="min(len(trial.intermediate_values) + 1, rungs)",
+        new="len(trial.intermediate_values) + 1",
+        tests=("tests/ray/test_search.py::test_exactly_the_trials_asked_for_the_defaults_first",),
+        breaks="no trial of a search of one rung counts as full, and a sweep never leaves the defaults",
+    ),
+    Mutant(
         name="validated-there",
         file="hypdefect/distributed/train.py",
         old="training if isinstance(training, ValidatedTraining) else None",
