@@ -18,8 +18,9 @@ sets the others to 0: sorted by size, channels lose what they stand for, and the
 (`ard="sorted"` does as printed). The discriminator also sees the maps, by a feature pyramid, and the distances of HST,
 which are added to its answer: else HST would act on the choice of channels alone. AFSS needs a hyperplane before there
 is a trained one: it takes the one half way between the mean of painted and that of other locations. The stem, two
-stages and all depthwise filters of the network stay as they are (`frozen`, `depthwise`), which costs nothing and is
-faster. Where the paper does not say, the autoencoders learn from background alone, and the teacher is the pretrained network.
+stages and all depthwise filters of the network stay as they are (`frozen`, `depthwise`): that is faster, and NEU-Seg
+loses nothing by it. Where the paper does not say, the autoencoders learn from background alone, and the teacher is the
+pretrained network.
 
 Shapes: N images, K outputs, background first, H W pixels, h w rows and columns of a scale, D its channels, E of what
 the scales share.
