@@ -180,14 +180,19 @@ def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
         assert 0.05 < float((batch.targets > 0).float().mean()) < 0.5
 
 
-def test_a_network_ends_at_the_weights_that_validate_best(task: Any) -> None:
+def test_a_network_ends_at_the_weights_that_validate_best(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fitting, _ = task
-    run = RunConfig(name="hadnet", method=TINY | {"steps": 24})
+    run = RunConfig(name="hadnet", method=TINY | {"steps": 24, "lr": 3e-4})
     training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
     model: Any = training.model()
     values: list[float] = []
     fit(model, training.item, training.config, lambda m, write: values.append(m["val"]), validation=training)
     assert training.value(training.seen(model, slice(None))) == pytest.approx(max(values))
+    assert values[-1] < max(values)
+    monkeypatch.setattr(segmentation, "training_of", lambda *args: training)
+    fitted: Any = segmentation.fit(run, fitting, Setting(), 0)
+    for name, weights in model.named_parameters():
+        torch.testing.assert_close(fitted.get_parameter(name), weights, rtol=0, atol=0)
     early = replace(training, patience=1)
     model = early.model()
     seen: list[float] = []
