@@ -3,11 +3,13 @@
 Shapes: Q queries, N images, H W pixels, B bins.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from scipy import ndimage
+from scipy.stats import poisson_binom
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
 
 from hypdefect.errors import DataError
@@ -20,11 +22,35 @@ def calibration_error(confidence: Float[np.ndarray, "Q"], correct: Bool[np.ndarr
     Raises:
         DataError: no query, or a confidence outside [0, 1].
     """
+    gaps = np.bincount(_bin_of(confidence, bins), correct.astype(np.float64) - confidence, bins)
+    return float(np.abs(gaps).sum() / len(confidence))
+
+
+def chance_calibration_error(confidence: Float[np.ndarray, "Q"], bins: int = 15) -> float:
+    """What `calibration_error` would read on average if every confidence were exactly right.
+
+    It is above 0: of few queries in a bin, the share that is right differs from its probability by chance. A bin of
+    more than 64 queries is taken as normal.
+
+    Raises:
+        DataError: as `calibration_error`.
+    """
+    own = _bin_of(confidence, bins)
+    return sum(_chance_gap(confidence[own == one]) for one in np.unique(own)) / len(confidence)
+
+
+def _bin_of(confidence: Float[np.ndarray, "Q"], bins: int) -> Int[np.ndarray, "Q"]:
     if not len(confidence) or not ((confidence >= 0) & (confidence <= 1)).all():
         raise DataError("calibration needs at least one confidence, each in [0, 1]")
-    own = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gaps = np.bincount(own, correct.astype(np.float64) - confidence, bins)
-    return float(np.abs(gaps).sum() / len(confidence))
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def _chance_gap(chances: Float[np.ndarray, "Q"]) -> float:
+    """Mean distance of the number of successes from its mean, of trials with these chances."""
+    if len(chances) > 64:
+        return math.sqrt(2 / math.pi * float((chances * (1 - chances)).sum()))
+    counts = np.arange(len(chances) + 1)
+    return float((poisson_binom(chances).pmf(counts) * np.abs(counts - chances.sum())).sum())
 
 
 def image_metrics(scores: Float[np.ndarray, "N"], anomalous: Bool[np.ndarray, "N"]) -> dict[str, float]:

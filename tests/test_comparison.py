@@ -10,8 +10,9 @@ from scipy import stats
 from hypdefect.errors import DataError
 from hypdefect.evaluation import TWIN
 from hypdefect.results.comparison import best_euclidean, claims, display_name, leaderboard, paired_to
+from hypdefect.results.reading import format_calibration
 from hypdefect.statistics import clustered_interval, holm, interval, paired_p
-from tests.ledger_rows import as_table, draws, row
+from tests.ledger_rows import as_table, draws, row, with_metrics
 
 PROTOTYPE = draws([[0.5, 0.6], [0.7, 0.8]])
 HYPDFS = draws([[0.7, 0.7], [0.8, 0.8]], method="hypdfs", validation=0.6)
@@ -32,9 +33,16 @@ def test_leaderboard_by_hand() -> None:
     assert second.accuracy == clustered_interval([0.55, 0.75], [0, 1])  # over partition means
     assert second.std == pytest.approx(np.std([0.5, 0.6, 0.7, 0.8], ddof=1))  # over draws
     assert (second.draws, second.validation, second.macro_f1, second.ece) == pytest.approx((4, 0.5, 0.7, 0.1))
+    assert math.isnan(second.ece_by_chance)  # a ledger of before it was recorded
     assert second.confusion.tolist() == [[52, 28], [28, 52]]
     assert fifth.accuracy == interval([0.9, 0.8])  # one partition: over its draws
     assert (first.euclidean, second.euclidean) == (False, True)
+
+
+def test_calibration_stands_beside_what_chance_reads() -> None:
+    (old,) = leaderboard(as_table([row()]))
+    (new,) = leaderboard(as_table([with_metrics(row(), ece_by_chance=0.062)]))
+    assert (format_calibration(old), format_calibration(new)) == ("10.0", "10.0 (6.2)")
 
 
 def test_times_are_medians() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from hypdefect.errors import DataError
-from hypdefect.metrics import calibration_error
+from hypdefect.metrics import calibration_error, chance_calibration_error
 from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, paired_p
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
@@ -168,3 +168,20 @@ def test_calibration_error_by_hand() -> None:
     for wrong in (np.array([]), np.array([1.5]), np.array([math.nan])):
         with pytest.raises(DataError, match="each in"):
             calibration_error(wrong, np.ones(len(wrong), dtype=bool))
+
+
+@pytest.mark.parametrize("queries", [1, 40, 2000])
+def test_calibration_error_by_chance_is_what_right_probabilities_read(queries: int) -> None:
+    rng = np.random.default_rng(queries)
+    confidence = rng.uniform(0.3, 1, size=queries)
+    read = [calibration_error(confidence, rng.random(queries) < confidence) for _ in range(1000)]
+    spread = 4 * np.std(read) / len(read) ** 0.5
+    assert chance_calibration_error(confidence) == pytest.approx(np.mean(read), abs=spread + 1e-4)
+    assert spread < 0.2 * np.mean(read)
+
+
+def test_calibration_error_by_chance_at_its_ends() -> None:
+    assert chance_calibration_error(np.ones(5)) == pytest.approx(0, abs=1e-9)
+    assert chance_calibration_error(np.full(1, 0.5)) == pytest.approx(0.5)
+    with pytest.raises(DataError, match="each in"):
+        chance_calibration_error(np.array([1.5]))

@@ -33,7 +33,7 @@ from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformC
 from hypdefect.methods import get_method
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
-from hypdefect.metrics import calibration_error
+from hypdefect.metrics import calibration_error, chance_calibration_error
 from hypdefect.predictor import ClassPredictor as Predictor
 from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
 
@@ -448,11 +448,13 @@ def score(
     probabilities = classifier.logits(batch).softmax(1).numpy()
     done = time.perf_counter()
     truth, predicted = batch.labels.numpy(), probabilities.argmax(1)
+    confidence = probabilities.max(1).astype(np.float64)
     metrics = {
         "acc": float((truth == predicted).mean()),
         "balanced_acc": float(balanced_accuracy_score(truth, predicted)),
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
-        "ece": calibration_error(probabilities.max(1).astype(np.float64), truth == predicted),
+        "ece": calibration_error(confidence, truth == predicted),
+        "ece_by_chance": chance_calibration_error(confidence),
         "fit_seconds": fitted - begun,
         "predict_seconds": done - fitted,
     }

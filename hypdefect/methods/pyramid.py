@@ -116,10 +116,11 @@ def upsampled(x: Float[Tensor, "N D h w"], like: Float[Tensor, "N _ H W"]) -> Fl
 def pixel_loss(logits: Float[Tensor, "N K h w"], targets: Int[Tensor, "N H W"]) -> Float[Tensor, ""]:
     """Cross-entropy, and one minus the soft Dice coefficient of the classes that are there, at the size of the
     targets."""
-    full = F.interpolate(logits, size=targets.shape[1:], mode="bilinear", align_corners=False).float()
-    entropy, shares = F.cross_entropy(full, targets), full.softmax(1)
-    truth = F.one_hot(targets, full.shape[1]).movedim(3, 1).to(full)
-    there = truth.sum((0, 2, 3)) > 0
+    full = F.interpolate(logits.contiguous(), size=targets.shape[1:], mode="bilinear", align_corners=False).float()
+    logs = full.log_softmax(1)
+    entropy, shares = F.nll_loss(logs, targets), logs.exp()
+    truth = targets[:, None] == torch.arange(full.shape[1], device=targets.device)[:, None, None]
+    there = truth.sum((0, 2, 3))
     both = (shares * truth).sum((0, 2, 3))
-    dice = 2 * both / (shares.sum((0, 2, 3)) + truth.sum((0, 2, 3))).clamp_min(1e-6)
-    return entropy + (1 - dice[there]).mean()
+    dice = 2 * both / (shares.sum((0, 2, 3)) + there).clamp_min(1e-6)
+    return entropy + (1 - dice[there > 0]).mean()

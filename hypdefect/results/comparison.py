@@ -44,6 +44,8 @@ class Row:
     balanced: Interval
     macro_f1: float
     ece: float
+    ece_by_chance: float
+    """Of probabilities that were exactly right; NaN where it was not recorded."""
     fit_seconds: float
     predict_seconds: float
     validation: float
@@ -215,6 +217,7 @@ def _row(k_shot: int, method: str, features: str, variant: str, group: pa.Table,
         balanced=clustered_interval((values if np.isnan(balanced).any() else balanced).tolist(), clusters),
         macro_f1=float(other("macro_f1").mean()),
         ece=float(other("ece").mean()),
+        ece_by_chance=float(other("ece_by_chance").mean()),
         fit_seconds=float(np.median(other("fit_seconds"))),
         predict_seconds=float(np.median(other("predict_seconds"))),
         validation=float(group["validation"].to_numpy().mean()),

@@ -55,7 +55,7 @@ FORMAT = "hypdefect-ledger-2"
 FORMAT_1 = "hypdefect-ledger-1"
 """Parts of few-shot classification alone, each metric a column; they are read as parts of FORMAT."""
 COLUMNS_1 = ("acc", "balanced_acc", "macro_f1", "ece", "fit_seconds", "predict_seconds")
-SHARES = (*COLUMNS_1[:4], "auroc", "aupr", "aupro", "f1_max", "iou")
+SHARES = (*COLUMNS_1[:4], "ece_by_chance", "auroc", "aupr", "aupro", "f1_max", "iou")
 """Metrics that lie in [0, 1]."""
 DRAW = ("study", "method", "variant", "features", "k_shot", "partition", "draw")
 TASK = ("label", "backbone", "study", "split", "protocol")

@@ -21,6 +21,7 @@ from hypdefect.results.figures import Album
 from hypdefect.results.ledger_figures import draw_ledger
 from hypdefect.results.reading import (
     format_accuracy,
+    format_calibration,
     format_difference,
     format_p,
     hypdfs_row,
@@ -172,7 +173,7 @@ def leaderboard_lines(section: Section) -> list[Line]:
     columns += [
         (k, lambda r: format_accuracy(r.balanced), lambda r: r.balanced.mean),
         (k, lambda r: f"{100 * r.macro_f1:.2f}", lambda r: r.macro_f1),
-        (k, lambda r: f"{100 * r.ece:.1f}", lambda r: -r.ece),
+        (k, format_calibration, lambda r: -r.ece),
         (k, lambda r: f"{1000 * r.fit_seconds:.{1 if r.fit_seconds < 0.01 else 0}f}", lambda r: -r.fit_seconds),
     ]
     rows = leaderboard(section.main)

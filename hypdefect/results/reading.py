@@ -50,6 +50,12 @@ def format_difference(value: Interval) -> str:
     return f"{100 * value.mean:+.2f}{half}".replace("-", "−")
 
 
+def format_calibration(row: Row) -> str:
+    """`8.5 (5.9)`: the calibration error and, where it is known, what exactly right probabilities would read."""
+    chance = "" if math.isnan(row.ece_by_chance) else f" ({100 * row.ece_by_chance:.1f})"
+    return f"{100 * row.ece:.1f}{chance}"
+
+
 def format_p(p: float) -> str:
     return "<.001" if p < 0.001 else f"{p:.3f}".lstrip("0") if p < 1 else "1"
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from hypdefect.evaluation import TrialResult
 from hypdefect.results.comparison import Claims, Difference, Row, best_euclidean, claims, leaderboard, paired_to
+from hypdefect.results.reading import format_calibration
 from hypdefect.statistics import Interval, interval, paired
 
 
@@ -163,7 +164,7 @@ def _references(
 
 def leaderboard_table(rows: Sequence[Row], fair: Sequence[Difference], strict: Sequence[Difference]) -> Table:
     table = Table()
-    columns = ("method", "accuracy", "std", "balanced", "macro F1", "ECE", "fit, ms", "predict, ms")
+    columns = ("method", "accuracy", "std", "balanced", "macro F1", "ECE (by chance)", "fit, ms", "predict, ms")
     for column in (*columns, "- best Euclidean", "p", "- strictest", "p"):
         table.add_column(column, justify="left" if column == "method" else "right", no_wrap=True)
     for row in rows:
@@ -174,7 +175,7 @@ def leaderboard_table(rows: Sequence[Row], fair: Sequence[Difference], strict: S
             "" if math.isnan(row.std) else f"{100 * row.std:.2f}",
             points(row.balanced),
             f"{100 * row.macro_f1:.2f}",
-            f"{100 * row.ece:.1f}",
+            format_calibration(row),
             f"{1000 * row.fit_seconds:.1f}",
             f"{1000 * row.predict_seconds:.1f}",
             *differences,

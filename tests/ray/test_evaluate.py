@@ -15,7 +15,7 @@ from hypdefect.errors import NumericsError
 from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, choose
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
-from hypdefect.metrics import calibration_error
+from hypdefect.metrics import calibration_error, chance_calibration_error
 from hypdefect.types import VIEWS
 from tests.ray.search_script import BASE, SETTING, make_task
 
@@ -105,11 +105,13 @@ def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
     assert score.probabilities is not None
     assert score.confusion is not None
     truth = task[1].queries.labels
-    assert score.metrics.keys() == {"acc", "balanced_acc", "macro_f1", "ece", *TIMES}
+    assert score.metrics.keys() == {"acc", "balanced_acc", "macro_f1", "ece", "ece_by_chance", *TIMES}
     assert score.metrics["acc"] == (score.predicted == truth).mean() == score.confusion.trace() / len(truth)
     for label in range(4):
         assert score.confusion[label].tolist() == np.bincount(score.predicted[truth == label], minlength=4).tolist()
-    assert score.metrics["ece"] == calibration_error(score.probabilities.max(1), score.predicted == truth)
+    confidence = score.probabilities.max(1)
+    assert score.metrics["ece"] == calibration_error(confidence, score.predicted == truth)
+    assert score.metrics["ece_by_chance"] == pytest.approx(chance_calibration_error(confidence), rel=1e-4)
 
 
 def entrants() -> list[Entrant]:

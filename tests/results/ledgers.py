@@ -83,6 +83,7 @@ def generated(
                                 "balanced_acc": float(correct),
                                 "macro_f1": float(correct) - 0.01,
                                 "ece": 0.08 + gain / 2,
+                                "ece_by_chance": 0.06,
                                 "fit_seconds": 0.5 if method == "hypdfs" else 0.004,
                                 "predict_seconds": 0.01,
                             },

@@ -113,6 +113,7 @@ def test_the_tables_hold_the_numbers(page: Page) -> None:
         assert str(difference) in page.text
     assert "real+synthetic" in page.text
     assert "without the ODE" in page.text
+    assert " (6.0)" in page.text  # the calibration error of right probabilities
     assert "c learned" in page.text
     assert {"ours", "twin"} <= {row.get("class") for row in page.all("tr")}
     assert {"ahead", "level", "best", "left", "faint"} <= {cell.get("class") for cell in page.all("td")}
