@@ -29,8 +29,8 @@ def calibration_error(confidence: Float[np.ndarray, "Q"], correct: Bool[np.ndarr
 def chance_calibration_error(confidence: Float[np.ndarray, "Q"], bins: int = 15) -> float:
     """What `calibration_error` would read on average if every confidence were exactly right.
 
-    It is above 0: of few queries in a bin, the share that is right differs from its probability by chance. A bin of
-    more than 64 queries is taken as normal.
+    It is above 0: of few queries in a bin, the share that is right differs from its probability by chance. Of a bin
+    of more than 64 queries the number that is right is taken as normal, which saves time.
 
     Raises:
         DataError: as `calibration_error`.
