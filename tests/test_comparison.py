@@ -11,6 +11,7 @@ from hypdefect.errors import DataError
 from hypdefect.evaluation import TWIN
 from hypdefect.results.comparison import best_euclidean, claims, display_name, leaderboard, paired_to
 from hypdefect.results.reading import format_calibration
+from hypdefect.results.tables import leaderboard_table
 from hypdefect.statistics import clustered_interval, holm, interval, paired_p
 from tests.ledger_rows import as_table, draws, row, with_metrics
 
@@ -43,6 +44,8 @@ def test_calibration_stands_beside_what_chance_reads() -> None:
     (old,) = leaderboard(as_table([row()]))
     (new,) = leaderboard(as_table([with_metrics(row(), ece_by_chance=0.062)]))
     assert (format_calibration(old), format_calibration(new)) == ("10.0", "10.0 (6.2)")
+    (column,) = (c for c in leaderboard_table([old, new], [], []).columns if c.header == "ECE (by chance)")
+    assert list(column.cells) == ["10.0", "10.0 (6.2)"]
 
 
 def test_times_are_medians() -> None:

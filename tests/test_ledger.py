@@ -48,6 +48,7 @@ WRONG: dict[str, tuple[list[dict[str, Any]], str]] = {
     "two runs": ([row(), row(run_id="other", draw=1)], "one run, got 2"),
     "same draw": ([row(), row(0.5)], "stands twice"),
     "percent": ([with_metrics(row(), macro_f1=70.0)], r"macro_f1 must lie in \[0, 1\]"),
+    "no share": ([with_metrics(row(), ece_by_chance=1.5)], r"ece_by_chance must lie in \[0, 1\]"),
     "not finite": ([with_metrics(row(), ece=math.nan)], r"ece must lie in \[0, 1\]"),
     "confusion of three": ([row(class_names=["a", "b", "c"])], "3 classes"),
     "queries uncounted": ([row(num_queries=41)], "does not count 41"),
