@@ -5,7 +5,7 @@ import optuna
 from tune_spaces.patchcore import of_bank
 
 METHOD = "conditional_patchcore"
-FIRST = [{"method.score": "top"}, {"method.directions": 1}]
+FIRST = [{"method.score": "reweighted"}, {"method.directions": 1}]
 
 
 def space(trial: optuna.Trial) -> None:

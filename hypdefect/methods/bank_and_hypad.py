@@ -22,7 +22,7 @@ class BankAndHypADConfig(HypADConfig):
     """As HypAD's, and of HypAD's score alone; the bank has its own."""
     top: int = 10
     """As HypAD's, and of HypAD's score alone; the bank has its own."""
-    bank: ConditionalPatchCoreConfig = ConditionalPatchCoreConfig(score="top")
+    bank: ConditionalPatchCoreConfig = ConditionalPatchCoreConfig()
     weight: float = 0.5
     """Of HypAD; the bank has the rest."""
 

@@ -5,6 +5,7 @@ map is PatchCore's: divided, too, it finds regions less well.
 """
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from hypdefect.types import AnomalyMaps, Batch, Batches, Method
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ConditionalPatchCoreConfig(PatchCoreConfig):
+    score: Literal["reweighted", "top"] = "top"
+    """As PatchCore's. Relative to the look, the ten highest patches find more (docs/experiments.md)."""
     directions: int = 3
     """Principal directions of the images' looks that the expected score depends on; 0: PatchCore."""
 

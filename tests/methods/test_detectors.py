@@ -195,7 +195,7 @@ def test_hypad_and_the_bank_are_what_they_are_alone_in_units_of_normal_images() 
 
 ALONE: dict[str, dict[str, Any]] = {
     "hypad": {"directions": 2, "top": 10},
-    "conditional_patchcore": {"score": "top"},
+    "conditional_patchcore": {},
     "bank_and_hypad": {"directions": 2, "weight": 0.75},
 }
 
@@ -380,11 +380,13 @@ def lively(batch: Batch, seed: int) -> Batch:
     return replace(batch, views=batch.views | {"patch": patches})
 
 
-def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score() -> None:
+@pytest.mark.parametrize("score", ["reweighted", "top"])
+def test_a_score_is_relative_to_what_normal_images_of_the_same_look_score(score: str) -> None:
     normals = [lively(images(32, seed), seed) for seed in range(4)]
     held, odd = lively(images(64, 10), 10), lively(images(64, 11, odd=64), 11)
-    plain, conditional = (fresh(name, bank_size=40) for name in ("patchcore", "conditional_patchcore"))
-    exact = fresh("conditional_patchcore", bank_size=40, directions=0)
+    names = ("patchcore", "conditional_patchcore")
+    plain, conditional = (fresh(name, bank_size=40, score=score) for name in names)
+    exact = fresh("conditional_patchcore", bank_size=40, score=score, directions=0)
     for model in (plain, conditional, exact):
         model.fit(normals)
     assert torch.equal(exact.anomaly(odd).score, plain.anomaly(odd).score)
