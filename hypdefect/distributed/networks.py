@@ -37,6 +37,22 @@ Draw = Callable[[Any, ModelEntry, Score, Path], None]
 """What draws pictures of what a published model says of the reported images."""
 
 
+def settings_of(plan: Any, training: Any, report_every: int) -> dict[str, Any]:
+    """What decides the outcome of a training: its run directory is named by the digest of this.
+
+    Images, marks and classes count by what they are, not by where they lie.
+    """
+    about = plan.provenance()
+    images = [[file.file_id for file in training.files], about["manifest_digest"], about["partition_digest"]]
+    settings: dict[str, Any] = {
+        "run": to_mapping(training.run),  # with the seed of the draw
+        "feature_key": plan.key.digest,
+        "images": digest(images),
+        "report_every": report_every,
+    }
+    return settings | training.settings
+
+
 def train_networks(
     task: Any,
     run: RunConfig,
@@ -68,12 +84,8 @@ def train_networks(
         logger.warning("%s: %s", plan.label, remark)
     training = family.training_of(run, fitting, setting, 0, report_every)
     check_workers(training.config, workers)
-    settings = {
-        "run": to_mapping(run),
-        "feature_key": plan.key.digest,
-        "images": digest([file.uri for file in training.files]),
-        "report_every": report_every,
-    } | training.settings
+    about = plan.provenance()
+    settings = settings_of(plan, training, report_every)
     folder = run_folder(name or f"{run.name}-{plan.label}-{{}}", settings)
     name = folder.name
     write_json(folder / "job.json", settings)
@@ -97,7 +109,7 @@ def train_networks(
     ledger.append(ledger.rows_of([scored], identity, task.partition, ()), home())
     tested = time.monotonic()
     level = f"test/{family.METRIC.partition('/')[2]}"
-    provenance: dict[str, Any] = plan.provenance() | {
+    provenance: dict[str, Any] = about | {
         "run": name,
         "setting": to_mapping(setting),
         "fitted_on": list(family.fitted_on(fitting, setting, 0)),
@@ -107,6 +119,6 @@ def train_networks(
     entry = publish_fitted(plan, run, fitted, family.transform_of(run, fitting, None), provenance, details, alias)
     draw(plan, entry, score, folder / "pictures.png")
     seconds = {"features": ready - begun, "training": trained - ready, "test": tested - trained}
-    record = {"task": plan.provenance(), "losses": losses, "seconds": seconds, "test": score.metrics}
+    record = {"task": about, "losses": losses, "seconds": seconds, "test": score.metrics}
     write_json(folder / "record.json", record | {"model": f"{entry.name}:{entry.version}"})
     return Trained(folder, plan, losses, scored, entry, seconds)

@@ -127,6 +127,7 @@ class Plan(ABC):
         """Where results come from; free JSON."""
         return {
             "dataset": self.config.dataset,
+            "label": self.label,
             "manifest_digest": manifest_digest(self.manifest),
             "feature_key": self.key.digest,
             "partition": self.config.partition,

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
@@ -330,3 +331,23 @@ def test_metrics_refuse_what_is_no_class_map() -> None:
     metrics.update(np.zeros((2, 2), int), np.zeros((2, 2), int))
     with pytest.raises(DataError, match="need pixels of defects"):
         metrics.compute()
+
+
+def test_a_run_is_that_of_its_seed_its_images_and_its_marks_wherever_they_lie(task: Any) -> None:
+    plan, fitting, _ = task
+    run = RunConfig(name="hadnet", method=TINY, pretrained=False)
+
+    def settings(plan: Any, seed: int = 0) -> dict[str, Any]:
+        return settings_of(plan, segmentation.training_of(run, fitting, Setting(seed=seed), 0), 200)
+
+    def changed(column: str) -> Any:
+        rows = plan.manifest.to_pylist()
+        row = next(row for row in rows if row["mask_id"])
+        row[column] = f"{row[column]}0"
+        return replace(plan, manifest=pa.Table.from_pylist(rows, schema=plan.manifest.schema))
+
+    usual = settings(plan)
+    assert settings(plan) == usual
+    assert settings(changed("uri")) == usual
+    assert settings(plan, seed=1) != usual
+    assert settings(changed("mask_id")) != usual
