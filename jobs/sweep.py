@@ -120,7 +120,8 @@ def show(result: Sweep, job: Any, dashboard: str) -> None:
         images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} draws"
     elif job.task == "segmentation":
-        images = f"{len(plan.reported_ids)} of {len(plan.reported_ids) + len(plan.learned_ids)} images"
+        count = sum(map(len, (plan.learned_ids, plan.validated_ids, plan.reported_ids)))
+        images = f"{len(plan.reported_ids)} of {count} images"
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} seeds"
     else:
         task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"

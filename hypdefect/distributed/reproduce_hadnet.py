@@ -17,6 +17,7 @@ from hypdefect.config import override
 from hypdefect.datasets import get_dataset
 from hypdefect.distributed.evaluate import SharedFeatures, SharedReported
 from hypdefect.distributed.reproduce_detectors import missing_set
+from hypdefect.distributed.training_benchmarks import CLASSES, SIDE, cost_of
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import TWIN, RunConfig, Score, Scored
 from hypdefect.families import segmentation
@@ -24,7 +25,7 @@ from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Setting, TaskConfig
 from hypdefect.files import home
 from hypdefect.methods.fpn import SegmenterConfig
-from hypdefect.methods.hadnet import HADNetConfig
+from hypdefect.methods.hadnet import HADNet, HADNetConfig
 from hypdefect.progress import lines
 from hypdefect.results import ledger
 from hypdefect.results.published import published
@@ -142,7 +143,7 @@ def reproduce_hadnet(config: ReproduceHADNetConfig) -> tuple[list[Row], list[str
 
 
 def hadnet_tables(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> list[Table]:
-    """Published against ours; then, of each set, every row."""
+    """Published against ours; what the network costs; then, of each set, every row."""
     ours = {(row.dataset, row.name): row for row in rows}
     table = Table(title="HADNet, tables 1 to 4: mean IoU, %", title_justify="left")
     for column in ("data set", "published", "ours (± 95 %)", "difference", "with background"):
@@ -161,7 +162,23 @@ def hadnet_tables(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> list[Ta
             "" if found is None else _text(interval(found.values("miou_background"))),
         )
     here = dict.fromkeys(row.dataset for row in rows)
-    return [table, *(_rows_table(config, [row for row in rows if row.dataset == dataset]) for dataset in here)]
+    return [
+        table,
+        cost_table(config.method),
+        *(_rows_table(config, [row for row in rows if row.dataset == dataset]) for dataset in here),
+    ]
+
+
+def cost_table(method: HADNetConfig) -> Table:
+    """Weights and multiply-adds beside those of table 1."""
+    table = Table(title=f"HADNet, table 1: an image of {SIDE} x {SIDE}", title_justify="left")
+    for column in ("cost", "published", "ours"):
+        table.add_column(column, justify="left" if column == "cost" else "right")
+    cost = dict(zip(("parameters", "operations"), cost_of(HADNet(method, CLASSES)), strict=True))
+    for cell in published("hadnet").cells:
+        if cell.metric in cost:
+            table.add_row(f"{cell.metric}, {cell.unit}", f"{cell.value:.3f}", f"{cost[cell.metric]:.3f}")
+    return table
 
 
 def _rows_table(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> Table:

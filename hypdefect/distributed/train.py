@@ -75,7 +75,11 @@ def check_workers(config: TrainConfig, workers: int) -> None:
     if workers > cpus:
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")
     if config.items_per_step % workers:
-        raise ConfigError(f"train.items_per_step={config.items_per_step} is no multiple of {workers} workers")
+        whole = [n for n in range(1, workers) if config.items_per_step % n == 0]
+        raise ConfigError(
+            f"items_per_step={config.items_per_step} is no multiple of {workers} workers, which share out the items of "
+            f"a step; set --workers to {whole[-1]}, or items_per_step to {workers}"
+        )
 
 
 def run_folder(name: str, settings: dict[str, Any]) -> Path:

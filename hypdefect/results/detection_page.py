@@ -48,7 +48,7 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
     if task.classes:
         caption = "Image AUROC of the defects of one class against all reported good parts. Bars are 95 % intervals."
         plot_classes(album.add("classes", "Which defects are found", caption), task)
-    if (pictures := newest_pictures(task.dataset, task.split, "tested_normals", home)) is not None:
+    if (pictures := newest_pictures(task.label, task.split, "tested_normals", home)) is not None:
         caption = (
             f"The images that the newest published detector ({pictures.parent.name}) scored highest and lowest of each "
             "class: the image, what is marked, the map, what was found, both outlines (blue: marked, orange: found)."
@@ -58,17 +58,18 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
     return Chapter(task.title, task.main, heads, lines, album)
 
 
-def newest_pictures(dataset: str, split: str, count: str, home: Path) -> Path | None:
-    """The pictures of the newest sweep or training run of this set and split.
+def newest_pictures(label: str, split: str, count: str, home: Path) -> Path | None:
+    """The pictures of the newest sweep or training run of this set, product and split.
 
     Args:
+        label: set and product (`Plan.label`).
         count: what only tasks of the family count, of their plans' provenance.
     """
     found = []
     for path in [*home.glob("sweeps/*/pictures.png"), *home.glob("runs/*/pictures.png")]:
         record = path.parent / ("result.json" if path.parent.parent.name == "sweeps" else "record.json")
         about: dict[str, Any] = json.loads(record.read_text())["task"] if record.is_file() else {}
-        if (about.get("dataset"), about.get("split"), count in about) == (dataset, split, True):
+        if (about.get("label"), about.get("split"), count in about) == (label, split, True):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -1,6 +1,5 @@
 """Pictures of what a published segmenter says: of each class the images it marks best and worst."""
 
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,9 @@ from hypdefect.predictor import Predictor
 from hypdefect.registry import ModelEntry
 
 PANELS = ("image", "truth", "prediction", "errors")
-MOST_CLASSES = 6
-COLOURS = ("#3566a8", "#d9822b", "#4d9a5b", "#b04a5a", "#7a5aa6", "#8a8a3c", "#4aa3a3", "#a66a3a")
+MOST_CLASSES = 12
+DARK = ("#3566a8", "#d9822b", "#4d9a5b", "#b04a5a", "#7a5aa6", "#8a8a3c", "#4aa3a3", "#a66a3a")
+COLOURS = (*DARK, "#9ec1ea", "#f3c79a", "#a8d8b4", "#e6a9b4")
 ERRORS = ListedColormap(["white", "#000000", "#a8a8a8", "#d63fd6"])
 """Colours that no class has."""
 
@@ -70,10 +70,14 @@ def plot_examples(path: Path, examples: list[Example], classes: tuple[str, ...])
 
 
 def plot_segmentations(plan: SegmentationPlan, entry: ModelEntry, draw: Score, path: Path) -> None:
-    """Draw what a published model says of the reported images: of each class the highest and the lowest IoU."""
+    """Draw what a published model says of the reported images: of each class the highest and the lowest IoU.
+
+    Classes beyond the first `MOST_CLASSES` are left out. Two images of a class are held at a time.
+    """
     images = load(plan, home())[1].images
     predictor = Predictor.load(entry)
-    found: dict[int, list[tuple[float, Example]]] = defaultdict(list)
+    best: dict[int, tuple[float, Example]] = {}
+    worst: dict[int, tuple[float, Example]] = {}
     for number in range(len(images)):
         image, truth = images.read(number)
         (answer,) = predictor.predict([(image, None)])
@@ -83,9 +87,11 @@ def plot_segmentations(plan: SegmentationPlan, entry: ModelEntry, draw: Score, p
             either = int(((truth == label) | (predicted == label)).sum())
             iou = both / max(either, 1)
             title = f"{plan.classes[label - 1]}\nIoU {iou:.2f}"
-            found[label].append((iou, Example(title, image, truth, predicted)))
+            one = (iou, Example(title, image, truth, predicted))
+            best[label] = max(best.get(label, one), one, key=lambda pair: pair[0])
+            worst[label] = min(one, worst.get(label, one), key=lambda pair: pair[0])  # the last of several
     examples: list[Example] = []
-    for label in sorted(found)[:MOST_CLASSES]:
-        ranked = sorted(found[label], key=lambda pair: -pair[0])
-        examples += [ranked[0][1]] + ([ranked[-1][1]] if len(ranked) > 1 else [])
+    for label in sorted(best)[:MOST_CLASSES]:
+        pair = (best[label][1], worst[label][1])
+        examples += pair[: 1 if pair[0] is pair[1] else 2]
     plot_examples(path, examples, plan.classes)

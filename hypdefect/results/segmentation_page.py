@@ -20,6 +20,7 @@ from hypdefect.results.detection_tables import CurvePoint, displayed
 from hypdefect.results.figures import Album, Picture
 from hypdefect.results.page import Cell, Chapter, Line, write_chapters
 from hypdefect.results.reading import format_accuracy, format_difference
+from hypdefect.results.segmentation_figure import MOST_CLASSES
 from hypdefect.results.tables import plain_values
 
 METRICS = {
@@ -30,7 +31,7 @@ METRICS = {
     "pixel_acc": "pixel accuracy",
 }
 OF_CLASS = "iou "
-STUDIES = {"sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
+STUDIES = {"train": "trained by itself", "sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
 """Of the ledger, and what a chapter of theirs is called."""
 FULL, RHO = "HADNet", "rho = "
 """Rows of HADNet's tables: the full method, and those that differ in the curvature alone."""
@@ -141,11 +142,11 @@ def _chapter(folder: Path, task: SegmenterTask, home: Path) -> Chapter:
     if curve := task.curve():
         caption = "Everything but rho as in the full method. Right: over the same seeds, minus rho = 0."
         plot_curves(album.add("curvature", "Mean IoU against curvature", caption), curve, "mean IoU")
-    pictures = newest_pictures(task.dataset, task.split, "learned_images", home)
+    pictures = newest_pictures(task.label, task.split, "learned_images", home)
     if pictures is not None:
         caption = (
             f"The images that the newest published segmenter ({pictures.parent.name}) marked best and worst of each "
-            "class: the image, what is marked, what was found, and where the two differ."
+            f"class ({MOST_CLASSES} at most): the image, what is marked, what was found, and where the two differ."
         )
         album.pictures.append(Picture(pictures, "What a segmenter says", caption))
     heads = ["segmenter", *(f"{title}, %" for title in shown.values())]

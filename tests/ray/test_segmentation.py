@@ -198,8 +198,10 @@ def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree:
     assert [row.name for row in rows] == [FULL, "c = 0 twin", "FPN"]
     assert len(missing) == 1
     assert "fssd_12 is not here" in missing[0]
-    published, own = hadnet_tables(config, rows)
+    published, cost, own = hadnet_tables(config, rows)
     assert published.row_count == 4
+    assert list(cost.columns[1].cells) == ["11.352", "1.113"]
+    assert all(float(cell) > 0 for cell in cost.columns[2].cells if isinstance(cell, str))
     assert own.row_count == 3
     kept = ledger.read(home(), study="paper/hadnet")
     assert sorted(set(kept["variant"].to_pylist())) == sorted(row.name for row in rows)

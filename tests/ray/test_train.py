@@ -85,7 +85,7 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
             train(EpisodicTraining(pool=pool, config=config), workers=workers, name="run", folder=tmp_path)
 
     refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, items_per_step=64), 64)
-    refuse(ConfigError, "items_per_step=4 is no multiple of 3", CONFIG, 3)
+    refuse(ConfigError, "items_per_step=4 is no multiple of 3 workers.* set --workers to 2, or", CONFIG, 3)
     refuse(DataError, "class 'crack' has 12 images", replace(CONFIG, k_shot=12, n_way=4), 2)
     assert not list(tmp_path.iterdir())
 
