@@ -3,7 +3,9 @@
 Temperature scaling: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, ICML 2017. It changes how
 sure a classifier is, never what it answers.
 
-Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool.
+Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool. One query more, whose label
+says nothing, is counted in (after Platt's targets, 1999): where every answer is right, likelihood alone would be sure beyond
+measure.
 
 Shapes: Q queries, W ways (classes).
 """
@@ -20,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from hypdefect.errors import NumericsError
 from hypdefect.types import Batch, FewShotClassifier, Needs
 
-LOWEST, HIGHEST = 0.05, 20.0
-"""Bounds of a fitted temperature: where every answer is right, or every one as good as drawn, likelihood has none."""
+LOWEST, HIGHEST = 1e-4, 1e5
+"""Bounds of a fitted temperature, wide of what logits of any method need."""
 
 
 class TemperedClassifier:
@@ -47,18 +49,19 @@ class TemperedClassifier:
         self.inner.restore(tensors)
 
 
-def likelihood_loss(episodes: Sequence[tuple[Tensor, Tensor]], temperature: float) -> float:
+def likelihood_loss(episodes: Sequence[tuple[Tensor, Tensor]], temperature: float, smoothing: float = 0.0) -> float:
     """Negative log likelihood of the labels in nats: the mean over episodes of the mean over queries.
 
     Args:
         episodes: logits `[Q W]` and labels `[Q]` of the queries of each; Q may differ.
+        smoothing: share of each label that is spread over all classes.
     """
-    losses = [cross_entropy(logits.double() / temperature, labels) for logits, labels in episodes]
-    return float(torch.stack(losses).mean())
+    scaled = [(logits.double() / temperature, labels) for logits, labels in episodes]
+    return float(torch.stack([cross_entropy(*one, label_smoothing=smoothing) for one in scaled]).mean())
 
 
 def fitted_temperature(episodes: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The temperature between LOWEST and HIGHEST at which the labels are likeliest.
+    """The temperature between LOWEST and HIGHEST at which the labels, and one that says nothing, are likeliest.
 
     Args:
         episodes: as for `likelihood_loss`, logits at temperature 1.
@@ -70,8 +73,9 @@ def fitted_temperature(episodes: Sequence[tuple[Tensor, Tensor]]) -> float:
     """
     if not all(torch.isfinite(logits).all() for logits, _ in episodes):
         raise NumericsError("a temperature cannot be fitted: logits of validation queries are not finite")
+    smoothing = 1 / (1 + sum(len(labels) for _, labels in episodes))
     found = minimize_scalar(
-        lambda log: likelihood_loss(episodes, math.exp(log)),
+        lambda log: likelihood_loss(episodes, math.exp(log), smoothing),
         bounds=(math.log(LOWEST), math.log(HIGHEST)),
         method="bounded",
     )

@@ -56,14 +56,23 @@ def test_the_temperature_behind_the_labels_is_found(true: float) -> None:
     found = fitted_temperature(episodes)
     assert found == pytest.approx(true, rel=0.15)
     grid = np.exp(np.linspace(np.log(LOWEST), np.log(HIGHEST), 300)).tolist()
-    assert likelihood_loss(episodes, found) <= min(likelihood_loss(episodes, t) for t in grid)
+    smoothing = 1 / (1 + 4 * 400)
+    assert likelihood_loss(episodes, found, smoothing) <= min(likelihood_loss(episodes, t, smoothing) for t in grid)
     assert fitted_temperature([(7 * x, y) for x, y in episodes]) == pytest.approx(7 * found, rel=1e-3)
 
 
 def test_a_temperature_stays_within_its_bounds() -> None:
     logits, _ = drawn(1.0)[0]
-    assert LOWEST <= fitted_temperature([(logits, logits.argmax(1))]) < 1.01 * LOWEST
     assert 0.99 * HIGHEST < fitted_temperature([(logits, logits.argmin(1))]) <= HIGHEST
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e3])
+def test_answers_that_are_all_right_are_as_sure_whatever_the_scale_of_the_logits(scale: float) -> None:
+    logits, _ = drawn(1.0, queries=50)[0]
+    found = fitted_temperature([(scale * logits, logits.argmax(1))])
+    sure = (scale * logits / found).softmax(1).amax(1)
+    assert 0.9 < float(sure.mean()) < 0.999
+    assert found / scale == pytest.approx(fitted_temperature([(logits, logits.argmax(1))]), rel=1e-3)
 
 
 def test_logits_that_are_not_finite_have_no_temperature() -> None:
