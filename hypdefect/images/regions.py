@@ -37,16 +37,19 @@ def cleaned(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np
 def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]], int]]:
     """Outline and area of each connected region of the cleaned pixels, largest first.
 
-    An outline is a closed polygon of corners (x, y) round the pixels; pixel (row r, column q) covers [q, q + 1] in x.
+    An outline is one closed polygon of corners (x, y) round the centres of the region's pixels, and of no others; pixel
+    (row r, column q) covers [q, q + 1] in x. Where pixels touch at a corner alone, it passes from one to the other.
     """
     labels, _ = ndimage.label(cleaned(marked), EIGHT)
     areas, boxes = np.bincount(labels.ravel())[1:], ndimage.find_objects(labels)
     found = []
     for label in np.argsort(-areas, kind="stable")[:MOST_REGIONS] + 1:
         rows, columns = boxes[label - 1]
-        inside = np.pad(labels[rows, columns] == label, 1)
-        lines: Any = contour_generator(z=inside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
-        outline = max(lines, key=len) + np.array([columns.start - 0.5, rows.start - 0.5])
+        outside = np.pad(labels[rows, columns] != label, 1, constant_values=True)
+        # Where four pixels meet crosswise, contourpy joins the two of the lower value: those inside.
+        lines: Any = contour_generator(z=outside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
+        (line,) = lines  # 8-connected and without holes
+        outline = line[::-1] + np.array([columns.start - 0.5, rows.start - 0.5])
         found.append((outline.round(1).tolist(), int(areas[label - 1])))
     return found
 

@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis.extra.numpy import array_shapes, arrays
 from matplotlib.path import Path
 
 from hypdefect.images.regions import as_png, as_values, cleaned, regions_of, resized
@@ -15,6 +17,12 @@ def field(*boxes: tuple[int, int, int, int]) -> np.ndarray:
     return marked
 
 
+def inside(outline: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
+    """The pixels whose centre is inside."""
+    centres = np.indices(shape).reshape(2, -1).T[:, ::-1] + 0.5
+    return Path(outline).contains_points(centres).reshape(shape)
+
+
 def test_regions_come_largest_first_with_their_areas() -> None:
     found = regions_of(field((2, 3, 4, 5), (20, 30, 10, 8), (30, 2, 2, 2)))
     assert [area for _, area in found] == [80, 20]  # 4 pixels are too few
@@ -25,9 +33,29 @@ def test_an_outline_drawn_again_is_its_region() -> None:
     marked |= np.hypot(*np.mgrid[-25:15, -40:20]) < 9
     for outline, area in regions_of(marked):
         assert outline[0] == outline[-1]
-        inside = Path(outline).contains_points(np.indices((40, 60)).reshape(2, -1).T[:, ::-1] + 0.5)
-        assert inside.sum() == area
-        assert marked[inside.reshape(40, 60)].all()
+        drawn = inside(outline, marked.shape)
+        assert drawn.sum() == area
+        assert marked[drawn].all()
+
+
+@settings(max_examples=300, deadline=None)
+@given(arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=3, max_side=14)))
+def test_the_outlines_of_any_mask_drawn_again_are_its_pixels(marked: np.ndarray) -> None:
+    kept, drawn = cleaned(marked), np.zeros_like(marked)
+    for outline, area in regions_of(marked):
+        part = inside(outline, marked.shape)
+        assert part.sum() == area
+        assert not (part & drawn).any()
+        drawn |= part
+    assert (drawn == kept).all()
+
+
+@pytest.mark.parametrize("turn", [0, 1])
+def test_a_line_of_pixels_that_touch_at_corners_has_one_outline(turn: int) -> None:
+    marked = np.rot90(np.eye(12, dtype=bool), turn)
+    ((outline, area),) = regions_of(marked)
+    assert area == 12
+    assert (inside(outline, marked.shape) == marked).all()
 
 
 def test_a_box_is_outlined_in_image_coordinates() -> None:
@@ -37,7 +65,10 @@ def test_a_box_is_outlined_in_image_coordinates() -> None:
 
 
 def test_corners_belong_together_and_holes_are_filled() -> None:
-    assert len(regions_of(field((0, 0, 5, 5), (5, 5, 5, 5)))) == 1
+    squares = field((0, 0, 5, 5), (5, 5, 5, 5))
+    ((outline, area),) = regions_of(squares)
+    assert area == 50
+    assert (inside(outline, squares.shape) == squares).all()
     ring = field((5, 5, 10, 10))
     ring[8:12, 8:12] = False
     assert cleaned(ring).sum() == 100
