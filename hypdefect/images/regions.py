@@ -27,25 +27,30 @@ def resized(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np
 
 def cleaned(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
     """The marked pixels without holes, and without regions of fewer than `least` pixels."""
-    filled = ndimage.binary_fill_holes(marked)
-    labels, _ = ndimage.label(filled, EIGHT)
+    return without_specks(ndimage.binary_fill_holes(marked), least)
+
+
+def without_specks(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
+    """The marked pixels without regions of fewer than `least` pixels."""
+    labels, _ = ndimage.label(marked, EIGHT)
     large = np.bincount(labels.ravel()) >= least
     large[0] = False
     return large[labels]
 
 
 def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]], int]]:
-    """Outline and area of each connected region of the cleaned pixels, largest first.
+    """Outline and area of each connected region, largest first.
 
-    An outline is one closed polygon of corners (x, y) round the centres of the region's pixels, and of no others; pixel
-    (row r, column q) covers [q, q + 1] in x. Where pixels touch at a corner alone, it passes from one to the other.
+    An outline is one closed polygon of corners (x, y) round the centres of the region's pixels; pixel (row r, column q)
+    covers [q, q + 1] in x. Where pixels touch at a corner alone, it passes from one to the other. Holes lie inside it;
+    the area does not count them.
     """
-    labels, _ = ndimage.label(cleaned(marked), EIGHT)
+    labels, _ = ndimage.label(marked, EIGHT)
     areas, boxes = np.bincount(labels.ravel())[1:], ndimage.find_objects(labels)
     found = []
     for label in np.argsort(-areas, kind="stable")[:MOST_REGIONS] + 1:
         rows, columns = boxes[label - 1]
-        outside = np.pad(labels[rows, columns] != label, 1, constant_values=True)
+        outside = ~np.pad(ndimage.binary_fill_holes(labels[rows, columns] == label), 1)
         # Where four pixels meet crosswise, contourpy joins the two of the lower value: those inside.
         lines: Any = contour_generator(z=outside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
         (line,) = lines  # 8-connected and without holes

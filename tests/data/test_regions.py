@@ -24,7 +24,7 @@ def inside(outline: list[list[float]], shape: tuple[int, ...]) -> np.ndarray:
 
 
 def test_regions_come_largest_first_with_their_areas() -> None:
-    found = regions_of(field((2, 3, 4, 5), (20, 30, 10, 8), (30, 2, 2, 2)))
+    found = regions_of(cleaned(field((2, 3, 4, 5), (20, 30, 10, 8), (30, 2, 2, 2))))
     assert [area for _, area in found] == [80, 20]  # 4 pixels are too few
 
 
@@ -42,7 +42,7 @@ def test_an_outline_drawn_again_is_its_region() -> None:
 @given(arrays(bool, array_shapes(min_dims=2, max_dims=2, min_side=3, max_side=14)))
 def test_the_outlines_of_any_mask_drawn_again_are_its_pixels(marked: np.ndarray) -> None:
     kept, drawn = cleaned(marked), np.zeros_like(marked)
-    for outline, area in regions_of(marked):
+    for outline, area in regions_of(kept):
         part = inside(outline, marked.shape)
         assert part.sum() == area
         assert not (part & drawn).any()
@@ -73,6 +73,15 @@ def test_corners_belong_together_and_holes_are_filled() -> None:
     ring[8:12, 8:12] = False
     assert cleaned(ring).sum() == 100
     assert regions_of(np.zeros((4, 4), dtype=bool)) == []
+
+
+def test_a_ring_has_its_outer_outline_and_the_area_of_its_own_pixels() -> None:
+    ring = field((5, 5, 12, 12))
+    ring[6:16:2, 6:16] = False  # the inner outline is longer than the outer
+    ring[6:16, 6] = False
+    ((outline, area),) = regions_of(ring)
+    assert area == ring.sum()
+    assert (inside(outline, ring.shape) == field((5, 5, 12, 12))).all()
 
 
 def test_a_region_at_the_border_is_closed() -> None:
