@@ -32,7 +32,7 @@ from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
 from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
-from hypdefect.images.regions import as_png, cleaned, regions_of, resized, without_specks
+from hypdefect.images.regions import as_png, class_map, cleaned, grey_png, regions_of, resized, without_specks
 from hypdefect.methods import get_method
 from hypdefect.methods.residuals import Residuals
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
@@ -356,9 +356,7 @@ class SegmentationPredictor(Predictor):
         logits = self.model.logits(self.batch(image, None))
         if not torch.isfinite(logits).all():
             raise NumericsError(f"the scores of a {image.shape} image are not finite")
-        size = (image.shape[0], image.shape[1])
-        full = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        found = full.argmax(1)[0].numpy()
+        found = class_map(logits, (image.shape[0], image.shape[1]))
         names = self.card.class_names
         classes = np.zeros_like(found)
         for number in range(1, len(names) + 1):
@@ -373,7 +371,7 @@ class SegmentationPredictor(Predictor):
             label=max(names, key=lambda name: shares[name]) if regions else "good",
             shares=shares,
             regions=regions,
-            map_png=as_png(classes / 255),
+            map_png=grey_png(classes),
         )
 
     @staticmethod
@@ -381,6 +379,9 @@ class SegmentationPredictor(Predictor):
         return len(card.class_names)
 
     def check(self, folder: Path) -> None:
+        """Look at one grey image, and whether the classes fit into a grey PNG."""
+        if (count := len(self.card.class_names)) > 255:
+            raise ArtifactError(f"{folder}: {count} classes; a map of classes holds 255, join some and train again")
         self.check_probe(folder)
 
 

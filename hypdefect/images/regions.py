@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from contourpy import LineType, contour_generator
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 EIGHT = np.ones((3, 3), dtype=bool)
@@ -18,11 +19,27 @@ LEAST_AREA = 9
 """Regions of fewer pixels are noise of the map: a patch stands for 8 x 8 pixels."""
 MOST_REGIONS = 100
 """Of an image whose map is all noise, the largest are given."""
+STRIP = 64
+"""Columns of an image whose logits are held at a time."""
 
 
 def resized(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "H W"]:
     """A map at another size, bilinear."""
     return interpolate(torch.from_numpy(values)[None, None], size=size, mode="bilinear")[0, 0].numpy()
+
+
+def class_map(logits: Float[Tensor, "1 K h w"], size: tuple[int, int], strip: int = STRIP) -> UInt8[np.ndarray, "H W"]:
+    """The class of the highest logit of each pixel, the logits bilinear at this size; at most 256 classes.
+
+    Numerics: the width is enlarged first and then the height, a strip of columns at a time: K x H x W logits of a large
+    image take gigabytes. It is the same sum of four, which may be rounded another way (5e-6 of logits up to 20).
+
+    Args:
+        strip: columns of a strip.
+    """
+    wide = interpolate(logits, size=(logits.shape[2], size[1]), mode="bilinear")
+    strips = (interpolate(part, size=(size[0], part.shape[3]), mode="bilinear") for part in wide.split(strip, dim=3))
+    return torch.cat([part.argmax(1)[0].to(torch.uint8) for part in strips], dim=1).numpy()
 
 
 def cleaned(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
@@ -61,8 +78,13 @@ def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]],
 
 def as_png(values: Float[np.ndarray, "H W"]) -> str:
     """Values from 0 to 1 as a grey PNG in base64; others are clipped."""
+    return grey_png((values.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def grey_png(pixels: UInt8[np.ndarray, "H W"]) -> str:
+    """A grey PNG in base64."""
     buffer = io.BytesIO()
-    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

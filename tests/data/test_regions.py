@@ -1,12 +1,16 @@
 """Regions of a map: what is kept, how it is outlined, and how a map becomes a picture."""
 
+from typing import Any
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis.extra.numpy import array_shapes, arrays
 from matplotlib.path import Path
 
-from hypdefect.images.regions import as_png, as_values, cleaned, regions_of, resized
+from hypdefect.images import regions
+from hypdefect.images.regions import STRIP, as_png, as_values, class_map, cleaned, regions_of, resized
 
 
 def field(*boxes: tuple[int, int, int, int]) -> np.ndarray:
@@ -94,6 +98,31 @@ def test_a_region_at_the_border_is_closed() -> None:
 def test_noise_gives_a_bounded_answer() -> None:
     noise = np.kron(np.indices((60, 60)).sum(0) % 2 == 0, np.eye(4)[::-1].cumsum(0) > 0)
     assert len(regions_of(noise)) <= 100
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(1, 1), (1, 300), (37, 53), (64, 64), (200, 200), (411, 303), (900, 2)])
+def test_classes_found_in_strips_are_those_of_the_whole(size: tuple[int, int], layout: torch.memory_format) -> None:
+    logits = 5 * torch.randn(1, 5, 48, 64, generator=torch.Generator().manual_seed(size[0]))
+    logits = logits.contiguous(memory_format=layout)
+    whole = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
+    for strip in (1, 7, 64, 1000):
+        found = class_map(logits, size, strip)
+        assert found.dtype == np.uint8
+        assert (found == whole.numpy()).all()
+
+
+def test_the_logits_of_a_large_image_are_never_there_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+
+    def interpolate(*args: Any, **options: Any) -> torch.Tensor:
+        made = torch.nn.functional.interpolate(*args, **options)
+        held.append(made.numel())
+        return made
+
+    monkeypatch.setattr(regions, "interpolate", interpolate)
+    class_map(torch.rand(1, 13, 16, 16), (600, 800))
+    assert max(held) <= 13 * 600 * STRIP < 13 * 600 * 800 / 10
 
 
 def test_a_picture_holds_the_values() -> None:

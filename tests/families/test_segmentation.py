@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from hypdefect.errors import ConfigError, DataError
+from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
@@ -329,6 +329,14 @@ def test_specks_stand_neither_in_the_map_nor_in_the_regions() -> None:
     answer, numbers = told(classes)
     assert (answer.label, answer.shares["a"], answer.shares["c"]) == ("b", 0, 0)
     assert (numbers > 0).sum() == 97
+
+
+def test_more_classes_than_a_map_holds_are_refused() -> None:
+    predictor = Told(np.ones((32, 32), dtype=np.int64))
+    predictor.check(Path("m"))
+    predictor.card = SimpleNamespace(class_names=tuple(map(str, range(256))))
+    with pytest.raises(ArtifactError, match="m: 256 classes; a map of classes holds 255"):
+        predictor.check(Path("m"))
 
 
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
