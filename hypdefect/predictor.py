@@ -32,7 +32,7 @@ from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
 from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
-from hypdefect.images.regions import as_png, regions_of, resized
+from hypdefect.images.regions import as_png, class_map, cleaned, grey_png, regions_of, resized, without_specks
 from hypdefect.methods import get_method
 from hypdefect.methods.residuals import Residuals
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
@@ -89,7 +89,7 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class ClassRegion(Region):
-    """A connected region of one class."""
+    """A connected region of one class; its area does not count what else its outline encloses."""
 
     label: str
 
@@ -99,13 +99,14 @@ class Segmentation:
     """Which pixels are which defect."""
 
     label: str
-    """The class with the most pixels, "good" where none has a region."""
+    """The class with the most pixels of the map, "good" where none has any."""
     shares: dict[str, float]
-    """Of each class, the share of the image's pixels."""
+    """Of each class, the share of the image's pixels that the map gives it."""
     regions: list[ClassRegion]
-    """Class by class, largest first."""
+    """Class by class, largest first, at most 100 of each."""
     map_png: str
-    """The number of the class of each pixel, in the order of the class names, 0 for none: a grey PNG, base64."""
+    """The number of the class of each pixel, in the order of the class names, 0 for none: a grey PNG, base64. A class
+    has no regions of fewer than 9 pixels there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,22 +356,22 @@ class SegmentationPredictor(Predictor):
         logits = self.model.logits(self.batch(image, None))
         if not torch.isfinite(logits).all():
             raise NumericsError(f"the scores of a {image.shape} image are not finite")
-        size = (image.shape[0], image.shape[1])
-        full = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        classes = full.argmax(1)[0].numpy()
+        found = class_map(logits, (image.shape[0], image.shape[1]))
         names = self.card.class_names
+        classes = np.zeros_like(found)
+        for number in range(1, len(names) + 1):
+            classes[without_specks(found == number)] = number
         regions = [
             ClassRegion(polygon=outline, area=area, label=name)
             for number, name in enumerate(names, 1)
             for outline, area in regions_of(classes == number)
         ]
         shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}
-        areas = {name: sum(region.area for region in regions if region.label == name) for name in names}
         return Segmentation(
-            label=max(names, key=lambda name: areas[name]) if regions else "good",
+            label=max(names, key=lambda name: shares[name]) if regions else "good",
             shares=shares,
             regions=regions,
-            map_png=as_png(classes / 255),
+            map_png=grey_png(classes),
         )
 
     @staticmethod
@@ -378,6 +379,9 @@ class SegmentationPredictor(Predictor):
         return len(card.class_names)
 
     def check(self, folder: Path) -> None:
+        """Look at one grey image, and whether the classes fit into a grey PNG."""
+        if (count := len(self.card.class_names)) > 255:
+            raise ArtifactError(f"{folder}: {count} classes; a map of classes holds 255, join some and train again")
         self.check_probe(folder)
 
 
@@ -397,7 +401,7 @@ class DetectionPredictor(Predictor):
             p_value=p_value,
             false_alarms=rate,
             score=score,
-            regions=[Region(polygon=outline, area=area) for outline, area in regions_of(anomaly_map > threshold)],
+            regions=[Region(polygon=o, area=a) for o, a in regions_of(cleaned(anomaly_map > threshold))],
             map_png=as_png(anomaly_map / max(2 * threshold, 1e-12)),
         )
 

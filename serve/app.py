@@ -139,15 +139,15 @@ def _busy(reason: str) -> Refusal:
 # --- the door --------------------------------------------------------------------------------------------------------
 
 _BINARY = {"type": "string", "format": "binary"}
-_BODY = {
-    "required": True,
-    "content": {
-        "multipart/form-data": {
-            "schema": {"type": "object", "required": ["image"], "properties": {"image": _BINARY, "mask": _BINARY}}
-        },
-        "image/*": {"schema": _BINARY},
-    },
-}
+
+
+def _body(*fields: str) -> dict[str, Any]:
+    """The request of an endpoint that reads these files, `image` among them."""
+    form = {"type": "object", "required": ["image"], "properties": dict.fromkeys(fields, _BINARY)}
+    content = {"multipart/form-data": {"schema": form}, "image/*": {"schema": _BINARY}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": text}
     for status, text in (
@@ -171,7 +171,7 @@ class Ingress:
         self.slots = asyncio.Semaphore(HELD_IMAGES)
         self.decoders = ThreadPoolExecutor(2, "decode")
 
-    @api.post("/v1/classify", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    @api.post("/v1/classify", responses=_PROBLEMS, openapi_extra=_body("image", "mask"))
     async def classify(self, request: Request) -> Classification:
         """Class probabilities of one image: multipart field `image` (and `mask`), or an image's bytes as the body."""
         answer, notes, model = await self._answer(request)
@@ -189,9 +189,9 @@ class Ingress:
             request_id=_request_id(request),
         )
 
-    @api.post("/v1/detect", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    @api.post("/v1/detect", responses=_PROBLEMS, openapi_extra=_body("image"))
     async def detect(self, request: Request, map: bool = False) -> Detected:
-        """Whether the part on an image is good, and where it is not; the image is given as for /v1/classify."""
+        """Whether the part on an image is good, and where not; the image comes as for /v1/classify, without a mask."""
         answer, notes, model = await self._answer(request)
         if not isinstance(answer, Detection):
             raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no detector: ask it at /v1/predict, see /v1/model")
@@ -207,9 +207,9 @@ class Ingress:
             request_id=_request_id(request),
         )
 
-    @api.post("/v1/segment", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    @api.post("/v1/segment", responses=_PROBLEMS, openapi_extra=_body("image"))
     async def segment(self, request: Request, map: bool = False) -> Segmented:
-        """Which pixels of an image are which defect; the image is given as for /v1/classify."""
+        """Which pixels of an image are which defect; the image comes as for /v1/classify, without a mask."""
         answer, notes, model = await self._answer(request)
         if not isinstance(answer, Segmentation):
             raise Refusal(HTTPStatus.NOT_FOUND, f"{model.name} is no segmenter: ask it at /v1/predict, see /v1/model")
@@ -223,7 +223,7 @@ class Ingress:
             request_id=_request_id(request),
         )
 
-    @api.post("/v1/predict", responses=_PROBLEMS, openapi_extra={"requestBody": _BODY})
+    @api.post("/v1/predict", responses=_PROBLEMS, openapi_extra=_body("image", "mask"))
     async def predict(self, request: Request) -> Predicted:
         """What the model's family answers to one image, given as for /v1/classify."""
         answer, notes, model = await self._answer(request)

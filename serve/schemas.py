@@ -35,9 +35,9 @@ class Classification(Answer):
 
 class Region(Answer):
     polygon: list[list[float]]
-    """Corners [x, y] of the closed outline, in pixels of the image."""
+    """Corners [x, y] of the closed outline, in pixels of the image; it has no holes."""
     area: int
-    """Pixels."""
+    """Pixels; of a class, those inside the outline that are not of it do not count."""
 
 
 class Detected(Answer):
@@ -63,14 +63,14 @@ class ClassRegion(Region):
 
 class Segmented(Answer):
     label: str
-    """The class with the most pixels in regions; good where there is no region."""
+    """The class with the most pixels of the map; good where none has any."""
     shares: dict[str, float]
-    """Of each class, the share of the image's pixels."""
+    """Of each class, the share of the image's pixels that the map gives it."""
     regions: list[ClassRegion]
-    """Class by class, largest first."""
+    """Class by class, largest first, at most 100 of each."""
     map_png: str | None
     """With ?map=1 the number of the class of each pixel, from 1 in the order of the shares, 0 for none: a grey PNG of
-    the image's size in base64."""
+    the image's size in base64. A class has no regions of fewer than 9 pixels there."""
     notes: list[str]
     model: ServedModel
     request_id: str

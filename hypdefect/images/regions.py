@@ -7,9 +7,10 @@ from typing import Any
 import numpy as np
 import torch
 from contourpy import LineType, contour_generator
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, UInt8
 from PIL import Image
 from scipy import ndimage
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 EIGHT = np.ones((3, 3), dtype=bool)
@@ -18,6 +19,8 @@ LEAST_AREA = 9
 """Regions of fewer pixels are noise of the map: a patch stands for 8 x 8 pixels."""
 MOST_REGIONS = 100
 """Of an image whose map is all noise, the largest are given."""
+STRIP = 64
+"""Columns of an image whose logits are held at a time."""
 
 
 def resized(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np.ndarray, "H W"]:
@@ -25,36 +28,63 @@ def resized(values: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Float[np
     return interpolate(torch.from_numpy(values)[None, None], size=size, mode="bilinear")[0, 0].numpy()
 
 
+def class_map(logits: Float[Tensor, "1 K h w"], size: tuple[int, int], strip: int = STRIP) -> UInt8[np.ndarray, "H W"]:
+    """The class of the highest logit of each pixel, the logits bilinear at this size; at most 256 classes.
+
+    Numerics: the width is enlarged first and then the height, a strip of columns at a time: K x H x W logits of a large
+    image take gigabytes. It is the same sum of four, which may be rounded another way (5e-6 of logits up to 20).
+
+    Args:
+        strip: columns of a strip.
+    """
+    wide = interpolate(logits, size=(logits.shape[2], size[1]), mode="bilinear")
+    strips = (interpolate(part, size=(size[0], part.shape[3]), mode="bilinear") for part in wide.split(strip, dim=3))
+    return torch.cat([part.argmax(1)[0].to(torch.uint8) for part in strips], dim=1).numpy()
+
+
 def cleaned(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
     """The marked pixels without holes, and without regions of fewer than `least` pixels."""
-    filled = ndimage.binary_fill_holes(marked)
-    labels, _ = ndimage.label(filled, EIGHT)
+    return without_specks(ndimage.binary_fill_holes(marked), least)
+
+
+def without_specks(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> Bool[np.ndarray, "H W"]:
+    """The marked pixels without regions of fewer than `least` pixels."""
+    labels, _ = ndimage.label(marked, EIGHT)
     large = np.bincount(labels.ravel()) >= least
     large[0] = False
     return large[labels]
 
 
 def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]], int]]:
-    """Outline and area of each connected region of the cleaned pixels, largest first.
+    """Outline and area of each connected region, largest first.
 
-    An outline is a closed polygon of corners (x, y) round the pixels; pixel (row r, column q) covers [q, q + 1] in x.
+    An outline is one closed polygon of corners (x, y) round the centres of the region's pixels; pixel (row r, column q)
+    covers [q, q + 1] in x. Where pixels touch at a corner alone, it passes from one to the other. Holes lie inside it;
+    the area does not count them.
     """
-    labels, _ = ndimage.label(cleaned(marked), EIGHT)
+    labels, _ = ndimage.label(marked, EIGHT)
     areas, boxes = np.bincount(labels.ravel())[1:], ndimage.find_objects(labels)
     found = []
     for label in np.argsort(-areas, kind="stable")[:MOST_REGIONS] + 1:
         rows, columns = boxes[label - 1]
-        inside = np.pad(labels[rows, columns] == label, 1)
-        lines: Any = contour_generator(z=inside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
-        outline = max(lines, key=len) + np.array([columns.start - 0.5, rows.start - 0.5])
+        outside = ~np.pad(ndimage.binary_fill_holes(labels[rows, columns] == label), 1)
+        # Where four pixels meet crosswise, contourpy joins the two of the lower value: those inside.
+        lines: Any = contour_generator(z=outside.astype(np.float64), line_type=LineType.Separate).lines(0.5)
+        (line,) = lines  # 8-connected and without holes
+        outline = line[::-1] + np.array([columns.start - 0.5, rows.start - 0.5])
         found.append((outline.round(1).tolist(), int(areas[label - 1])))
     return found
 
 
 def as_png(values: Float[np.ndarray, "H W"]) -> str:
     """Values from 0 to 1 as a grey PNG in base64; others are clipped."""
+    return grey_png((values.clip(0, 1) * 255).round().astype(np.uint8))
+
+
+def grey_png(pixels: UInt8[np.ndarray, "H W"]) -> str:
+    """A grey PNG in base64."""
     buffer = io.BytesIO()
-    Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).save(buffer, "PNG")
+    Image.fromarray(pixels).save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 

@@ -236,6 +236,23 @@ def test_the_api_documents_itself(client: httpx.Client) -> None:
     assert {"200", "400", "413", "415", "422", "503"} == set(paths["/v1/classify"]["post"]["responses"])
 
 
+def test_a_mask_is_offered_only_where_a_model_may_take_one() -> None:
+    from serve.app import api
+
+    paths = api.openapi()["paths"]
+    fields = {
+        path: sorted(body["content"]["multipart/form-data"]["schema"]["properties"])
+        for path, methods in paths.items()
+        if (body := methods.get("post", {}).get("requestBody"))
+    }
+    assert fields == {
+        "/v1/classify": ["image", "mask"],
+        "/v1/detect": ["image"],
+        "/v1/predict": ["image", "mask"],
+        "/v1/segment": ["image"],
+    }
+
+
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 GIF = encoded(PIXELS, "GIF")

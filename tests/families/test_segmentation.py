@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,18 @@ import torch
 
 from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ConfigError, DataError
+
+
+from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
 from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
 from hypdefect.features.extract import RecipeConfig
+from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
-from hypdefect.predictor import Predictor, save_model
+from hypdefect.predictor import Predictor, Segmentation, SegmentationPredictor, save_model
 from hypdefect.training import fit
 from tests.tiny_dataset import make_mtd_tree
 
@@ -268,6 +273,74 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     assert measured(predictor.model, reported.images, plan.classes, 64).compute()["miou"] == pytest.approx(
         score.metrics["miou"]
     )
+
+
+class Told(SegmentationPredictor):
+    """Finds the classes that it is told, among a, b and c."""
+
+    def __init__(self, classes: np.ndarray) -> None:
+        self.card: Any = SimpleNamespace(class_names=("a", "b", "c"))
+        self.model: Any = self
+        self.classes = classes
+
+    def batch(self, image: np.ndarray, mask: np.ndarray | None) -> Any:
+        return None
+
+    def logits(self, batch: Any) -> torch.Tensor:
+        scores = torch.nn.functional.one_hot(torch.from_numpy(self.classes), 4)
+        return scores.permute(2, 0, 1)[None].float()
+
+
+def told(classes: np.ndarray) -> tuple[Segmentation, np.ndarray]:
+    """The answer, whose map, areas, shares and label are of the same pixels, and that map."""
+    answer = Told(classes).answer(np.zeros((*classes.shape, 3), np.uint8), None)
+    numbers = np.rint(as_values(answer.map_png) * 255).astype(np.int64)
+    counts = dict(zip("abc", np.bincount(numbers.ravel(), minlength=4)[1:].tolist(), strict=True))
+    assert answer.shares == {name: count / numbers.size for name, count in counts.items()}
+    assert answer.label == (max(counts, key=lambda name: counts[name]) if numbers.any() else "good")
+    listed = {name: [region.area for region in answer.regions if region.label == name] for name in counts}
+    for name, areas in listed.items():
+        assert sum(areas) == counts[name] or (len(areas) == 100 and sum(areas) < counts[name])
+    return answer, numbers
+
+
+@pytest.mark.parametrize(("outer", "inner"), ["ab", "ba"])
+def test_a_class_that_encloses_another_counts_its_own_pixels_alone(outer: str, inner: str) -> None:
+    classes = np.zeros((30, 40), dtype=np.int64)
+    classes[5:25, 5:25] = 1 + "abc".index(outer)
+    classes[6:24, 6:24] = 1 + "abc".index(inner)
+    answer, numbers = told(classes)
+    assert answer.label == inner
+    assert {region.label: region.area for region in answer.regions} == {outer: 76, inner: 324}
+    assert (numbers == classes).all()
+
+
+def test_the_class_with_the_most_pixels_may_have_them_in_more_regions_than_are_listed() -> None:
+    classes = np.zeros((120, 120), dtype=np.int64)
+    classes[:100, :100] = np.kron(np.arange(400).reshape(20, 20) % 2 * 2, np.pad(np.ones((3, 3), int), 1))
+    classes[100:, :50] = 1
+    answer, _ = told(classes)
+    assert answer.label == "b"
+    assert sum(region.label == "b" for region in answer.regions) == 100
+
+
+def test_specks_stand_neither_in_the_map_nor_in_the_regions() -> None:
+    classes = np.zeros((30, 40), dtype=np.int64)
+    classes[::4, :20:4] = 3
+    assert told(classes)[0].label == "good"
+    classes[10:20, 25:35] = 2
+    classes[12, 27:30] = 1
+    answer, numbers = told(classes)
+    assert (answer.label, answer.shares["a"], answer.shares["c"]) == ("b", 0, 0)
+    assert (numbers > 0).sum() == 97
+
+
+def test_more_classes_than_a_map_holds_are_refused() -> None:
+    predictor = Told(np.ones((32, 32), dtype=np.int64))
+    predictor.check(Path("m"))
+    predictor.card = SimpleNamespace(class_names=tuple(map(str, range(256))))
+    with pytest.raises(ArtifactError, match="m: 256 classes; a map of classes holds 255"):
+        predictor.check(Path("m"))
 
 
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
