@@ -69,7 +69,7 @@ class SweepConfig:
     resume: bool = False
     """Continue the newest unfinished sweep of this data set (or the one given by --name)."""
     model: str = ""
-    """Name under which the winner is published; default: hypdefect-<dataset>, with -detection or -segmentation behind."""
+    """Name under which the winner is published; default: hypdefect-<dataset>, then -detection or -segmentation."""
     alias: str = "champion"
     """Alias moved to the published version."""
 

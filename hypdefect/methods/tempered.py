@@ -3,9 +3,9 @@
 Temperature scaling: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, ICML 2017. It changes how
 sure a classifier is, never what it answers.
 
-Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool. One query more, whose label
-says nothing, is counted in (after Platt's targets, 1999): where every answer is right, likelihood alone would be sure beyond
-measure.
+Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool. One query more, whose
+label says nothing, is counted in (after Platt's targets, 1999): where every answer is right, likelihood alone would be
+sure beyond measure.
 
 Shapes: Q queries, W ways (classes).
 """

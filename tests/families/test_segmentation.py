@@ -12,9 +12,6 @@ import pytest
 import torch
 
 from hypdefect.distributed.networks import settings_of
-from hypdefect.errors import ConfigError, DataError
-
-
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
