@@ -1,6 +1,7 @@
 """What segmenters share: a pretrained network that is trained on, its maps of several scales, and the loss of pixels.
 
-Batch norms are folded into the convolutions: there are no statistics that would depend on the number of workers.
+Batch norms are folded into the convolutions (timm's own) or keep the statistics of the pretrained network (others):
+there are no statistics that would depend on the number of workers.
 
 Shapes: N images, H W pixels, C defect classes, D channels of a scale, h w its rows and columns.
 """
@@ -62,6 +63,14 @@ class Pyramid(nn.Module):
             raise ConfigError(f"method.frozen must be below the {len(blocks)} stages of the network, got {stages}")
         for module in [self.net.conv_stem, *list(blocks)[:stages]]:
             module.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        """As of every module, but batch norms keep their statistics."""
+        super().train(mode)
+        for module in self.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
 
     def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
         """Maps of RGB pixels in [0, 1], the finest first."""

@@ -209,6 +209,25 @@ def test_the_pretrained_network_is_trained_more_slowly() -> None:
 
 
 @pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
+def test_a_step_leaves_the_statistics_of_batch_norms_that_are_not_folded(build: Any, config: Any) -> None:
+    network = "timm:test_resnet@random"
+    with pytest.raises(ConfigError, match="set method.frozen to 0"):
+        build(replace(config, network=network), 2)
+    model = build(replace(config, network=network, frozen=0), 2)
+    norms = [module for module in model.pyramid.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    statistics = [x.clone() for norm in norms for x in norm.buffers()]
+    weights = [parameter.detach().clone() for parameter in model.pyramid.parameters()]
+    model.begin(painted())
+    model.train()
+    assert model.training
+    loop = SteppedConfig(steps=1, items_per_step=1, report_every=1)
+    fit(model, lambda number: marked(2, seed=number), loop, lambda metrics, write: None)
+    assert all(map(torch.equal, statistics, (x for norm in norms for x in norm.buffers())))
+    assert not all(map(torch.equal, weights, model.pyramid.parameters()))
+
+
+@pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
 @pytest.mark.parametrize("depthwise", [False, True])
 def test_depthwise_filters_are_trained_where_that_is_asked_for(build: Any, config: Any, depthwise: bool) -> None:
     net = build(replace(config, frozen=0, depthwise=depthwise), 2).pyramid.net
