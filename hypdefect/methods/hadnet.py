@@ -136,9 +136,11 @@ class HADNet(TrainedSegmenter):
             self.laterals = Laterals(dims, width, smooth_finest=False)  # the discriminator smooths
             self.autoencoders = nn.ModuleList(AutoEncoder(number) for number in kept)
             self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
-            seen = (SCALES if config.scales == "all" else 1) * (width // 2)
-            if config.scales == "finest":
-                self.reduce[1:].requires_grad_(False)
+            self.num_seen = SCALES if config.scales == "all" else 1
+            self.num_rebuilt = SCALES if config.reconstruction else self.num_seen
+            for unread in (self.reduce[self.num_seen :], self.autoencoders[self.num_rebuilt :]):
+                unread.requires_grad_(False)
+            seen = self.num_seen * (width // 2)
             self.strongest = max(1, round(config.strongest * seen / 2))
             self.enter: Any = nn.Conv2d(2 * (self.strongest if config.ard == "sorted" else seen), width, 1)
             self.hst = HyperbolicScores(width, outputs, config.embedding, config.curvature) if config.hst else None
@@ -188,11 +190,14 @@ class HADNet(TrainedSegmenter):
     def parts(
         self, pixels: Float[Tensor, "N 3 H W"]
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """Logits, hyperbolic scores, of each scale its selected channels and their reconstruction, and its map."""
+        """Logits, hyperbolic scores, of each scale that is rebuilt its selected channels and their reconstruction, and
+        of each scale its map."""
         maps = self.pyramid(pixels)
-        rebuilt = [(x, auto(x.detach())) for x, auto in zip(self.selected(maps), self.autoencoders, strict=True)]
-        residuals = [reduce(x - again) for (x, again), reduce in zip(rebuilt, self.reduce, strict=True)]
-        seen = self.laterals(maps, self.filtered(residuals[:1] if self.config.scales == "finest" else residuals))
+        chosen = zip(self.selected(maps)[: self.num_rebuilt], self.autoencoders[: self.num_rebuilt], strict=True)
+        rebuilt = [(x, auto(x.detach())) for x, auto in chosen]
+        pairs = zip(rebuilt[: self.num_seen], self.reduce[: self.num_seen], strict=True)
+        residuals = [reduce(x - again) for (x, again), reduce in pairs]
+        seen = self.laterals(maps, self.filtered(residuals))
         hyperbolic = None
         if self.hst is not None:
             hyperbolic = self.hst(seen)

@@ -29,10 +29,12 @@ class Pyramid(nn.Module):
     Args:
         frozen: stages, from the first, that are not trained; 0: all are.
         depthwise: whether the depthwise filters of the others are trained.
+
+    What no map comes from, such as a classifier's last layers, is never trained.
     """
 
     def __init__(self, name: str, frozen: int, depthwise: bool = False) -> None:
-        from hypdefect.features.timm_networks import Backbone  # timm takes seconds to import
+        from hypdefect.features.timm_networks import PROBE_SIDE, Backbone  # timm takes seconds to import
 
         super().__init__()
         self.spec = get_backbone(name)
@@ -45,9 +47,7 @@ class Pyramid(nn.Module):
             raise ConfigError(f"{name}: a segmenter needs maps of strides {STRIDES}; this network has not all of them")
         self.dims = tuple(int(infos[place]["num_chs"]) for place in self.layers)
         self.net.requires_grad_(True)
-        for part in ("conv_head", "bn2", "global_pool"):
-            if isinstance(getattr(self.net, part, None), nn.Module):
-                getattr(self.net, part).requires_grad_(False)  # no map comes from it
+        self._freeze_unread(PROBE_SIDE)
         if not depthwise:
             for module in self.net.modules():
                 if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -63,6 +63,16 @@ class Pyramid(nn.Module):
             raise ConfigError(f"method.frozen must be below the {len(blocks)} stages of the network, got {stages}")
         for module in [self.net.conv_stem, *list(blocks)[:stages]]:
             module.requires_grad_(False)
+
+    def _freeze_unread(self, side: int) -> None:
+        """Freeze the parameters that no map of a `side` x `side` input depends on: workers would wait for their
+        gradients."""
+        with torch.enable_grad():
+            total = torch.stack([x.sum() for x in self(torch.zeros(1, 3, side, side))]).sum()
+        parameters = list(self.net.parameters())
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def train(self, mode: bool = True) -> "Pyramid":
         """As of every module, but batch norms keep their statistics."""

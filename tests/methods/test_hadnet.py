@@ -119,6 +119,44 @@ def test_every_part_changes_the_answer(name: str, usual: torch.Tensor) -> None:
     assert (other - usual).abs().max() > 1e-3
 
 
+MORE_CHANGES: dict[str, dict[str, Any]] = CHANGES | {
+    "usual": {},
+    "finest scale, no reconstruction": {"scales": "finest", "reconstruction": 0.0},
+    "finest scale, ARD as printed": {"scales": "finest", "ard": "sorted"},
+    "no reconstruction, no ARD": {"reconstruction": 0.0, "ard": "off"},
+    "no HST, no loss of HST": {"hst": False, "hyperbolic": 0.0},
+    "network whose norms have no statistics": {"network": "timm:test_convnext@random", "frozen": 0},
+    "network whose norms are not folded": {"network": "timm:test_resnet@random", "frozen": 0},
+}
+
+
+@pytest.mark.parametrize("name", MORE_CHANGES)
+def test_every_weight_that_is_trained_gets_a_gradient(name: str) -> None:
+    """Workers wait for each of them."""
+    plain = {key: value for key, value in MORE_CHANGES[name].items() if hasattr(PLAIN, key)}
+    for model in (HADNet(replace(TINY, **MORE_CHANGES[name]), 2), FPN(replace(PLAIN, **plain), 2)):
+        model.begin(painted())
+        model.train()
+        model.loss(marked(2), torch.Generator()).total.backward()
+        wrong = [key for key, x in model.named_parameters() if x.requires_grad != (x.grad is not None)]
+        assert not wrong
+
+
+def test_what_no_map_comes_from_is_not_trained() -> None:
+    for network, unread in (("tiny_random", "conv_head"), ("timm:test_convnext@random", "head.norm")):
+        net = FPN(replace(PLAIN, network=network, frozen=0, depthwise=True), 2).pyramid.net
+        frozen = [name for name, weights in net.named_parameters() if not weights.requires_grad]
+        assert frozen == [f"{unread}.weight", f"{unread}.bias"]
+
+
+def test_scales_that_nobody_reads_are_not_rebuilt() -> None:
+    for reconstruction, number in ((0.1, 4), (0.0, 1)):
+        model = HADNet(replace(TINY, scales="finest", reconstruction=reconstruction), 2)
+        rebuilt = model.parts(marked(1).views["pixels"])[2]
+        trained = [auto.net[0].weight.requires_grad for auto in model.autoencoders]
+        assert (len(rebuilt), trained) == (number, [i < number for i in range(4)])
+
+
 def test_a_region_is_named_as_a_whole_by_its_mean_share() -> None:
     """Three locations, of which two touch at a corner alone, are a region of class 1; two others are one of class 2."""
     shares = torch.full((1, 3, 6, 6), 0.02)
