@@ -21,6 +21,8 @@ STRIDES = (4, 8, 16, 32)
 SCALES = len(STRIDES)
 BACKBONE_RATE = 0.3
 """Learning rate of the pretrained network, as a share of that of the rest."""
+GROUPS = 8
+"""Of the channels of a pyramid, each of which is normalised by itself."""
 
 
 class Pyramid(nn.Module):
@@ -90,13 +92,13 @@ class Pyramid(nn.Module):
 
 
 class Separable(nn.Sequential):
-    """A depthwise 3 x 3 and a pointwise convolution."""
+    """A depthwise 3 x 3 and a pointwise convolution; `after` is a multiple of `GROUPS`."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(
             nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False),
             nn.Conv2d(before, after, 1),
-            nn.GroupNorm(8, after),
+            nn.GroupNorm(GROUPS, after),
             nn.ReLU(),
         )
 

@@ -382,6 +382,8 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there() -> N
         ({"keep": 1.5}, "method.keep"),
         ({"network": "openclip:ViT-B-32@random"}, "trains a timm network"),
         ({"steps": 0}, "method.steps must be positive"),
+        ({"width": 20}, "method.width must be a multiple of 8, got 20; take 16 or 24"),
+        ({"width": 4}, "method.width must be a multiple of 8, got 4; take 8"),
         ({"smallest": 0.0}, "method.smallest must be positive"),
         ({"frozen": 40}, "method.frozen must be below the"),
     ],
