@@ -9,13 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from hypdefect.errors import ConfigError, DataError
+from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
 from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
+from hypdefect.features import backbones, timm_networks
+from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, save_model
@@ -267,6 +270,39 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     assert measured(predictor.model, reported.images, plan.classes, 64).compute()["miou"] == pytest.approx(
         score.metrics["miou"]
     )
+
+
+@pytest.mark.parametrize("name", ["fpn", "hadnet"])
+def test_a_published_model_needs_no_file_but_its_own(
+    name: str, task: Any, job: TaskConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the weights that training began with, nor the backbone of features, which a segmenter does not read."""
+    plan, fitting, reported = task
+    weights = tmp_path / "w.safetensors"
+    save_file(timm_networks.timm.create_model("test_efficientnet", pretrained=False).state_dict(), weights)
+    network = f"timm:test_efficientnet@{weights}"
+    run = RunConfig(name=name, method=TINY | {"network": network, "steps": 1}, pretrained=False)
+    model: Any = segmentation.fit(run, fitting, Setting(), 0)
+    save_model(
+        tmp_path / "m",
+        run_config=run,
+        model=model,
+        class_names=plan.classes,
+        transform=segmentation.transform_of(run, fitting),
+        backbone=job.backbone,
+        recipe=job.recipe,
+        uses_mask=False,
+        provenance={},
+    )
+    weights.unlink()
+    monkeypatch.setitem(BACKBONES, "tiny_random", replace(BACKBONES["tiny_random"], init_seed=1))
+    predictor = Predictor.load(tmp_path / "m")
+    assert predictor.card.backbone_digest == ""
+    image, _ = reported.images.read(0)
+    assert torch.equal(scores_of(predictor.model, image, 64), scores_of(model, image, 64))
+    backbones._describe.cache_clear()
+    with pytest.raises(ArtifactError, match="does not exist"):
+        get_backbone(network)
 
 
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
