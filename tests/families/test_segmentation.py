@@ -183,6 +183,19 @@ def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
         assert 0.05 < float((batch.targets > 0).float().mean()) < 0.5
 
 
+def test_textures_are_read_only_where_something_is_painted(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fitting, _ = task
+    (tmp_path / "dtd" / "images").mkdir(parents=True)
+    monkeypatch.setenv("HYPDEFECT_DATA", str(tmp_path))
+    for name, own in (("fpn", {}), ("hadnet", {"selection": "random"}), ("hadnet", {"selection": "projection"})):
+        run = RunConfig(name=name, method=TINY | own)
+        assert segmentation.training_of(run, fitting, Setting(), 0).model().training
+    with pytest.raises(ConfigError, match="0 pictures below"):
+        segmentation.training_of(RunConfig(name="hadnet", method=TINY), fitting, Setting(), 0).model()
+
+
 def test_a_network_ends_at_the_weights_that_validate_best(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fitting, _ = task
     run = RunConfig(name="hadnet", method=TINY | {"steps": 24, "lr": 3e-4})
