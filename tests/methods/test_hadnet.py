@@ -249,7 +249,7 @@ def test_the_pretrained_network_is_trained_more_slowly() -> None:
 @pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
 def test_a_step_leaves_the_statistics_of_batch_norms_that_are_not_folded(build: Any, config: Any) -> None:
     network = "timm:test_resnet@random"
-    with pytest.raises(ConfigError, match="set method.frozen to 0"):
+    with pytest.raises(ConfigError, match=r"set method\.frozen to 0"):
         build(replace(config, network=network), 2)
     model = build(replace(config, network=network, frozen=0), 2)
     norms = [module for module in model.pyramid.modules() if isinstance(module, torch.nn.BatchNorm2d)]
