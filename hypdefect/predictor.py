@@ -1,8 +1,8 @@
 """A fitted model on disk, and back from there: images in, answers out, one predictor for each family.
 
 A model folder holds `model.json` (everything but tensors), `model.safetensors` and `checksums.json`. It is complete:
-the backbone apart, whose digest it pins, nothing else is read. A `Predictor` shares feature extraction with the feature
-store.
+the backbone apart, whose digest it pins, nothing else is read. A segmenter reads no backbone: its network is among its
+tensors. A `Predictor` shares feature extraction with the feature store.
 
 Shapes: H W pixels, W classes.
 """
@@ -11,6 +11,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -26,7 +27,7 @@ from hypdefect.config import from_mapping, to_mapping
 from hypdefect.errors import ArtifactError, ConfigError, DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import get_family
-from hypdefect.features.backbones import get_backbone
+from hypdefect.features.backbones import get_backbone, without_weights
 from hypdefect.features.extract import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
 from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import write_json
@@ -54,6 +55,7 @@ class ModelCard:
     """Empty where a family has no classes."""
     backbone: str
     backbone_digest: str
+    """Empty where the family reads no backbone."""
     block_dims: tuple[int, ...]
     recipe: RecipeConfig
     uses_mask: bool
@@ -157,7 +159,7 @@ def save_model(
         "run": to_mapping(run_config),
         "class_names": list(class_names),
         "backbone": backbone,
-        "backbone_digest": spec.digest,
+        "backbone_digest": spec.digest if get_family(run_config.name).Predictor.reads_backbone else "",
         "extractor_version": EXTRACTOR_VERSION,
         "block_dims": list(transform.block_dims),
         "dim": sum(transform.block_dims),
@@ -187,6 +189,8 @@ class Predictor(ABC):
     """
 
     transform_type: ClassVar[type[FeatureTransform]] = FeatureTransform
+    reads_backbone: ClassVar[bool] = True
+    """Whether answers depend on the card's backbone, which is then pinned."""
 
     def __init__(
         self,
@@ -208,11 +212,13 @@ class Predictor(ABC):
         folder = source.path if isinstance(source, ModelEntry) else Path(source)
         verify_folder(folder)
         card = _read_card(folder / "model.json")
+        kind: type[Predictor] = get_family(card.run.name).Predictor
         try:
-            spec = get_backbone(card.backbone)
+            with nullcontext() if kind.reads_backbone else without_weights():
+                spec = get_backbone(card.backbone)
         except ConfigError as error:
             raise ArtifactError(f"{folder}: {error}") from error
-        if spec.digest != card.backbone_digest:
+        if kind.reads_backbone and spec.digest != card.backbone_digest:
             raise ArtifactError(
                 f"{folder}: made with another {card.backbone} (digest {card.backbone_digest[:12]}, here "
                 f"{spec.digest[:12]}); install the hypdefect it was made with, or train it again"
@@ -221,12 +227,12 @@ class Predictor(ABC):
             tensors = load_file(_tensors(folder))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
-        kind: type[Predictor] = get_family(card.run.name).Predictor
         transform = kind.transform_type(card.block_dims, _below("transform.", tensors))
         given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
         if given != expected:
             raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
-        model = card.run.model(kind.size_of(card, transform))
+        with without_weights():  # every tensor of the model is in its folder
+            model = card.run.model(kind.size_of(card, transform))
         try:
             model.restore(_below("method.", tensors))
         except (KeyError, RuntimeError) as error:
@@ -351,6 +357,8 @@ class PatchClassPredictor(ClassPredictor):
 
 class SegmentationPredictor(Predictor):
     """Segmentation: the class of each pixel, and the regions of each class."""
+
+    reads_backbone = False
 
     def answer(self, image: np.ndarray, mask: np.ndarray | None) -> Segmentation:
         logits = self.model.logits(self.batch(image, None))

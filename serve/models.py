@@ -71,7 +71,7 @@ def _info(predictor: Predictor, model: ServedModel, digests: dict[str, str]) -> 
         backbone=card.backbone,
         recipe=config.to_mapping(card.recipe),
         uses_mask=card.uses_mask,
-        digests=digests | {"backbone": card.backbone_digest},
+        digests=digests | ({"backbone": card.backbone_digest} if card.backbone_digest else {}),
         metrics=dict(card.provenance.get("metrics") or {}),
         provenance=card.provenance,
     )

@@ -27,7 +27,6 @@ from hypdefect.features.extract import RecipeConfig, dims_of
 from hypdefect.features.imported import Imported
 from hypdefect.features.spec import ImageRequest
 from hypdefect.features.transform import FeatureTransform, TransformConfig
-from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.predictor import SegmentationPredictor as Predictor
 from hypdefect.training import fit as train_in_process
@@ -278,7 +277,6 @@ def training_of(
         learned=fitting.learned,
         validated=fitting.validated,
         epoch=epoch_of(fitting.learned, seeded.method.rare, seeded.method.seed),
-        textures=tuple(load_textures(SynthesisConfig())[1]),
         side=fitting.side,
         report_every=report_every,
         patience=fitting.patience,

@@ -24,6 +24,7 @@ from hypdefect.families.image_files import ImageFile, MaskFile
 from hypdefect.features.extract import pixels_of, resize
 from hypdefect.images.pasted_regions import paste_regions
 from hypdefect.images.pasted_textures import PERLIN, pasted
+from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.training import TrainConfig
@@ -91,8 +92,6 @@ class SegmenterTraining:
     validated: Marked
     epoch: tuple[int, ...]
     """Numbers of the images of an epoch (`epoch_of`)."""
-    textures: tuple[UInt8[np.ndarray, "_ _ 3"], ...]
-    """What pseudo-defects are painted with."""
     side: int
     """S."""
     report_every: int = REPORT_EVERY
@@ -183,12 +182,13 @@ class SegmenterTraining:
 @dataclass(frozen=True, slots=True)
 class Painted:
     """A `types.Batches`: images as they are (view "clean"), the same with pseudo-defects painted on, which `targets`
-    show."""
+    show. Textures are read when the first image is asked for, since most methods ask for none."""
 
     training: SegmenterTraining
 
     def __iter__(self) -> Iterator[Batch]:
         own = self.training
+        _, textures = load_textures(SynthesisConfig())
         order = shuffled_order(len(own.learned), own.config.seed, 0)
         done = 0
         for place, number in enumerate(order):
@@ -196,7 +196,7 @@ class Painted:
                 return
             image, target = own.learned.read(number)
             rng = np.random.default_rng([own.config.seed, place])
-            texture = own.textures[place % len(own.textures)]
+            texture = textures[place % len(textures)]
             made = pasted(image, PERLIN, texture, rng, target == 0)
             if made is None:
                 continue

@@ -17,6 +17,9 @@ import functools
 import importlib.util
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -112,6 +115,20 @@ SHORT = {
 _NAME = re.compile(r"(?P<family>\w+):(?P<architecture>[^@#]+)(?:@(?P<weights>[^#]+))?(?:#(?P<sha256>[0-9a-f]{64}))?")
 
 
+_reads_weights = ContextVar("_reads_weights", default=True)
+
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Within, `get_backbone` looks for no weight file, and networks begin with random weights: for networks whose
+    tensors are restored afterwards."""
+    token = _reads_weights.set(False)
+    try:
+        yield
+    finally:
+        _reads_weights.reset(token)
+
+
 def get_backbone(name: str) -> BackboneSpec:
     """The spec of a name; a weight file is hashed once per process.
 
@@ -119,10 +136,13 @@ def get_backbone(name: str) -> BackboneSpec:
         ConfigError: the name is unknown or not of the form `FAMILY:ARCHITECTURE@WEIGHTS#SHA256`.
         ArtifactError: the weight file is absent and cannot be fetched, or has other bytes than its pin says.
     """
+    reads = _reads_weights.get()
     if name in BACKBONES:
-        return BACKBONES[name]
-    check_name(name)
-    return _describe(SHORT.get(name, name))
+        spec = BACKBONES[name]
+    else:
+        check_name(name)
+        spec = _describe(SHORT.get(name, name), reads)
+    return spec if reads else replace(spec, weights="random", sha256="")
 
 
 def check_name(name: str) -> None:
@@ -144,7 +164,7 @@ def check_name(name: str) -> None:
 
 
 @functools.cache
-def _describe(name: str) -> BackboneSpec:
+def _describe(name: str, reads_weights: bool) -> BackboneSpec:
     match = _NAME.fullmatch(name)
     assert match is not None  # by check_name
     family, architecture, weights = match["family"], match["architecture"], match["weights"] or ""
@@ -156,7 +176,7 @@ def _describe(name: str) -> BackboneSpec:
         from hypdefect.features import timm_networks  # timm takes seconds to import, and most jobs do not need it
 
         spec = timm_networks.describe(name, family, architecture, weights)
-    if spec.weights != "random":
+    if reads_weights and spec.weights != "random":
         found = file_sha256(weights_path(spec))
         if match["sha256"] not in (None, found):
             raise ArtifactError(

@@ -13,7 +13,8 @@ from jaxtyping import Float
 from scipy import ndimage
 from torch import Tensor, nn
 
-from hypdefect.methods.pyramid import BACKBONE_RATE, Laterals, Pyramid, pixel_loss
+from hypdefect.errors import ConfigError
+from hypdefect.methods.pyramid import BACKBONE_RATE, GROUPS, Laterals, Pyramid, pixel_loss
 from hypdefect.methods.ranges import require_at_least, require_positive, require_share
 from hypdefect.types import Batch, Batches, LossTerms, Method, Needs
 
@@ -28,7 +29,7 @@ class SegmenterConfig:
     network: str = "efficientnet_lite0"
     """A backbone of timm; its weights are trained with the rest."""
     width: int = 48
-    """Channels of the pyramid."""
+    """Channels of the pyramid; a multiple of 8."""
     frozen: int = 2
     """Stages of the network, from the first, whose weights stay as they are: a quarter less time a step."""
     depthwise: bool = False
@@ -37,8 +38,8 @@ class SegmenterConfig:
     steps: int = 4000
     items_per_step: int = 2
     images: int = 2
-    """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's batch is 8, of
-    far longer training; in as many images more steps of 4 learn more (docs/experiments.md)."""
+    """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's steps have 8
+    images. Of the same number of images, steps of 4 learn more than steps of 8 (docs/experiments.md)."""
     lr: float = 1e-3
     """AdamW, cosine schedule to 0; the pretrained network's is 0.3 of it. The paper's falls in steps."""
     weight_decay: float = 1e-4
@@ -61,6 +62,9 @@ class SegmenterConfig:
         require_at_least(self, 0, "weight_decay", "frozen")
         require_share(self, "jitter", "smallest", "pasted", "rare")
         require_positive(self, "smallest")
+        if rest := self.width % GROUPS:
+            near = f"{self.width - rest} or {self.width - rest + GROUPS}" if self.width > GROUPS else f"{GROUPS}"
+            raise ConfigError(f"method.width must be a multiple of {GROUPS}, got {self.width}; take {near}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

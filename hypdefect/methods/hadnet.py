@@ -13,14 +13,25 @@
 At rho = 0 the distances are Euclidean, and the network is its own twin.
 
 Deviations, with their reasons. The residuals of a scale are brought to `width` / 2 channels and are upsampled with
-the maps, so that a CPU can hold them; ARD looks at them before that. ARD keeps the chosen channels where they are and
-sets the others to 0: sorted by size, channels lose what they stand for, and the discriminator could not name a defect
-(`ard="sorted"` does as printed). The discriminator also sees the maps, by a feature pyramid, and the distances of HST,
-which are added to its answer: else HST would act on the choice of channels alone. AFSS needs a hyperplane before there
-is a trained one: it takes the one half way between the mean of painted and that of other locations. The stem, two
-stages and all depthwise filters of the network stay as they are (`frozen`, `depthwise`): that is faster, and NEU-Seg
-loses nothing by it. Where the paper does not say, the autoencoders learn from background alone, and the teacher is the
-pretrained network.
+the maps, so that a CPU can hold them; ARD looks at them between the two, at their absolute values. ARD keeps the chosen
+channels where they are and sets the others to 0: sorted by size, channels lose what they stand for, and the
+discriminator could not name a defect (`ard="sorted"` does as printed). The discriminator also sees the maps, by a
+feature pyramid, and the distances of HST, which are added to its answer: else HST would act on the choice of channels
+alone. AFSS needs a hyperplane before there is a trained one: it takes the one half way between the mean of painted and
+that of other locations. The stem, two stages and all depthwise filters of the network stay as they are (`frozen`,
+`depthwise`): that is faster, and NEU-Seg loses nothing by it. Where the paper does not say, the autoencoders' own loss
+is of background alone, and the teacher is the pretrained network.
+
+Further deviations:
+
+- HST acts on the sum of the pyramid and the residuals, not on each scale; it has C + 1 hyperplanes, one of background.
+- AFSS brings the mask to each scale's grid, not the difference to the size of the score map.
+- The teacher's term has weight 0 by default: it showed no gain (docs/experiments.md).
+- Pixels are normalised by the mean and deviation of the pretrained network.
+- The rate falls as a cosine, not in steps, and a step has 4 images, not 8.
+- The loss of pixels is Dice beside cross-entropy.
+- `scales="finest"` leaves out residuals alone: the maps of all scales are seen.
+- Regions may be named as wholes (`regions`).
 
 Shapes: N images, K outputs, background first, H W pixels, h w rows and columns of a scale, D its channels, E of what
 the scales share.
@@ -63,7 +74,7 @@ class HADNetConfig(SegmenterConfig):
     embedding: int = 16
     """Numbers of a location on the ball."""
     reconstruction: float = 0.1
-    """Weight of the autoencoders' loss."""
+    """Weight of the loss of reconstruction."""
     hyperbolic: float = 0.4
     """Weight of the loss of the hyperbolic scores alone."""
     teacher: float = 0.0
@@ -136,9 +147,11 @@ class HADNet(TrainedSegmenter):
             self.laterals = Laterals(dims, width, smooth_finest=False)  # the discriminator smooths
             self.autoencoders = nn.ModuleList(AutoEncoder(number) for number in kept)
             self.reduce = nn.ModuleList(nn.Conv2d(number, width // 2, 1) for number in kept)
-            seen = (SCALES if config.scales == "all" else 1) * (width // 2)
-            if config.scales == "finest":
-                self.reduce[1:].requires_grad_(False)
+            self.num_seen = SCALES if config.scales == "all" else 1
+            self.num_rebuilt = SCALES if config.reconstruction else self.num_seen
+            for unread in (self.reduce[self.num_seen :], self.autoencoders[self.num_rebuilt :]):
+                unread.requires_grad_(False)
+            seen = self.num_seen * (width // 2)
             self.strongest = max(1, round(config.strongest * seen / 2))
             self.enter: Any = nn.Conv2d(2 * (self.strongest if config.ard == "sorted" else seen), width, 1)
             self.hst = HyperbolicScores(width, outputs, config.embedding, config.curvature) if config.hst else None
@@ -188,11 +201,14 @@ class HADNet(TrainedSegmenter):
     def parts(
         self, pixels: Float[Tensor, "N 3 H W"]
     ) -> tuple[Tensor, Tensor | None, list[tuple[Tensor, Tensor]], list[Tensor]]:
-        """Logits, hyperbolic scores, of each scale its selected channels and their reconstruction, and its map."""
+        """Logits, hyperbolic scores, of each scale that is rebuilt its selected channels and their reconstruction, and
+        of each scale its map."""
         maps = self.pyramid(pixels)
-        rebuilt = [(x, auto(x.detach())) for x, auto in zip(self.selected(maps), self.autoencoders, strict=True)]
-        residuals = [reduce(x - again) for (x, again), reduce in zip(rebuilt, self.reduce, strict=True)]
-        seen = self.laterals(maps, self.filtered(residuals[:1] if self.config.scales == "finest" else residuals))
+        chosen = zip(self.selected(maps)[: self.num_rebuilt], self.autoencoders[: self.num_rebuilt], strict=True)
+        rebuilt = [(x, auto(x.detach())) for x, auto in chosen]
+        pairs = zip(rebuilt[: self.num_seen], self.reduce[: self.num_seen], strict=True)
+        residuals = [reduce(x - again) for (x, again), reduce in pairs]
+        seen = self.laterals(maps, self.filtered(residuals))
         hyperbolic = None
         if self.hst is not None:
             hyperbolic = self.hst(seen)
@@ -221,8 +237,9 @@ class HADNet(TrainedSegmenter):
         return [rows.unflatten(1, x.shape[2:]).movedim(3, 1) for rows, x in zip(found, residuals, strict=True)]
 
     def loss(self, item: Batch, generator: torch.Generator) -> LossTerms:
-        """Of the pixels by all of the network and by the hyperbolic scores alone, of the autoencoders on background,
-        and the mean squared distance to the maps of the pretrained network, in units of their mean square."""
+        """Of the pixels by all of the network and by the hyperbolic scores alone, of reconstruction on background, and
+        the mean squared distance to the maps of the pretrained network, in units of their mean square. The autoencoders
+        learn from that of the pixels, too, by way of the residuals."""
         assert item.targets is not None
         pixels = item.views["pixels"]
         logits, hyperbolic, rebuilt, maps = self.parts(pixels)

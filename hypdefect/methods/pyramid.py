@@ -1,6 +1,7 @@
 """What segmenters share: a pretrained network that is trained on, its maps of several scales, and the loss of pixels.
 
-Batch norms are folded into the convolutions: there are no statistics that would depend on the number of workers.
+Batch norms are folded into the convolutions (timm's own) or keep the statistics of the pretrained network (others):
+there are no statistics that would depend on the number of workers.
 
 Shapes: N images, H W pixels, C defect classes, D channels of a scale, h w its rows and columns.
 """
@@ -20,6 +21,8 @@ STRIDES = (4, 8, 16, 32)
 SCALES = len(STRIDES)
 BACKBONE_RATE = 0.3
 """Learning rate of the pretrained network, as a share of that of the rest."""
+GROUPS = 8
+"""Of the channels of a pyramid, each of which is normalised by itself."""
 
 
 class Pyramid(nn.Module):
@@ -28,10 +31,12 @@ class Pyramid(nn.Module):
     Args:
         frozen: stages, from the first, that are not trained; 0: all are.
         depthwise: whether the depthwise filters of the others are trained.
+
+    What no map comes from, such as a classifier's last layers, is never trained.
     """
 
     def __init__(self, name: str, frozen: int, depthwise: bool = False) -> None:
-        from hypdefect.features.timm_networks import Backbone  # timm takes seconds to import
+        from hypdefect.features.timm_networks import PROBE_SIDE, Backbone  # timm takes seconds to import
 
         super().__init__()
         self.spec = get_backbone(name)
@@ -44,9 +49,7 @@ class Pyramid(nn.Module):
             raise ConfigError(f"{name}: a segmenter needs maps of strides {STRIDES}; this network has not all of them")
         self.dims = tuple(int(infos[place]["num_chs"]) for place in self.layers)
         self.net.requires_grad_(True)
-        for part in ("conv_head", "bn2", "global_pool"):
-            if isinstance(getattr(self.net, part, None), nn.Module):
-                getattr(self.net, part).requires_grad_(False)  # no map comes from it
+        self._freeze_unread(PROBE_SIDE)
         if not depthwise:
             for module in self.net.modules():
                 if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
@@ -63,6 +66,24 @@ class Pyramid(nn.Module):
         for module in [self.net.conv_stem, *list(blocks)[:stages]]:
             module.requires_grad_(False)
 
+    def _freeze_unread(self, side: int) -> None:
+        """Freeze the parameters that no map of a `side` x `side` input depends on: workers would wait for their
+        gradients."""
+        with torch.enable_grad():
+            total = torch.stack([x.sum() for x in self(torch.zeros(1, 3, side, side))]).sum()
+        parameters = list(self.net.parameters())
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
+
+    def train(self, mode: bool = True) -> "Pyramid":
+        """As of every module, but batch norms keep their statistics."""
+        super().train(mode)
+        for module in self.net.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        return self
+
     def forward(self, pixels: Float[Tensor, "N 3 H W"]) -> list[Float[Tensor, "N _ _ _"]]:
         """Maps of RGB pixels in [0, 1], the finest first."""
         x = normalised(pixels, self.spec).contiguous(memory_format=torch.channels_last)
@@ -71,13 +92,13 @@ class Pyramid(nn.Module):
 
 
 class Separable(nn.Sequential):
-    """A depthwise 3 x 3 and a pointwise convolution."""
+    """A depthwise 3 x 3 and a pointwise convolution; `after` is a multiple of `GROUPS`."""
 
     def __init__(self, before: int, after: int) -> None:
         super().__init__(
             nn.Conv2d(before, before, 3, padding=1, groups=before, bias=False),
             nn.Conv2d(before, after, 1),
-            nn.GroupNorm(8, after),
+            nn.GroupNorm(GROUPS, after),
             nn.ReLU(),
         )
 

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ArtifactError, ConfigError, DataError
@@ -18,6 +19,8 @@ from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
 from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
+from hypdefect.features import backbones, timm_networks
+from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
@@ -183,6 +186,19 @@ def test_pseudo_defects_are_painted_beside_the_real_ones(task: Any) -> None:
         assert 0.05 < float((batch.targets > 0).float().mean()) < 0.5
 
 
+def test_textures_are_read_only_where_something_is_painted(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, fitting, _ = task
+    (tmp_path / "dtd" / "images").mkdir(parents=True)
+    monkeypatch.setenv("HYPDEFECT_DATA", str(tmp_path))
+    for name, own in (("fpn", {}), ("hadnet", {"selection": "random"}), ("hadnet", {"selection": "projection"})):
+        run = RunConfig(name=name, method=TINY | own)
+        assert segmentation.training_of(run, fitting, Setting(), 0).model().training
+    with pytest.raises(ConfigError, match="0 pictures below"):
+        segmentation.training_of(RunConfig(name="hadnet", method=TINY), fitting, Setting(), 0).model()
+
+
 def test_a_network_ends_at_the_weights_that_validate_best(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, fitting, _ = task
     run = RunConfig(name="hadnet", method=TINY | {"steps": 24, "lr": 3e-4})
@@ -338,6 +354,39 @@ def test_more_classes_than_a_map_holds_are_refused() -> None:
     predictor.card = SimpleNamespace(class_names=tuple(map(str, range(256))))
     with pytest.raises(ArtifactError, match="m: 256 classes; a map of classes holds 255"):
         predictor.check(Path("m"))
+
+
+@pytest.mark.parametrize("name", ["fpn", "hadnet"])
+def test_a_published_model_needs_no_file_but_its_own(
+    name: str, task: Any, job: TaskConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the weights that training began with, nor the backbone of features, which a segmenter does not read."""
+    plan, fitting, reported = task
+    weights = tmp_path / "w.safetensors"
+    save_file(timm_networks.timm.create_model("test_efficientnet", pretrained=False).state_dict(), weights)
+    network = f"timm:test_efficientnet@{weights}"
+    run = RunConfig(name=name, method=TINY | {"network": network, "steps": 1}, pretrained=False)
+    model: Any = segmentation.fit(run, fitting, Setting(), 0)
+    save_model(
+        tmp_path / "m",
+        run_config=run,
+        model=model,
+        class_names=plan.classes,
+        transform=segmentation.transform_of(run, fitting),
+        backbone=job.backbone,
+        recipe=job.recipe,
+        uses_mask=False,
+        provenance={},
+    )
+    weights.unlink()
+    monkeypatch.setitem(BACKBONES, "tiny_random", replace(BACKBONES["tiny_random"], init_seed=1))
+    predictor = Predictor.load(tmp_path / "m")
+    assert predictor.card.backbone_digest == ""
+    image, _ = reported.images.read(0)
+    assert torch.equal(scores_of(predictor.model, image, 64), scores_of(model, image, 64))
+    backbones._describe.cache_clear()
+    with pytest.raises(ArtifactError, match="does not exist"):
+        get_backbone(network)
 
 
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:

@@ -119,6 +119,44 @@ def test_every_part_changes_the_answer(name: str, usual: torch.Tensor) -> None:
     assert (other - usual).abs().max() > 1e-3
 
 
+MORE_CHANGES: dict[str, dict[str, Any]] = CHANGES | {
+    "usual": {},
+    "finest scale, no reconstruction": {"scales": "finest", "reconstruction": 0.0},
+    "finest scale, ARD as printed": {"scales": "finest", "ard": "sorted"},
+    "no reconstruction, no ARD": {"reconstruction": 0.0, "ard": "off"},
+    "no HST, no loss of HST": {"hst": False, "hyperbolic": 0.0},
+    "network whose norms have no statistics": {"network": "timm:test_convnext@random", "frozen": 0},
+    "network whose norms are not folded": {"network": "timm:test_resnet@random", "frozen": 0},
+}
+
+
+@pytest.mark.parametrize("name", MORE_CHANGES)
+def test_every_weight_that_is_trained_gets_a_gradient(name: str) -> None:
+    """Workers wait for each of them."""
+    plain = {key: value for key, value in MORE_CHANGES[name].items() if hasattr(PLAIN, key)}
+    for model in (HADNet(replace(TINY, **MORE_CHANGES[name]), 2), FPN(replace(PLAIN, **plain), 2)):
+        model.begin(painted())
+        model.train()
+        model.loss(marked(2), torch.Generator()).total.backward()
+        wrong = [key for key, x in model.named_parameters() if x.requires_grad != (x.grad is not None)]
+        assert not wrong
+
+
+def test_what_no_map_comes_from_is_not_trained() -> None:
+    for network, unread in (("tiny_random", "conv_head"), ("timm:test_convnext@random", "head.norm")):
+        net = FPN(replace(PLAIN, network=network, frozen=0, depthwise=True), 2).pyramid.net
+        frozen = [name for name, weights in net.named_parameters() if not weights.requires_grad]
+        assert frozen == [f"{unread}.weight", f"{unread}.bias"]
+
+
+def test_scales_that_nobody_reads_are_not_rebuilt() -> None:
+    for reconstruction, number in ((0.1, 4), (0.0, 1)):
+        model = HADNet(replace(TINY, scales="finest", reconstruction=reconstruction), 2)
+        rebuilt = model.parts(marked(1).views["pixels"])[2]
+        trained = [auto.net[0].weight.requires_grad for auto in model.autoencoders]
+        assert (len(rebuilt), trained) == (number, [i < number for i in range(4)])
+
+
 def test_a_region_is_named_as_a_whole_by_its_mean_share() -> None:
     """Three locations, of which two touch at a corner alone, are a region of class 1; two others are one of class 2."""
     shares = torch.full((1, 3, 6, 6), 0.02)
@@ -206,6 +244,25 @@ def test_the_pretrained_network_is_trained_more_slowly() -> None:
     count = sum(p.numel() for group in (rest, network) for p in group["params"])
     assert count == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert {id(p) for p in network["params"]} == {id(p) for p in model.pyramid.parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
+def test_a_step_leaves_the_statistics_of_batch_norms_that_are_not_folded(build: Any, config: Any) -> None:
+    network = "timm:test_resnet@random"
+    with pytest.raises(ConfigError, match=r"set method\.frozen to 0"):
+        build(replace(config, network=network), 2)
+    model = build(replace(config, network=network, frozen=0), 2)
+    norms = [module for module in model.pyramid.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms
+    statistics = [x.clone() for norm in norms for x in norm.buffers()]
+    weights = [parameter.detach().clone() for parameter in model.pyramid.parameters()]
+    model.begin(painted())
+    model.train()
+    assert model.training
+    loop = SteppedConfig(steps=1, items_per_step=1, report_every=1)
+    fit(model, lambda number: marked(2, seed=number), loop, lambda metrics, write: None)
+    assert all(map(torch.equal, statistics, (x for norm in norms for x in norm.buffers())))
+    assert not all(map(torch.equal, weights, model.pyramid.parameters()))
 
 
 @pytest.mark.parametrize(("build", "config"), [(HADNet, TINY), (FPN, PLAIN)])
@@ -325,6 +382,8 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there() -> N
         ({"keep": 1.5}, "method.keep"),
         ({"network": "openclip:ViT-B-32@random"}, "trains a timm network"),
         ({"steps": 0}, "method.steps must be positive"),
+        ({"width": 20}, "method.width must be a multiple of 8, got 20; take 16 or 24"),
+        ({"width": 4}, "method.width must be a multiple of 8, got 4; take 8"),
         ({"smallest": 0.0}, "method.smallest must be positive"),
         ({"frozen": 40}, "method.frozen must be below the"),
     ],
