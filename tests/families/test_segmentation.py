@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
@@ -87,6 +88,16 @@ def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
         assert set(np.unique(target)) - {0} == expected
         seen |= expected
     assert seen == set(range(1, len(plan.classes) + 1))
+
+
+def test_a_mask_that_changed_since_it_was_ingested_is_refused(task: Any, tmp_path: Path) -> None:
+    _, fitting, _ = task
+    mask = next(masks[0][1] for masks in fitting.learned.masks if masks)
+    with Image.open(mask.uri) as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png changed since its manifest was written; run jobs/ingest\.py again"):
+        replace(mask, uri=str(tmp_path / "mask.png")).read()
+    assert mask.read().any()
 
 
 def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task: Any) -> None:
