@@ -5,6 +5,7 @@ on two sides, class by class. `Fitting` holds the images that are learned from a
 is stopped by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
 """
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.predictor import SegmentationPredictor as Predictor
 from hypdefect.training import fit as train_in_process
 from hypdefect.types import Segmenter, SplitKind
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["METRIC", "Predictor", "calibrated", "transformed", "twin"]
 
@@ -128,7 +131,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
 
     Raises:
         ConfigError: imported features; several products and none named. DataError: no masks; no groups for a grouped
-            split; a class with too few parts to stand on all three sides.
+            split; a class with masks that cannot stand on all three sides.
     """
     if imported is not None:
         raise ConfigError(f"{config.dataset} holds features and no images; segmentation needs pixels")
@@ -146,11 +149,19 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     for row in rows:
         files[row["file_id"]].append(row)
     usable = {name: of for name, of in files.items() if all(row["mask_id"] or not row["is_defect"] for row in of)}
+    _warn_of_losses(config, rows, classes, [of[0]["uri"] for name, of in files.items() if name not in usable])
     shown = {name: {row["defect"] for row in of if row["is_defect"]} for name, of in usable.items()}
+    for defect in classes:
+        if not any(defect in defects for defects in shown.values()):
+            uris = [row["uri"] for row in rows if row["defect"] == defect]
+            raise DataError(
+                f"class {defect!r} has masks, but each of its {len(uris)} files has another mark without one (the first "
+                f"is {uris[0]}): mask every mark of a file, or take these files out of the set"
+            )
     good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
     kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
     unit_of = {name: (config.split == "grouped" and usable[name][0]["group_id"]) or name for name in kept}
-    sides = _three_sides(config, unit_of, shown)
+    sides = _three_sides(config, unit_of, shown, {name: of[0]["uri"] for name, of in usable.items()})
     ids = {side: tuple(sorted(usable[name][0]["image_id"] for name in names)) for side, names in sides.items()}
     return SegmentationPlan(
         config=config,
@@ -164,10 +175,29 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     )
 
 
+def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tuple[str, ...], uris: list[str]) -> None:
+    """Name what a segmenter does not learn: classes without any mask, and the files that are left out."""
+    for defect in sorted({row["defect"] for row in rows if row["is_defect"]} - set(classes)):
+        logger.warning(
+            "%s: class %r is not learned, since none of its images has a mask: mask them if it is to be named",
+            config.dataset,
+            defect,
+        )
+    if uris:
+        logger.warning(
+            "%s: %d files are left out, since not every mark of theirs has a mask; the first is %s",
+            config.dataset,
+            len(uris),
+            uris[0],
+        )
+
+
 Side = Literal["learned", "validated", "reported"]
 
 
-def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]]) -> dict[Side, list[str]]:
+def _three_sides(
+    config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]], uri_of: dict[str, str]
+) -> dict[Side, list[str]]:
     """Files of each side. Class by class, those in the fewest units first, whole units are taken in a seeded order
     until a tenth of the class's images is reported on, and another tenth validated on. Good parts count as a class.
 
@@ -196,8 +226,9 @@ def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, s
     for defect in sorted(holders.keys() - {""}):
         if any(all(defect not in shown[name] for name in names) for names in sides.values()):
             count = f"{len(holders[defect])} images of {len(set(holders[defect]))} parts"
+            one = next(uri_of[name] for name in sorted(unit_of) if defect in shown[name])
             raise DataError(
-                f"class {defect!r} has {count}; it must stand in learning, validation and test: give images of more "
+                f"class {defect!r} has {count} with masks (one is {one}); it must stand in learning, validation and test: give images of more "
                 "parts, or choose another --partition"
             )
     return sides

@@ -283,13 +283,49 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
     plan, _, _ = task
     few = make_mtd_tree(tmp_path / "few", per_class=2)
-    with pytest.raises(DataError, match=r"class '\w+' has 2 images of 2 parts; it must stand in learning"):
+    with pytest.raises(DataError, match=r"class '\w+' has 2 images of 2 parts with masks \(one is .*num_\d+\.jpg\); it must"):
         prepare(segmentation, replace(plan.config, root=few))
     rows = [row for row in plan.manifest.to_pylist() if not row["is_defect"]]
     with pytest.raises(DataError, match="has no masks"):
         segmentation.plan(plan.config, pa.Table.from_pylist(rows, schema=plan.manifest.schema))
     with pytest.raises(ConfigError, match="max_normals must not be negative"):
         replace(plan.config, max_normals=-1)
+
+
+def without_masks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"mask_id": "", "mask_uri": "", "bbox": [0, 0, row["width"], row["height"]]} for row in rows]
+
+
+def beside(row: dict[str, Any], defect: str) -> dict[str, Any]:
+    """A second mark on the same file."""
+    return row | {"image_id": f"{defect} {row['image_id']}", "defect": defect}
+
+
+def test_what_has_no_mask_is_left_out_and_named(task: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plan, _, _ = task
+    rows = plan.manifest.to_pylist()
+    cracks = [row for row in rows if row["defect"] == "crack"]
+    unmarked = without_masks([beside(row, "crease") for row in cracks[:2]])
+    manifest = pa.Table.from_pylist(rows + unmarked, schema=plan.manifest.schema)
+    with caplog.at_level("WARNING"):
+        left = segmentation.plan(plan.config, manifest)
+    assert left.classes == plan.classes
+    used = {*left.learned_ids, *left.validated_ids, *left.reported_ids}
+    assert {row["image_id"] for row in cracks} - used == {row["image_id"] for row in cracks[:2]}
+    crease, files = (record.getMessage() for record in caplog.records)
+    assert "class 'crease' is not learned, since none of its images has a mask" in crease
+    assert f"2 files are left out, since not every mark of theirs has a mask; the first is {cracks[0]['uri']}" in files
+
+
+def test_a_class_whose_files_all_have_a_mark_without_a_mask_is_named(task: Any) -> None:
+    plan, _, _ = task
+    rows = plan.manifest.to_pylist()
+    cracks = [row for row in rows if row["defect"] == "crack"]
+    unmarked = without_masks([beside(row, "fray") for row in cracks])
+    manifest = pa.Table.from_pylist(rows + unmarked, schema=plan.manifest.schema)
+    with pytest.raises(DataError, match="class 'crack' has masks, but each of its 20 files has another") as error:
+        segmentation.plan(plan.config, manifest)
+    assert cracks[0]["uri"] in str(error.value)
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------
