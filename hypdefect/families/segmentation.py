@@ -18,6 +18,7 @@ from torch import nn
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
+from hypdefect.datasets.manifest import LOST_MARK_NOTE
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detection import calibrated, transformed, twin
@@ -148,15 +149,15 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     files: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         files[row["file_id"]].append(row)
-    usable = {name: of for name, of in files.items() if all(row["mask_id"] or not row["is_defect"] for row in of)}
+    usable = {name: of for name, of in files.items() if all(map(_is_told, of))}
     _warn_of_losses(config, rows, classes, [of[0]["uri"] for name, of in files.items() if name not in usable])
     shown = {name: {row["defect"] for row in of if row["is_defect"]} for name, of in usable.items()}
     for defect in classes:
         if not any(defect in defects for defects in shown.values()):
             uris = [row["uri"] for row in rows if row["defect"] == defect]
             raise DataError(
-                f"class {defect!r} has masks, but each of its {len(uris)} files has another mark without one (the first "
-                f"is {uris[0]}): mask every mark of a file, or take these files out of the set"
+                f"class {defect!r} has masks, but each of its {len(uris)} files has another mark without one that can "
+                f"be used (the first is {uris[0]}): mask every mark of a file, or take these files out of the set"
             )
     good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
     kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
@@ -175,6 +176,11 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     )
 
 
+def _is_told(row: dict[str, Any]) -> bool:
+    """Whether a file's row is good, or has a mask, and no other mark on the file was refused."""
+    return (bool(row["mask_id"]) or not row["is_defect"]) and LOST_MARK_NOTE not in row["note"]
+
+
 def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tuple[str, ...], uris: list[str]) -> None:
     """Name what a segmenter does not learn: classes without any mask, and the files that are left out."""
     for defect in sorted({row["defect"] for row in rows if row["is_defect"]} - set(classes)):
@@ -185,7 +191,7 @@ def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tup
         )
     if uris:
         logger.warning(
-            "%s: %d files are left out, since not every mark of theirs has a mask; the first is %s",
+            "%s: %d files are left out, since not every mark of theirs has a mask that can be used; the first is %s",
             config.dataset,
             len(uris),
             uris[0],
@@ -228,8 +234,8 @@ def _three_sides(
             count = f"{len(holders[defect])} images of {len(set(holders[defect]))} parts"
             one = next(uri_of[name] for name in sorted(unit_of) if defect in shown[name])
             raise DataError(
-                f"class {defect!r} has {count} with masks (one is {one}); it must stand in learning, validation and test: give images of more "
-                "parts, or choose another --partition"
+                f"class {defect!r} has {count} with masks (one is {one}); it must stand in learning, validation and "
+                "test: give images of more parts, or choose another --partition"
             )
     return sides
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from hypdefect.datasets.ingest import ingest
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
@@ -21,7 +22,7 @@ from hypdefect.features.extract import RecipeConfig
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, save_model
 from hypdefect.training import fit
-from tests.tiny_dataset import make_mtd_tree
+from tests.tiny_dataset import READER_TREES, make_mtd_tree
 
 TINY = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 6, "lr": 3e-3}
 
@@ -283,7 +284,9 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
     plan, _, _ = task
     few = make_mtd_tree(tmp_path / "few", per_class=2)
-    with pytest.raises(DataError, match=r"class '\w+' has 2 images of 2 parts with masks \(one is .*num_\d+\.jpg\); it must"):
+    with pytest.raises(
+        DataError, match=r"class '\w+' has 2 images of 2 parts with masks \(one is .*num_\d+\.jpg\); it must"
+    ):
         prepare(segmentation, replace(plan.config, root=few))
     rows = [row for row in plan.manifest.to_pylist() if not row["is_defect"]]
     with pytest.raises(DataError, match="has no masks"):
@@ -314,7 +317,8 @@ def test_what_has_no_mask_is_left_out_and_named(task: Any, caplog: pytest.LogCap
     assert {row["image_id"] for row in cracks} - used == {row["image_id"] for row in cracks[:2]}
     crease, files = (record.getMessage() for record in caplog.records)
     assert "class 'crease' is not learned, since none of its images has a mask" in crease
-    assert f"2 files are left out, since not every mark of theirs has a mask; the first is {cracks[0]['uri']}" in files
+    assert "2 files are left out, since not every mark of theirs has a mask that can be used; the first is" in files
+    assert cracks[0]["uri"] in files
 
 
 def test_a_class_whose_files_all_have_a_mark_without_a_mask_is_named(task: Any) -> None:
@@ -326,6 +330,22 @@ def test_a_class_whose_files_all_have_a_mark_without_a_mask_is_named(task: Any) 
     with pytest.raises(DataError, match="class 'crack' has masks, but each of its 20 files has another") as error:
         segmentation.plan(plan.config, manifest)
     assert cracks[0]["uri"] in str(error.value)
+
+
+def test_a_file_of_which_a_mark_was_refused_is_not_learned_from(tmp_path: Path) -> None:
+    root = READER_TREES["ucf_el"](tmp_path / "tree", per_class=8)
+    table = root / "AnnotationsCombined.csv"
+    *others, broken, spot, good = table.read_text().splitlines()
+    assert "Contact_Corrosion" in broken
+    assert "Interconnect_BrightSpot" in spot
+    table.write_text("\n".join([*others, broken.replace("polygon", "squiggle"), spot, good]) + "\n")
+    manifest = ingest("ucf_el", root, mask_folder=tmp_path / "masks").manifest
+    half = next(row for row in manifest.to_pylist() if row["uri"].endswith("M0015C000001.png"))
+    assert half["defect"] == "Interconnect_BrightSpot"
+    plan = segmentation.plan(TaskConfig(dataset="ucf_el", root=root, split="random"), manifest)
+    used = {*plan.learned_ids, *plan.validated_ids, *plan.reported_ids}
+    assert len(used) == 23
+    assert half["image_id"] not in used
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------
