@@ -1,8 +1,9 @@
 """Segmentation: which pixels are which defect? Learned from masks.
 
 An image set is parted in three, 8 : 1 : 1 as in HADNet's paper, by whole groups where images of one part must not stand
-on two sides, class by class. `Fitting` holds the images that are learned from and those that training
-is stopped by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
+on two sides, class by class. Where the set has an official test that does not leak, that is what is reported on, and
+the other images are parted 9 : 1. `Fitting` holds the images that are learned from and those that training is stopped
+by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
 """
 
 import logging
@@ -52,7 +53,8 @@ class TaskConfig(DataConfig):
     """Not read: a segmenter has a network of its own, method.network."""
     recipe: RecipeConfig = RecipeConfig(whole_size=256)
     split: SplitKind = "grouped"
-    """How images are parted. grouped: those of one part never stand on two sides; random: by file."""
+    """How images are parted. grouped: those of one part never stand on two sides; random: by file. Both report on the
+    set's official test where every class stands in it and outside; grouped only where no part stands in both."""
     max_normals: int = 400
     """At most this many good parts, whose pixels are all background."""
     patience: int = 0
@@ -74,6 +76,7 @@ class SegmentationPlan(Plan):
     """Which file is learned from, validated on and reported on."""
 
     config: TaskConfig
+    kind: SplitKind | Literal["official"]
     learned_ids: tuple[str, ...]
     validated_ids: tuple[str, ...]
     reported_ids: tuple[str, ...]
@@ -84,7 +87,8 @@ class SegmentationPlan(Plan):
 
     @property
     def split(self) -> str:
-        return self.config.split
+        """official, random or grouped."""
+        return self.kind
 
     def requests(self) -> list[ImageRequest]:
         """None: a segmenter looks at pixels."""
@@ -162,7 +166,10 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
     kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
     unit_of = {name: (config.split == "grouped" and usable[name][0]["group_id"]) or name for name in kept}
-    sides = _three_sides(config, unit_of, shown, {name: of[0]["uri"] for name, of in usable.items()})
+    tested = {name for name in kept if usable[name][0]["split"] == "test"}
+    official = _is_followed(tested, classes, unit_of, shown)
+    units = {unit_of[name] for name in tested} if official else set()
+    sides = _three_sides(config, unit_of, shown, {name: of[0]["uri"] for name, of in usable.items()}, units)
     ids = {side: tuple(sorted(usable[name][0]["image_id"] for name in names)) for side, names in sides.items()}
     return SegmentationPlan(
         config=config,
@@ -170,6 +177,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
         manifest=manifest,
         uses_mask=False,
         classes=classes,
+        kind="official" if official else config.split,
         learned_ids=ids["learned"],
         validated_ids=ids["validated"],
         reported_ids=ids["reported"],
@@ -198,14 +206,24 @@ def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tup
         )
 
 
+def _is_followed(
+    tested: set[str], classes: tuple[str, ...], unit_of: dict[str, str], shown: dict[str, set[str]]
+) -> bool:
+    """Whether an official test is followed: every class stands in it and in the other files, and no unit does so."""
+    others = unit_of.keys() - tested
+    both = all(any(defect in shown[name] for name in side) for side in (tested, others) for defect in classes)
+    return both and not {unit_of[name] for name in tested} & {unit_of[name] for name in others}
+
+
 Side = Literal["learned", "validated", "reported"]
 
 
 def _three_sides(
-    config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]], uri_of: dict[str, str]
+    config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]], uri_of: dict[str, str], tested: set[str]
 ) -> dict[Side, list[str]]:
     """Files of each side. Class by class, those in the fewest units first, whole units are taken in a seeded order
     until a tenth of the class's images is reported on, and another tenth validated on. Good parts count as a class.
+    Where there are units that are tested already, those are reported on, and a tenth of the others is validated on.
 
     Raises:
         DataError: a class does not stand on all sides.
@@ -216,12 +234,14 @@ def _three_sides(
         members[unit_of[name]].append(name)
         for defect in shown[name] or {""}:
             holders[defect].append(unit_of[name])
-    side_of: dict[str, Side] = {}
+    side_of: dict[str, Side] = dict.fromkeys(tested, "reported")
+    drawn: tuple[Side, ...] = ("validated",) if tested else ("reported", "validated")
     order = sorted(members, key=lambda unit: digest([config.partition, unit]))
     for defect in sorted(holders, key=lambda defect: (len(set(holders[defect])), defect)):
-        size, inside = Counter(holders[defect]), len(holders[defect])
+        size = Counter(holders[defect])
+        inside = sum(count for unit, count in size.items() if unit not in tested)
         free = [unit for unit in order if unit in size and unit not in side_of]
-        for side in ("reported", "validated"):
+        for side in drawn:
             held = sum(size[unit] for unit, of in side_of.items() if of == side)
             while len(free) > 1 and (not held or held + size[free[0]] / 2 <= SHARE * inside):
                 held += size[free[0]]

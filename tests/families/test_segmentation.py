@@ -77,6 +77,48 @@ def test_images_of_a_group_stay_together(task: Any) -> None:
     assert all(len(sides) == 1 for sides in where.values())
 
 
+def with_official_test(plan: Any, **values: Any) -> pa.Table:
+    """Three pairs of each class are the test; of the images of the others every second one is called validation."""
+    rows = plan.manifest.to_pylist()
+    for defect in {row["defect"] for row in rows}:
+        for i, row in enumerate(row for row in rows if row["defect"] == defect):
+            row["group_id"] = f"{defect} {i // 2}"
+            row["split"] = "test" if i < 6 else ("train", "val")[i % 2]
+    rows[0] |= values
+    return pa.Table.from_pylist(rows, schema=plan.manifest.schema)
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_an_official_test_is_reported_on(task: Any, split: Any) -> None:
+    plan, _, _ = task
+    manifest = with_official_test(plan)
+    official = segmentation.plan(replace(plan.config, split=split), manifest)
+    split_of = {row["image_id"]: row["split"] for row in manifest.to_pylist()}
+    assert official.split == "official"
+    assert set(official.reported_ids) == {i for i, side in split_of.items() if side == "test"}
+    held = 2 if split == "grouped" else 1  # the tile or image that is nearest to a tenth of the 14 others
+    assert (len(official.validated_ids), len(official.learned_ids)) == (6 * held, 6 * (14 - held))
+    other = segmentation.plan(replace(plan.config, split=split, partition=1), manifest)
+    assert other.reported_ids == official.reported_ids
+    assert other.validated_ids != official.validated_ids
+
+
+def test_an_official_test_that_leaks_or_lacks_a_class_is_not_followed(task: Any) -> None:
+    plan, _, _ = task
+    grouped = replace(plan.config, split="grouped")
+    torn = with_official_test(plan, split="train")
+    assert segmentation.plan(grouped, torn).split == "grouped"
+    assert segmentation.plan(plan.config, torn).split == "official"  # no file stands on both sides
+    rows = [row | {"split": "train"} if row["defect"] == "crack" else row for row in torn.to_pylist()]
+    lacking = pa.Table.from_pylist(rows, schema=torn.schema)
+    untold = pa.Table.from_pylist([row | {"split": ""} for row in rows], schema=torn.schema)
+    for config in (plan.config, grouped):
+        found, expected = segmentation.plan(config, lacking), segmentation.plan(config, untold)
+        assert found.split == config.split
+        assert found.reported_ids == expected.reported_ids
+        assert found.validated_ids == expected.validated_ids
+
+
 def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
     plan, fitting, _ = task
     rows = {row["image_id"]: row for row in plan.manifest.to_pylist()}
