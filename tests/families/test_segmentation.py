@@ -17,7 +17,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
-from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
+from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of, sized
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, save_model
@@ -166,6 +166,38 @@ def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task:
                     grey = pixels.mean(0)
                     gaps.append(float((grey[marked].mean() - grey[~marked].mean()).abs()))
     assert np.mean(there) > 1.5 * np.mean(turned)
+
+
+def blank(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.int64)
+
+
+def test_a_thin_mark_stays_where_an_image_is_made_smaller() -> None:
+    image, target = blank(2000, 1200)
+    target[:, 603] = 2
+    target[102:106, 100:104] = 1
+    marked = sized(image, target, 256)[1].numpy()
+    assert (marked[:, 603 * 256 // 1200] == 2).all()
+    assert (marked == 2).sum() == 256
+    assert (marked == 1).sum() == 1
+    assert marked[104 * 256 // 2000, 102 * 256 // 1200] == 1
+
+
+def test_a_cell_has_the_class_of_most_of_its_area() -> None:
+    rng = np.random.default_rng(0)
+    image, target = blank(96, 128)
+    target[:] = np.kron(rng.integers(0, 3, (8, 8)), np.ones((12, 16), np.int64))
+    assert (sized(image, target, 8)[1].numpy() == target[::12, ::16]).all()
+    target[1::2, ::2] = 0  # a quarter of each cell, which is where nearest pixels are looked for
+    assert (sized(image, target, 48)[1].numpy() == np.kron(target[::12, 1::16], np.ones((6, 6), np.int64))).all()
+
+
+def test_a_target_that_is_not_made_smaller_is_that_of_nearest_pixels() -> None:
+    for height, width in ((200, 200), (256, 256), (7, 90)):
+        image, target = blank(height, width)
+        target[:] = np.random.default_rng(height).integers(0, 4, target.shape)
+        y, x = ((2 * np.arange(256) + 1) * n // 512 for n in (height, width))
+        assert (sized(image, target, 256)[1].numpy() == target[np.ix_(y, x)]).all()
 
 
 def test_images_of_rare_classes_come_more_often(task: Any) -> None:
