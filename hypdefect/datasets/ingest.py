@@ -21,6 +21,7 @@ from hypdefect.datasets import get_dataset
 from hypdefect.datasets.archive import archive_kind, unpack
 from hypdefect.datasets.card import DatasetCard, ManifestRow
 from hypdefect.datasets.manifest import (
+    LOST_MARK_NOTE,
     MANIFEST_FORMAT,
     MANIFEST_SCHEMA,
     QUARANTINE_SCHEMA,
@@ -93,7 +94,8 @@ def ingest(
     normal images alone.
 
     An image that cannot be used (damaged, bad mask, bad class name, a copy of another one) goes to the quarantine with
-    the reason; a class of which nothing is left is counted with 0 images.
+    the reason; a class of which nothing is left is counted with 0 images. Where a file shows several classes and the
+    row of one is refused, the others stay, with `LOST_MARK_NOTE`.
 
     Args:
         name: a key of `DATASETS`.
@@ -118,14 +120,17 @@ def ingest(
     records: list[dict[str, object]] = []
     rejected: list[tuple[ManifestRow, str]] = []
     kept: dict[str, list[ManifestRow]] = defaultdict(list)  # by the hash of the file
+    lost: set[Path] = set()  # files with a mark that was refused
     with ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
         windows = _fit_windows(rows, list(pool.map(_deep_kind, rows)), channels)
         outcomes = pool.map(lambda pair: _read(card, pair[0], pair[1], masks), zip(rows, windows, strict=True))
         for done, (row, outcome) in enumerate(zip(rows, outcomes, strict=True), start=1):
             if isinstance(outcome, str):
                 rejected.append((row, outcome))
-            elif twin := _twin(row, kept[str(outcome["file_id"])]):
+            elif twin := _twin(row, others := kept[str(outcome["file_id"])]):
                 rejected.append((row, twin))
+                if row.is_defect:
+                    lost |= {other.path for other in others if other.defect != row.defect}
             else:
                 kept[str(outcome["file_id"])].append(row)
                 records.append(outcome)
@@ -135,6 +140,10 @@ def ingest(
         raise DataError(
             f"dataset {name}: no usable image under {root} ({len(rejected)} refused; first: {rejected[0][1]})"
         )
+    lost |= {row.path for row, _ in rejected if row.is_defect}
+    for record in records:
+        if Path(str(record["uri"])) in lost:
+            record["note"] = "; ".join(filter(None, (str(record["note"]), LOST_MARK_NOTE)))
     for record in records:  # a file that shows several classes is one row for each of them
         several = len(kept[str(record["file_id"])]) > 1
         if several or record["intensity"]:

@@ -30,12 +30,17 @@ MANIFEST_SCHEMA = pa.schema(
         ("split", pa.string()),  # official split, "" where there is none
         ("group_id", pa.string()),  # images that must not be parted (one tile), "" where unknown
         ("intensity", pa.string()),  # how other than 8-bit pixels become 8-bit (images.Intensity as JSON), "" for 8-bit
-        ("note", pa.string()),
+        ("note", pa.string()),  # what reading it said, in words; LOST_MARK_NOTE where the rows of a file are not all
     ]
 )
 
 
 QUARANTINE_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
+
+
+LOST_MARK_NOTE = "another mark on this image was refused"
+"""In the note of each row of a file that shows a defect whose row is not in the manifest: what the masks of such a file
+leave free need not be background."""
 
 
 SPLITS = ("", "train", "val", "test")

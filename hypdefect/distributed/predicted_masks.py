@@ -140,11 +140,10 @@ def _sides(
     image, which is never parted. One id a file. Good parts are learned from, but for those of queries' units."""
     rows = {row["image_id"]: row for row in manifest.to_pylist()}
     ids = sorted((*plan.learned_ids, *plan.validated_ids, *plan.reported_ids))
-    unit_of = {i: (plan.split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
+    unit_of = {i: (plan.config.split == "grouped" and rows[i]["group_id"]) or rows[i]["file_id"] for i in ids}
     pool, queries = ({rows[i]["file_id"] for i in side} for side in (partition.pool, partition.query))
     candidates = manifest.filter(pc.is_in(manifest["image_id"], pa.array(partition.pool)))
-    split: Any = plan.split
-    half = {rows[i]["file_id"] for i in make_partition(candidates, split, 0, plan.classes).pool}
+    half = {rows[i]["file_id"] for i in make_partition(candidates, plan.config.split, 0, plan.classes).pool}
     asked = tuple(i for i in ids if rows[i]["file_id"] in queries)
     tested = {unit_of[i] for i in asked}
     usable = [i for i in ids if unit_of[i] not in tested and (rows[i]["file_id"] in pool or not rows[i]["is_defect"])]

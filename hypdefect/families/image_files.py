@@ -42,15 +42,22 @@ class ImageFile:
 
 @dataclass(frozen=True, slots=True)
 class MaskFile:
-    """Where a mask lies, and what it takes to read it."""
+    """Where a mask lies, the hash of its bytes, and what it takes to read it."""
 
     uri: str
+    mask_id: str
     image_uri: str
     size: tuple[int, int]
 
     def read(self) -> Bool[np.ndarray, "H W"]:
+        """The marked pixels.
+
+        Raises:
+            DataError: the file is missing, damaged, of another size than its image, or another one than was ingested.
+        """
         turned = exif_orientation(read_bytes(Path(self.image_uri)), name=self.image_uri)
-        return read_mask(read_bytes(Path(self.uri)), self.size, name=self.uri, orientation=turned)[0]
+        data = read_unchanged(Path(self.uri), self.mask_id)
+        return read_mask(data, self.size, name=self.uri, orientation=turned)[0]
 
 
 def full_mask(files: Sequence[MaskFile], size: tuple[int, int]) -> Bool[np.ndarray, "H W"]:
@@ -68,4 +75,4 @@ def image_file(row: dict[str, Any]) -> ImageFile:
 
 def mask_file(row: dict[str, Any]) -> MaskFile:
     """The mask of a row of a manifest."""
-    return MaskFile(row["mask_uri"], row["uri"], (row["height"], row["width"]))
+    return MaskFile(row["mask_uri"], row["mask_id"], row["uri"], (row["height"], row["width"]))

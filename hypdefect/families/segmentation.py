@@ -1,10 +1,12 @@
 """Segmentation: which pixels are which defect? Learned from masks.
 
 An image set is parted in three, 8 : 1 : 1 as in HADNet's paper, by whole groups where images of one part must not stand
-on two sides, class by class. `Fitting` holds the images that are learned from and those that training
-is stopped by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
+on two sides, class by class. Where the set has an official test that does not leak, that is what is reported on, and
+the other images are parted 9 : 1. `Fitting` holds the images that are learned from and those that training is stopped
+by and settings are chosen by; `Reported` holds the rest. Draw n trains with seed n.
 """
 
+import logging
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from torch import nn
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
+from hypdefect.datasets.manifest import LOST_MARK_NOTE
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, Score
 from hypdefect.families.detection import calibrated, transformed, twin
@@ -31,6 +34,8 @@ from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.predictor import SegmentationPredictor as Predictor
 from hypdefect.training import fit as train_in_process
 from hypdefect.types import Segmenter, SplitKind
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["METRIC", "Predictor", "calibrated", "transformed", "twin"]
 
@@ -47,7 +52,8 @@ class TaskConfig(DataConfig):
     """Not read: a segmenter has a network of its own, method.network."""
     recipe: RecipeConfig = RecipeConfig(whole_size=256)
     split: SplitKind = "grouped"
-    """How images are parted. grouped: those of one part never stand on two sides; random: by file."""
+    """How images are parted. grouped: those of one part never stand on two sides; random: by file. Both report on the
+    set's official test where every class stands in it and outside; grouped only where no part stands in both."""
     max_normals: int = 400
     """At most this many good parts, whose pixels are all background."""
     patience: int = 0
@@ -69,6 +75,7 @@ class SegmentationPlan(Plan):
     """Which file is learned from, validated on and reported on."""
 
     config: TaskConfig
+    kind: SplitKind | Literal["official"]
     learned_ids: tuple[str, ...]
     validated_ids: tuple[str, ...]
     reported_ids: tuple[str, ...]
@@ -79,7 +86,8 @@ class SegmentationPlan(Plan):
 
     @property
     def split(self) -> str:
-        return self.config.split
+        """official, random or grouped."""
+        return self.kind
 
     def requests(self) -> list[ImageRequest]:
         """None: a segmenter looks at pixels."""
@@ -127,7 +135,7 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
 
     Raises:
         ConfigError: imported features; several products and none named. DataError: no masks; no groups for a grouped
-            split; a class with too few parts to stand on all three sides.
+            split; a class with masks that cannot stand on all three sides.
     """
     if imported is not None:
         raise ConfigError(f"{config.dataset} holds features and no images; segmentation needs pixels")
@@ -144,12 +152,23 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     files: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         files[row["file_id"]].append(row)
-    usable = {name: of for name, of in files.items() if all(row["mask_id"] or not row["is_defect"] for row in of)}
+    usable = {name: of for name, of in files.items() if all(map(_is_told, of))}
+    _warn_of_losses(config, rows, classes, [of[0]["uri"] for name, of in files.items() if name not in usable])
     shown = {name: {row["defect"] for row in of if row["is_defect"]} for name, of in usable.items()}
+    for defect in classes:
+        if not any(defect in defects for defects in shown.values()):
+            uris = [row["uri"] for row in rows if row["defect"] == defect]
+            raise DataError(
+                f"class {defect!r} has masks, but each of its {len(uris)} files has another mark without one that can "
+                f"be used (the first is {uris[0]}): mask every mark of a file, or take these files out of the set"
+            )
     good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
     kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
     unit_of = {name: (config.split == "grouped" and usable[name][0]["group_id"]) or name for name in kept}
-    sides = _three_sides(config, unit_of, shown)
+    tested = {name for name in kept if usable[name][0]["split"] == "test"}
+    official = _is_followed(tested, classes, unit_of, shown)
+    units = {unit_of[name] for name in tested} if official else set()
+    sides = _three_sides(config, unit_of, shown, {name: of[0]["uri"] for name, of in usable.items()}, units)
     ids = {side: tuple(sorted(usable[name][0]["image_id"] for name in names)) for side, names in sides.items()}
     return SegmentationPlan(
         config=config,
@@ -157,18 +176,53 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
         manifest=manifest,
         uses_mask=False,
         classes=classes,
+        kind="official" if official else config.split,
         learned_ids=ids["learned"],
         validated_ids=ids["validated"],
         reported_ids=ids["reported"],
     )
 
 
+def _is_told(row: dict[str, Any]) -> bool:
+    """Whether a file's row is good, or has a mask, and no other mark on the file was refused."""
+    return (bool(row["mask_id"]) or not row["is_defect"]) and LOST_MARK_NOTE not in row["note"]
+
+
+def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tuple[str, ...], uris: list[str]) -> None:
+    """Name what a segmenter does not learn: classes without any mask, and the files that are left out."""
+    for defect in sorted({row["defect"] for row in rows if row["is_defect"]} - set(classes)):
+        logger.warning(
+            "%s: class %r is not learned, since none of its images has a mask: mask them if it is to be named",
+            config.dataset,
+            defect,
+        )
+    if uris:
+        logger.warning(
+            "%s: %d files are left out, since not every mark of theirs has a mask that can be used; the first is %s",
+            config.dataset,
+            len(uris),
+            uris[0],
+        )
+
+
+def _is_followed(
+    tested: set[str], classes: tuple[str, ...], unit_of: dict[str, str], shown: dict[str, set[str]]
+) -> bool:
+    """Whether an official test is followed: every class stands in it and in the other files, and no unit does so."""
+    others = unit_of.keys() - tested
+    both = all(any(defect in shown[name] for name in side) for side in (tested, others) for defect in classes)
+    return both and not {unit_of[name] for name in tested} & {unit_of[name] for name in others}
+
+
 Side = Literal["learned", "validated", "reported"]
 
 
-def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]]) -> dict[Side, list[str]]:
+def _three_sides(
+    config: TaskConfig, unit_of: dict[str, str], shown: dict[str, set[str]], uri_of: dict[str, str], tested: set[str]
+) -> dict[Side, list[str]]:
     """Files of each side. Class by class, those in the fewest units first, whole units are taken in a seeded order
     until a tenth of the class's images is reported on, and another tenth validated on. Good parts count as a class.
+    Where there are units that are tested already, those are reported on, and a tenth of the others is validated on.
 
     Raises:
         DataError: a class does not stand on all sides.
@@ -179,12 +233,14 @@ def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, s
         members[unit_of[name]].append(name)
         for defect in shown[name] or {""}:
             holders[defect].append(unit_of[name])
-    side_of: dict[str, Side] = {}
+    side_of: dict[str, Side] = dict.fromkeys(tested, "reported")
+    drawn: tuple[Side, ...] = ("validated",) if tested else ("reported", "validated")
     order = sorted(members, key=lambda unit: digest([config.partition, unit]))
     for defect in sorted(holders, key=lambda defect: (len(set(holders[defect])), defect)):
-        size, inside = Counter(holders[defect]), len(holders[defect])
+        size = Counter(holders[defect])
+        inside = sum(count for unit, count in size.items() if unit not in tested)
         free = [unit for unit in order if unit in size and unit not in side_of]
-        for side in ("reported", "validated"):
+        for side in drawn:
             held = sum(size[unit] for unit, of in side_of.items() if of == side)
             while len(free) > 1 and (not held or held + size[free[0]] / 2 <= SHARE * inside):
                 held += size[free[0]]
@@ -195,9 +251,10 @@ def _three_sides(config: TaskConfig, unit_of: dict[str, str], shown: dict[str, s
     for defect in sorted(holders.keys() - {""}):
         if any(all(defect not in shown[name] for name in names) for names in sides.values()):
             count = f"{len(holders[defect])} images of {len(set(holders[defect]))} parts"
+            one = next(uri_of[name] for name in sorted(unit_of) if defect in shown[name])
             raise DataError(
-                f"class {defect!r} has {count}; it must stand in learning, validation and test: give images of more "
-                "parts, or choose another --partition"
+                f"class {defect!r} has {count} with masks (one is {one}); it must stand in learning, validation and "
+                "test: give images of more parts, or choose another --partition"
             )
     return sides
 

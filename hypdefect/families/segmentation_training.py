@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int, UInt8
+from scipy import ndimage
 from torch import Tensor, nn
 
 from hypdefect.errors import DataError
@@ -25,6 +26,7 @@ from hypdefect.features.extract import pixels_of, resize
 from hypdefect.images.pasted_regions import paste_regions
 from hypdefect.images.pasted_textures import PERLIN, pasted
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
+from hypdefect.images.regions import EIGHT
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.training import TrainConfig
@@ -224,9 +226,46 @@ def epoch_of(images: Marked, rare: float, seed: int) -> tuple[int, ...]:
 
 def sized(image: UInt8[np.ndarray, "H W 3"], target: Int[np.ndarray, "H W"], side: int) -> tuple[Tensor, Tensor]:
     """Both as the network sees them: `[3 S S]` in [0, 1] and `[S S]`."""
-    marked = torch.from_numpy(np.ascontiguousarray(target))[None, None].float()
+    height, width = target.shape
+    marked = torch.from_numpy(shrunk(np.ascontiguousarray(target), (min(side, height), min(side, width))))
+    marked = marked[None, None].float()
     near = nn.functional.interpolate(marked, size=(side, side), mode="nearest-exact")
     return resize(pixels_of(np.ascontiguousarray(image)), side), near[0, 0].long()
+
+
+def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
+    """The target in fewer cells: each has the class with the largest share of its area.
+
+    A connected mark that has the largest share of no cell would vanish. It gets the cells that it covers at least half
+    as much as any of the eight cells round them.
+    """
+    if size == target.shape:
+        return target
+    rows_hH, columns_wW = (overlaps(n, cells) for n, cells in zip(target.shape, size, strict=True))
+
+    def shares(where: np.ndarray) -> np.ndarray:
+        return rows_hH @ where.astype(np.float32) @ columns_wW.T
+
+    labels = np.flatnonzero(np.bincount(target.ravel()))[::-1]  # of equal shares the defect's counts
+    small = labels[np.stack([shares(target == label) for label in labels]).argmax(0)]
+    y, x = ((2 * np.arange(n) + 1) * cells // (2 * n) for n, cells in zip(target.shape, size, strict=True))
+    large = small[np.ix_(y, x)]
+    for label in labels[labels > 0]:
+        marks, count = ndimage.label(target == label, EIGHT)
+        gone = np.arange(count + 1) > 0
+        gone[marks[large == label]] = False
+        if gone.any():
+            covered = shares(gone[marks])
+            small[(covered > 0) & (covered >= ndimage.maximum_filter(covered, 3) / 2)] = label
+    return small
+
+
+def overlaps(n: int, cells: int) -> Float[np.ndarray, "cells n"]:
+    """How much of each of some equal cells lies over each of `n` pixels; a row's sum is 1."""
+    edges = np.arange(cells + 1) * n / cells
+    pixel = np.arange(n)
+    inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return np.asarray(inside.clip(0) * cells / n, dtype=np.float32)
 
 
 def batch_of(image_ids: list[str], pieces: list[tuple[Tensor, Tensor]]) -> Batch:

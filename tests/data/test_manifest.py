@@ -13,6 +13,7 @@ from PIL import Image
 from hypdefect.datasets import DATASETS, get_dataset
 from hypdefect.datasets.ingest import EMPTY_MASK_NOTE, ingest
 from hypdefect.datasets.manifest import (
+    LOST_MARK_NOTE,
     MANIFEST_SCHEMA,
     manifest_digest,
     read_manifest,
@@ -200,6 +201,17 @@ def test_quarantine(tmp_path: Path) -> None:
     counts = result.counts["dent"]
     assert (counts.images, counts.masks, counts.quarantined) == (4, 4, 4)
     assert result.counts["stain"].quarantined == 1
+
+
+def test_rows_that_stay_of_a_file_with_a_refused_mark_say_so(tmp_path: Path) -> None:
+    root = make_folder_tree(tmp_path / "t", per_class=4)
+    shutil.copy(root / "dent" / "dent_0.png", root / "good" / "zz.png")
+    shutil.copy(root / "dent" / "dent_1.png", root / "stain" / "zz.png")
+    shutil.copy(root / "good" / "good_0.png", root / "stain" / "zzz.png")
+    shutil.copy(root / "dent" / "dent_2.png", root / "dent" / "zz.png")
+    result = ingest("folder", root)
+    noted = {Path(row["uri"]).name for row in result.manifest.to_pylist() if LOST_MARK_NOTE in row["note"]}
+    assert noted == {"dent_1.png", "good_0.png"}  # not where the copy is called good, or is of the same class
 
 
 def test_missing_mask_file_is_quarantined(tmp_path: Path) -> None:

@@ -10,15 +10,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from hypdefect.datasets.ingest import ingest
 from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
-from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of
+from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of, sized
 from hypdefect.features import backbones, timm_networks
 from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
@@ -26,7 +28,7 @@ from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, Segmentation, SegmentationPredictor, save_model
 from hypdefect.training import fit
-from tests.tiny_dataset import make_mtd_tree
+from tests.tiny_dataset import READER_TREES, make_mtd_tree
 
 TINY = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 6, "lr": 3e-3}
 
@@ -81,6 +83,48 @@ def test_images_of_a_group_stay_together(task: Any) -> None:
     assert all(len(sides) == 1 for sides in where.values())
 
 
+def with_official_test(plan: Any, **values: Any) -> pa.Table:
+    """Three pairs of each class are the test; of the images of the others every second one is called validation."""
+    rows = plan.manifest.to_pylist()
+    for defect in {row["defect"] for row in rows}:
+        for i, row in enumerate(row for row in rows if row["defect"] == defect):
+            row["group_id"] = f"{defect} {i // 2}"
+            row["split"] = "test" if i < 6 else ("train", "val")[i % 2]
+    rows[0] |= values
+    return pa.Table.from_pylist(rows, schema=plan.manifest.schema)
+
+
+@pytest.mark.parametrize("split", ["random", "grouped"])
+def test_an_official_test_is_reported_on(task: Any, split: Any) -> None:
+    plan, _, _ = task
+    manifest = with_official_test(plan)
+    official = segmentation.plan(replace(plan.config, split=split), manifest)
+    split_of = {row["image_id"]: row["split"] for row in manifest.to_pylist()}
+    assert official.split == "official"
+    assert set(official.reported_ids) == {i for i, side in split_of.items() if side == "test"}
+    held = 2 if split == "grouped" else 1  # the tile or image that is nearest to a tenth of the 14 others
+    assert (len(official.validated_ids), len(official.learned_ids)) == (6 * held, 6 * (14 - held))
+    other = segmentation.plan(replace(plan.config, split=split, partition=1), manifest)
+    assert other.reported_ids == official.reported_ids
+    assert other.validated_ids != official.validated_ids
+
+
+def test_an_official_test_that_leaks_or_lacks_a_class_is_not_followed(task: Any) -> None:
+    plan, _, _ = task
+    grouped = replace(plan.config, split="grouped")
+    torn = with_official_test(plan, split="train")
+    assert segmentation.plan(grouped, torn).split == "grouped"
+    assert segmentation.plan(plan.config, torn).split == "official"  # no file stands on both sides
+    rows = [row | {"split": "train"} if row["defect"] == "crack" else row for row in torn.to_pylist()]
+    lacking = pa.Table.from_pylist(rows, schema=torn.schema)
+    untold = pa.Table.from_pylist([row | {"split": ""} for row in rows], schema=torn.schema)
+    for config in (plan.config, grouped):
+        found, expected = segmentation.plan(config, lacking), segmentation.plan(config, untold)
+        assert found.split == config.split
+        assert found.reported_ids == expected.reported_ids
+        assert found.validated_ids == expected.validated_ids
+
+
 def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
     plan, fitting, _ = task
     rows = {row["image_id"]: row for row in plan.manifest.to_pylist()}
@@ -93,6 +137,16 @@ def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
         assert set(np.unique(target)) - {0} == expected
         seen |= expected
     assert seen == set(range(1, len(plan.classes) + 1))
+
+
+def test_a_mask_that_changed_since_it_was_ingested_is_refused(task: Any, tmp_path: Path) -> None:
+    _, fitting, _ = task
+    mask = next(masks[0][1] for masks in fitting.learned.masks if masks)
+    with Image.open(mask.uri) as picture:
+        picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mask.png")
+    with pytest.raises(DataError, match=r"mask\.png changed since its manifest was written; run jobs/ingest\.py again"):
+        replace(mask, uri=str(tmp_path / "mask.png")).read()
+    assert mask.read().any()
 
 
 def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task: Any) -> None:
@@ -118,6 +172,38 @@ def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task:
                     grey = pixels.mean(0)
                     gaps.append(float((grey[marked].mean() - grey[~marked].mean()).abs()))
     assert np.mean(there) > 1.5 * np.mean(turned)
+
+
+def blank(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((height, width, 3), np.uint8), np.zeros((height, width), np.int64)
+
+
+def test_a_thin_mark_stays_where_an_image_is_made_smaller() -> None:
+    image, target = blank(2000, 1200)
+    target[:, 603] = 2
+    target[102:106, 100:104] = 1
+    marked = sized(image, target, 256)[1].numpy()
+    assert (marked[:, 603 * 256 // 1200] == 2).all()
+    assert (marked == 2).sum() == 256
+    assert (marked == 1).sum() == 1
+    assert marked[104 * 256 // 2000, 102 * 256 // 1200] == 1
+
+
+def test_a_cell_has_the_class_of_most_of_its_area() -> None:
+    rng = np.random.default_rng(0)
+    image, target = blank(96, 128)
+    target[:] = np.kron(rng.integers(0, 3, (8, 8)), np.ones((12, 16), np.int64))
+    assert (sized(image, target, 8)[1].numpy() == target[::12, ::16]).all()
+    target[1::2, ::2] = 0  # a quarter of each cell, which is where nearest pixels are looked for
+    assert (sized(image, target, 48)[1].numpy() == np.kron(target[::12, 1::16], np.ones((6, 6), np.int64))).all()
+
+
+def test_a_target_that_is_not_made_smaller_is_that_of_nearest_pixels() -> None:
+    for height, width in ((200, 200), (256, 256), (7, 90)):
+        image, target = blank(height, width)
+        target[:] = np.random.default_rng(height).integers(0, 4, target.shape)
+        y, x = ((2 * np.arange(256) + 1) * n // 512 for n in (height, width))
+        assert (sized(image, target, 256)[1].numpy() == target[np.ix_(y, x)]).all()
 
 
 def test_images_of_rare_classes_come_more_often(task: Any) -> None:
@@ -392,13 +478,68 @@ def test_a_published_model_needs_no_file_but_its_own(
 def test_a_class_that_cannot_stand_on_three_sides_is_named(task: Any, tmp_path: Path) -> None:
     plan, _, _ = task
     few = make_mtd_tree(tmp_path / "few", per_class=2)
-    with pytest.raises(DataError, match=r"class '\w+' has 2 images of 2 parts; it must stand in learning"):
+    with pytest.raises(
+        DataError, match=r"class '\w+' has 2 images of 2 parts with masks \(one is .*num_\d+\.jpg\); it must"
+    ):
         prepare(segmentation, replace(plan.config, root=few))
     rows = [row for row in plan.manifest.to_pylist() if not row["is_defect"]]
     with pytest.raises(DataError, match="has no masks"):
         segmentation.plan(plan.config, pa.Table.from_pylist(rows, schema=plan.manifest.schema))
     with pytest.raises(ConfigError, match="max_normals must not be negative"):
         replace(plan.config, max_normals=-1)
+
+
+def without_masks(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row | {"mask_id": "", "mask_uri": "", "bbox": [0, 0, row["width"], row["height"]]} for row in rows]
+
+
+def beside(row: dict[str, Any], defect: str) -> dict[str, Any]:
+    """A second mark on the same file."""
+    return row | {"image_id": f"{defect} {row['image_id']}", "defect": defect}
+
+
+def test_what_has_no_mask_is_left_out_and_named(task: Any, caplog: pytest.LogCaptureFixture) -> None:
+    plan, _, _ = task
+    rows = plan.manifest.to_pylist()
+    cracks = [row for row in rows if row["defect"] == "crack"]
+    unmarked = without_masks([beside(row, "crease") for row in cracks[:2]])
+    manifest = pa.Table.from_pylist(rows + unmarked, schema=plan.manifest.schema)
+    with caplog.at_level("WARNING"):
+        left = segmentation.plan(plan.config, manifest)
+    assert left.classes == plan.classes
+    used = {*left.learned_ids, *left.validated_ids, *left.reported_ids}
+    assert {row["image_id"] for row in cracks} - used == {row["image_id"] for row in cracks[:2]}
+    crease, files = (record.getMessage() for record in caplog.records)
+    assert "class 'crease' is not learned, since none of its images has a mask" in crease
+    assert "2 files are left out, since not every mark of theirs has a mask that can be used; the first is" in files
+    assert cracks[0]["uri"] in files
+
+
+def test_a_class_whose_files_all_have_a_mark_without_a_mask_is_named(task: Any) -> None:
+    plan, _, _ = task
+    rows = plan.manifest.to_pylist()
+    cracks = [row for row in rows if row["defect"] == "crack"]
+    unmarked = without_masks([beside(row, "fray") for row in cracks])
+    manifest = pa.Table.from_pylist(rows + unmarked, schema=plan.manifest.schema)
+    with pytest.raises(DataError, match="class 'crack' has masks, but each of its 20 files has another") as error:
+        segmentation.plan(plan.config, manifest)
+    assert cracks[0]["uri"] in str(error.value)
+
+
+def test_a_file_of_which_a_mark_was_refused_is_not_learned_from(tmp_path: Path) -> None:
+    root = READER_TREES["ucf_el"](tmp_path / "tree", per_class=8)
+    table = root / "AnnotationsCombined.csv"
+    *others, broken, spot, good = table.read_text().splitlines()
+    assert "Contact_Corrosion" in broken
+    assert "Interconnect_BrightSpot" in spot
+    table.write_text("\n".join([*others, broken.replace("polygon", "squiggle"), spot, good]) + "\n")
+    manifest = ingest("ucf_el", root, mask_folder=tmp_path / "masks").manifest
+    half = next(row for row in manifest.to_pylist() if row["uri"].endswith("M0015C000001.png"))
+    assert half["defect"] == "Interconnect_BrightSpot"
+    plan = segmentation.plan(TaskConfig(dataset="ucf_el", root=root, split="random"), manifest)
+    used = {*plan.learned_ids, *plan.validated_ids, *plan.reported_ids}
+    assert len(used) == 23
+    assert half["image_id"] not in used
 
 
 # -- metrics -------------------------------------------------------------------------------------------------------
