@@ -1,7 +1,7 @@
 """What is tried and what comes of it, for any family: configurations, candidates of a search, scores, the choice."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
@@ -205,7 +205,7 @@ def candidates(
     seed: int,
     *,
     first: Sequence[Mapping[str, Any]] = (),
-    fixed: str = "",
+    fixed: Collection[str] = (),
 ) -> tuple[RunConfig, ...]:
     """`trials` different configurations of a method, at least one: the base, first points, then a Latin hypercube.
 
@@ -216,12 +216,15 @@ def candidates(
     Args:
         space: module with `space(trial)`, whose parameters are dotted fields of RunConfig, and maybe FIRST.
         first: points to try before the space's FIRST.
-        fixed: group of fields ("transform") that stay as the base has them, whatever the space says.
+        fixed: fields, or groups of them ("transform"), that stay as the base has them, whatever the space says.
     """
     configs = [base]
 
+    def is_free(name: str) -> bool:
+        return not any(name == field or name.startswith(f"{field}.") for field in fixed)
+
     def add(point: Mapping[str, Any]) -> None:
-        config = override(base, {k: v for k, v in point.items() if not fixed or not k.startswith(f"{fixed}.")})
+        config = override(base, {k: v for k, v in point.items() if is_free(k)})
         if len(configs) < trials and config not in configs:
             configs.append(config)
 
@@ -233,7 +236,7 @@ def candidates(
     optuna.logging.set_verbosity(verbosity)
     trial = study.ask()
     space.space(trial)
-    varied = {k: v for k, v in trial.distributions.items() if not fixed or not k.startswith(f"{fixed}.")}
+    varied = {k: v for k, v in trial.distributions.items() if is_free(k)}
     rng = np.random.default_rng(seed)
     for _ in range(20 if varied else 0):  # points that are there already are made up for
         if len(configs) >= trials:

@@ -66,7 +66,7 @@ def test_a_group_that_is_fixed_stays_and_the_others_are_tried_no_less_evenly() -
     module = ModuleType("space")
     vars(module).update(space=space, FIRST=[{"transform.whitening": 0.1}])
     base = RunConfig()
-    found = candidates(base, module, 9, seed=0, fixed="transform")
+    found = candidates(base, module, 9, seed=0, fixed=("transform",))
     assert {c.transform for c in found} == {base.transform}
     assert sorted(int(8 * c.method.noise_scale) for c in found[1:]) == list(range(8))
 

@@ -149,7 +149,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
             scored = compare(
                 fitting,
                 reported,
-                fixed or entrants(job, spaces, start, plan.searched_parts),
+                fixed or entrants(job, spaces, start, plan),
                 settings(job),
                 1 if job.protocol == "first" else job.draws,
                 episodes=episodes,
@@ -257,19 +257,19 @@ def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart
         return None
 
 
-def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searched_parts: int = 1) -> list[Entrant]:
+def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan: TaskPlan) -> list[Entrant]:
     """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
 
-    Of the trials on meta-trained features one has plain ones: whether to use what was learned is chosen with the rest,
-    on the support pool.
+    Fields that change nothing of the task's features are not tried. Of the trials on meta-trained features at least one
+    has plain ones: whether to use what was learned is chosen with the rest, on the support pool.
     """
     names = job.of_family("few_shot")
     rows = []
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        space = with_parts(spaces(name), searched_parts)
-        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
+        space = with_parts(spaces(name), plan.searched_parts)
+        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed, fixed=plan.idle_fields)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
         method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None
@@ -287,7 +287,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, searc
             job.trials,
             job.seed,
             first=[{"features": "plain"}],
-            fixed="transform",  # the projection was trained behind one
+            fixed=("transform",),  # the projection was trained behind one
         )
         rows.append(Entrant(candidates=tried))
     return rows

@@ -29,7 +29,7 @@ from hypdefect.features.imported import Imported, card_of
 from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
 from hypdefect.features.spec import FeatureTable, ImageRequest
 from hypdefect.features.store import FeatureStore
-from hypdefect.features.transform import CENTRINGS, FeatureTransform, TransformConfig, part_choices
+from hypdefect.features.transform import CENTRINGS, FEWEST_NORMALS, FeatureTransform, TransformConfig, part_choices
 from hypdefect.methods import get_method
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
@@ -114,6 +114,12 @@ class TaskPlan(Plan):
             return []
         given = dict(text.split("=", 1) for text in self.config.class_prompts)
         return prompts_of(self.classes, self.config.prompt_template, given)
+
+    @property
+    def idle_fields(self) -> tuple[str, ...]:
+        """Fields of a run that change nothing of this task's features: a search need not vary them."""
+        idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
+        return (*idle, *(() if self.key.shape_dims else ("transform.shape_weight",)))
 
     def provenance(self) -> dict[str, object]:
         return Plan.provenance(self) | {

@@ -22,6 +22,8 @@ from hypdefect.types import VIEWS
 
 Centring = Literal["none", "supports"]
 CENTRINGS: tuple[Centring, ...] = ("none", "supports")
+FEWEST_NORMALS = 10
+"""Normal images that centring and whitening need; fewer are not used."""
 
 
 def part_choices(num_parts: int) -> list[str | None]:
@@ -135,7 +137,7 @@ class FeatureTransform:
         config: TransformConfig,
         shape_dims: int = 0,
     ) -> "FeatureTransform":
-        """Fit on the normals' stored features (`[M, D]` a view); None or fewer than 10 rows used: no whitening.
+        """Fit on the normals' stored features (`[M, D]` a view); None, or fewer than FEWEST_NORMALS rows: no whitening.
 
         Args:
             block_dims: lengths of all blocks, in order.
@@ -152,7 +154,7 @@ class FeatureTransform:
             tensors["parts"] = torch.tensor(parts)
         if shape_dims:
             tensors["shape"] = torch.full((shape_dims,), config.shape_weight / len(VIEWS) ** 0.5)
-        if normals is not None and min(len(next(iter(normals.values()))), config.max_normals) >= 10:
+        if normals is not None and min(len(next(iter(normals.values()))), config.max_normals) >= FEWEST_NORMALS:
             for view, values in normals.items():
                 x = torch.from_numpy(values[: config.max_normals, : sum(embedded)]).double()
                 mean = x.mean(0)

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from hypdefect.distributed.tournament import EvaluateConfig, planned, validation_episodes
+from hypdefect.distributed.tournament import EvaluateConfig, entrants, planned, validation_episodes
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, candidates, with_parts
 from hypdefect.families import few_shot
@@ -130,6 +130,21 @@ def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_pat
     points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
     assert points[:3] == [(None, "supports"), ("0", "supports"), ("1", "supports")]
     assert extended.FIRST[3:] == space.FIRST
+
+
+@pytest.mark.parametrize(("name", "own"), [("logistic_regression", 3), ("shrinkage_lda", 3), ("hypdfs", 3)])
+def test_without_normals_no_trial_is_spent_on_whitening(name: str, own: int, tmp_path: Path) -> None:
+    imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
+    plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)
+    assert plan.idle_fields == ("transform.whitening", "transform.shape_weight")
+    job = EvaluateConfig(dataset="imported:f", shots=(1,), methods=(name,), features="plain", trials=8)
+    ((entrant),) = entrants(job, get_space, None, plan)
+    base, *tried = entrant.candidates
+    assert len(tried) == 7
+    assert {(c.transform.whitening, c.transform.shape_weight) for c in tried} == {
+        (base.transform.whitening, base.transform.shape_weight)
+    }
+    assert sum(config.method != base.method for config in tried) >= own
 
 
 @pytest.mark.parametrize("which", ["transform", "meta"])
