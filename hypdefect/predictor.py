@@ -389,7 +389,7 @@ class SegmentationPredictor(Predictor):
     def check(self, folder: Path) -> None:
         """Look at one grey image, and whether the classes fit into a grey PNG."""
         if (count := len(self.card.class_names)) > 255:
-            raise ArtifactError(f"{folder}: {count} classes; a map of classes holds 255, join some and train again")
+            raise ArtifactError(f"{folder}: {count} classes; a map of classes holds 255: give several one name")
         self.check_probe(folder)
 
 

@@ -1,5 +1,5 @@
-"""Train what is trained before a task, by Ray Train on any number of workers: HypDFS and AMC on episodes, HypAD on
-normal images.
+"""Train what is trained before a task, by Ray Train on several workers: HypDFS and AMC on episodes, HypAD on normal
+images.
 
 python jobs/train.py --dataset mtd --workers 2: on pseudo-defects of the product's own good parts (made where missing)
 

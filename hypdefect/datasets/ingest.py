@@ -129,8 +129,8 @@ def ingest(
                 rejected.append((row, outcome))
             elif twin := _twin(row, others := kept[str(outcome["file_id"])]):
                 rejected.append((row, twin))
-                if row.is_defect:
-                    lost |= {other.path for other in others if other.defect != row.defect}
+                if row.is_defect and row.defect not in {other.defect for other in others}:
+                    lost |= {other.path for other in others}
             else:
                 kept[str(outcome["file_id"])].append(row)
                 records.append(outcome)
@@ -437,5 +437,5 @@ def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) 
                 except OSError:  # ingestion says so
                     files[path] = (-1, -1)
             listing.append([str(path), *files.get(path, ()), row.product, row.defect] if path else [])
-    key = [MANIFEST_FORMAT, list(channels), sorted(listing)]
+    key = [MANIFEST_FORMAT, LOST_MARK_NOTE, list(channels), sorted(listing)]
     return home / "manifests" / f"{card.name}-{digest(key)[:16]}.json"

@@ -62,7 +62,8 @@ class ReproduceHADNetConfig:
     """Rows to train, or all: hours on a CPU."""
     seeds: int = 3
     split: SplitKind = "grouped"
-    """grouped: images of one part never stand on two sides; random: by image, as in the paper."""
+    """grouped: images of one part never stand on two sides; random: by image, as in the paper. An official test is what
+    is reported on in place of a tenth of the images (`segmentation.TaskConfig.split`)."""
     partition: int = 0
     method: HADNetConfig = field(default_factory=HADNetConfig)
     """Of every row; the plain peer has its network, width, steps and rates."""

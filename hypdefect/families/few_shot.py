@@ -117,7 +117,7 @@ class TaskPlan(Plan):
 
     @property
     def idle_fields(self) -> tuple[str, ...]:
-        """Fields of a run that change nothing of this task's features: a search need not vary them."""
+        """Fields of a run that change nothing of this task's features: trials of a comparison do not vary them."""
         idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
         return (*idle, *(() if self.key.shape_dims else ("transform.shape_weight",)))
 

@@ -9,7 +9,7 @@ by and settings are chosen by; `Reported` holds the rest. Draw n trains with see
 import logging
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 __all__ = ["METRIC", "Predictor", "calibrated", "transformed", "twin"]
 
 METRIC = "val/pixel/miou"
+MOST_CLASSES = 255
+"""Numbers of a grey PNG, but for background's."""
 SHARE = 0.1
 """Of the images of each class that validation is on, and of those that are reported on."""
 
@@ -53,9 +55,10 @@ class TaskConfig(DataConfig):
     recipe: RecipeConfig = RecipeConfig(whole_size=256)
     split: SplitKind = "grouped"
     """How images are parted. grouped: those of one part never stand on two sides; random: by file. Both report on the
-    set's official test where every class stands in it and outside; grouped only where no part stands in both."""
+    set's official test where every class stands in it and in two parts outside of it. Grouped does so only where no
+    part stands on both sides."""
     max_normals: int = 400
-    """At most this many good parts, whose pixels are all background."""
+    """At most this many good parts, whose pixels are all background; those of an official test are not counted."""
     patience: int = 0
     """Reports without a better validation after which training ends; 0: all steps. The best weights are kept anyway."""
 
@@ -144,6 +147,8 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     classes = tuple(sorted({row["defect"] for row in rows if row["is_defect"] and row["mask_id"]}))
     if not classes:
         raise DataError(f"dataset {config.dataset} has no masks, which is what a segmenter learns from")
+    if len(classes) > MOST_CLASSES:
+        raise DataError(f"{len(classes)} classes; a map of classes holds {MOST_CLASSES}: give several one name")
     if config.split == "grouped" and not any(row["group_id"] for row in rows):
         raise DataError(
             "no image has a group id, so a grouped split would be a random one: use --split random, or look for "
@@ -162,12 +167,14 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
                 f"class {defect!r} has masks, but each of its {len(uris)} files has another mark without one that can "
                 f"be used (the first is {uris[0]}): mask every mark of a file, or take these files out of the set"
             )
-    good = shuffled((name for name, defects in shown.items() if not defects), config.partition)
-    kept = {name for name, defects in shown.items() if defects} | set(good[: config.max_normals])
-    unit_of = {name: (config.split == "grouped" and usable[name][0]["group_id"]) or name for name in kept}
-    tested = {name for name in kept if usable[name][0]["split"] == "test"}
+    unit_of = {name: (config.split == "grouped" and of[0]["group_id"]) or name for name, of in usable.items()}
+    tested = {name for name, of in usable.items() if of[0]["split"] == "test"}
     official = _is_followed(tested, classes, unit_of, shown)
-    units = {unit_of[name] for name in tested} if official else set()
+    fixed = tested if official else set()
+    good = shuffled((name for name, defects in shown.items() if not defects and name not in fixed), config.partition)
+    kept = {name for name, defects in shown.items() if defects} | fixed | set(good[: config.max_normals])
+    unit_of = {name: unit for name, unit in unit_of.items() if name in kept}
+    units = {unit_of[name] for name in fixed}
     sides = _three_sides(config, unit_of, shown, {name: of[0]["uri"] for name, of in usable.items()}, units)
     ids = {side: tuple(sorted(usable[name][0]["image_id"] for name in names)) for side, names in sides.items()}
     return SegmentationPlan(
@@ -208,10 +215,15 @@ def _warn_of_losses(config: TaskConfig, rows: list[dict[str, Any]], classes: tup
 def _is_followed(
     tested: set[str], classes: tuple[str, ...], unit_of: dict[str, str], shown: dict[str, set[str]]
 ) -> bool:
-    """Whether an official test is followed: every class stands in it and in the other files, and no unit does so."""
+    """Whether an official test is followed: every class stands in it, and in two units of the others, one to learn from
+    and one to validate on; and no unit stands in both."""
+
+    def units(names: Collection[str], defect: str) -> set[str]:
+        return {unit_of[name] for name in names if defect in shown[name]}
+
     others = unit_of.keys() - tested
-    both = all(any(defect in shown[name] for name in side) for side in (tested, others) for defect in classes)
-    return both and not {unit_of[name] for name in tested} & {unit_of[name] for name in others}
+    enough = all(units(tested, defect) and len(units(others, defect)) > 1 for defect in classes)
+    return enough and not {unit_of[name] for name in tested} & {unit_of[name] for name in others}
 
 
 Side = Literal["learned", "validated", "reported"]

@@ -234,17 +234,16 @@ def sized(image: UInt8[np.ndarray, "H W 3"], target: Int[np.ndarray, "H W"], sid
 
 
 def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
-    """The target in fewer cells: each has the class with the largest share of its area.
+    """The target in fewer cells: each has the class with the largest share of it, by torch's adaptive average pooling.
 
-    A connected mark that has the largest share of no cell would vanish. It gets the cells that it covers at least half
-    as much as any of the eight cells round them.
+    A connected mark that has the largest share of no cell would vanish. It gets the cells that no other mark has, and
+    that it covers at least half as much as any of the eight cells round them.
     """
     if size == target.shape:
         return target
-    rows_hH, columns_wW = (overlaps(n, cells) for n, cells in zip(target.shape, size, strict=True))
 
     def shares(where: np.ndarray) -> np.ndarray:
-        return rows_hH @ where.astype(np.float32) @ columns_wW.T
+        return nn.functional.adaptive_avg_pool2d(torch.from_numpy(where)[None].float(), size)[0].numpy()
 
     labels = np.flatnonzero(np.bincount(target.ravel()))[::-1]  # of equal shares the defect's counts
     small = labels[np.stack([shares(target == label) for label in labels]).argmax(0)]
@@ -256,16 +255,8 @@ def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndar
         gone[marks[large == label]] = False
         if gone.any():
             covered = shares(gone[marks])
-            small[(covered > 0) & (covered >= ndimage.maximum_filter(covered, 3) / 2)] = label
+            small[(small == 0) & (covered > 0) & (covered >= ndimage.maximum_filter(covered, 3) / 2)] = label
     return small
-
-
-def overlaps(n: int, cells: int) -> Float[np.ndarray, "cells n"]:
-    """How much of each of some equal cells lies over each of `n` pixels; a row's sum is 1."""
-    edges = np.arange(cells + 1) * n / cells
-    pixel = np.arange(n)
-    inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
-    return np.asarray(inside.clip(0) * cells / n, dtype=np.float32)
 
 
 def batch_of(image_ids: list[str], pieces: list[tuple[Tensor, Tensor]]) -> Batch:

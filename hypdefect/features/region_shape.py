@@ -28,8 +28,8 @@ STANDARD: dict[str, tuple[float, float]] = {
     "log box width": (3.53, 1.36),
 }
 """Descriptor -> centre and scale: mean and standard deviation over the regions of 400 pseudo-defects, by the laws that
-`synthesis.draw_laws` gives for seeds 0 to 39 on images of 128 to 1024 pixels a side (evenly in log): a population that
-knows no image set. Its regions are of one piece mostly, so pieces are counted in doublings instead."""
+`pseudo_defects.draw_laws` gives for seeds 0 to 39 on images of 128 to 1024 pixels a side (evenly in log): a population
+that knows no image set. Its regions are of one piece mostly, so pieces are counted in doublings instead."""
 
 SHAPE_DIMS = len(STANDARD)
 LIMIT = 2.5

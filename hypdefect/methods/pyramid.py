@@ -69,7 +69,7 @@ class Pyramid(nn.Module):
     def _freeze_unread(self, side: int) -> None:
         """Freeze the parameters that no map of a `side` x `side` input depends on: workers would wait for their
         gradients."""
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             total = torch.stack([x.sum() for x in self(torch.zeros(1, 3, side, side))]).sum()
         parameters = list(self.net.parameters())
         gradients = torch.autograd.grad(total, parameters, allow_unused=True)

@@ -3,9 +3,9 @@
 Temperature scaling: Guo, Pleiss, Sun, Weinberger, On Calibration of Modern Neural Networks, ICML 2017. It changes how
 sure a classifier is, never what it answers.
 
-Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool. One query more, whose
-label says nothing, is counted in (after Platt's targets, 1999): where every answer is right, likelihood alone would be
-sure beyond measure.
+Deviations: one temperature for all episodes of a task, fitted on episodes of its support pool. Of N queries, each label
+gives 1 / (N + 1) of itself to all classes alike (after Platt's targets, 1999): where every answer is right, likelihood
+alone would be sure beyond measure.
 
 Shapes: Q queries, W ways (classes).
 """
@@ -23,7 +23,7 @@ from hypdefect.errors import NumericsError
 from hypdefect.types import Batch, FewShotClassifier, Needs
 
 LOWEST, HIGHEST = 1e-4, 1e5
-"""Bounds of a fitted temperature, wide of what logits of any method need."""
+"""Bounds of a fitted temperature, far wider than what the logits of any method need."""
 
 
 class TemperedClassifier:
@@ -61,7 +61,7 @@ def likelihood_loss(episodes: Sequence[tuple[Tensor, Tensor]], temperature: floa
 
 
 def fitted_temperature(episodes: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The temperature between LOWEST and HIGHEST at which the labels, and one that says nothing, are likeliest.
+    """The temperature between LOWEST and HIGHEST at which the labels, a little smoothed, are likeliest.
 
     Args:
         episodes: as for `likelihood_loss`, logits at temperature 1.

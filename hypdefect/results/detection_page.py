@@ -69,7 +69,7 @@ def newest_pictures(label: str, split: str, count: str, home: Path) -> Path | No
     for path in [*home.glob("sweeps/*/pictures.png"), *home.glob("runs/*/pictures.png")]:
         record = path.parent / ("result.json" if path.parent.parent.name == "sweeps" else "record.json")
         about: dict[str, Any] = json.loads(record.read_text())["task"] if record.is_file() else {}
-        if (about.get("label"), about.get("split"), count in about) == (label, split, True):
+        if (about.get("label", about.get("dataset")), about.get("split"), count in about) == (label, split, True):
             found.append(path)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 

@@ -72,7 +72,8 @@ def plot_examples(path: Path, examples: list[Example], classes: tuple[str, ...])
 def plot_segmentations(plan: SegmentationPlan, entry: ModelEntry, draw: Score, path: Path) -> None:
     """Draw what a published model says of the reported images: of each class the highest and the lowest IoU.
 
-    Classes beyond the first `MOST_CLASSES` are left out. Two images of a class are held at a time.
+    Of the classes that these show, those beyond the first `MOST_CLASSES` are left out. Two images of a class are held
+    at a time.
     """
     images = load(plan, home())[1].images
     predictor = Predictor.load(entry)

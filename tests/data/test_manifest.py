@@ -24,6 +24,7 @@ from hypdefect.datasets.split import task_classes
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.images import read_mask, region_box
 from tests.tiny_dataset import TREES, make_elpv_tree, make_folder_tree, make_mtd_tree
+from tests.trees import make_neu_seg_tree
 
 
 @pytest.fixture
@@ -212,6 +213,13 @@ def test_rows_that_stay_of_a_file_with_a_refused_mark_say_so(tmp_path: Path) -> 
     result = ingest("folder", root)
     noted = {Path(row["uri"]).name for row in result.manifest.to_pylist() if LOST_MARK_NOTE in row["note"]}
     assert noted == {"dent_1.png", "good_0.png"}  # not where the copy is called good, or is of the same class
+    root = make_neu_seg_tree(tmp_path / "several")
+    (image,) = root.glob("images/*/000015.jpg")  # shows all three classes
+    for path in (image, root / "annotations" / image.parent.name / "000015.png"):
+        shutil.copy(path, path.with_stem("000099"))
+    result = ingest("neu_seg", root)
+    assert len(result.quarantine) == 3
+    assert not any(LOST_MARK_NOTE in row["note"] for row in result.manifest.to_pylist())
 
 
 def test_missing_mask_file_is_quarantined(tmp_path: Path) -> None:

@@ -107,6 +107,9 @@ def test_an_official_test_is_reported_on(task: Any, split: Any) -> None:
     other = segmentation.plan(replace(plan.config, split=split, partition=1), manifest)
     assert other.reported_ids == official.reported_ids
     assert other.validated_ids != official.validated_ids
+    fewer = segmentation.plan(replace(plan.config, split=split, max_normals=2), manifest)
+    assert fewer.reported_ids == official.reported_ids
+    assert len(fewer.learned_ids) < len(official.learned_ids)
 
 
 def test_an_official_test_that_leaks_or_lacks_a_class_is_not_followed(task: Any) -> None:
@@ -118,11 +121,15 @@ def test_an_official_test_that_leaks_or_lacks_a_class_is_not_followed(task: Any)
     rows = [row | {"split": "train"} if row["defect"] == "crack" else row for row in torn.to_pylist()]
     lacking = pa.Table.from_pylist(rows, schema=torn.schema)
     untold = pa.Table.from_pylist([row | {"split": ""} for row in rows], schema=torn.schema)
+    cracks = [row["file_id"] for row in rows if row["defect"] == "crack"]
+    rows = [row | {"split": "test"} if row["file_id"] in cracks[1:] else row for row in rows]
+    scarce = pa.Table.from_pylist(rows, schema=torn.schema)  # one crack to learn from and to validate on
     for config in (plan.config, grouped):
-        found, expected = segmentation.plan(config, lacking), segmentation.plan(config, untold)
-        assert found.split == config.split
-        assert found.reported_ids == expected.reported_ids
-        assert found.validated_ids == expected.validated_ids
+        for manifest in (lacking, scarce):
+            found, expected = segmentation.plan(config, manifest), segmentation.plan(config, untold)
+            assert found.split == config.split
+            assert found.reported_ids == expected.reported_ids
+            assert found.validated_ids == expected.validated_ids
 
 
 def test_a_target_has_the_class_of_every_mask_of_its_file(task: Any) -> None:
@@ -187,6 +194,15 @@ def test_a_thin_mark_stays_where_an_image_is_made_smaller() -> None:
     assert (marked == 2).sum() == 256
     assert (marked == 1).sum() == 1
     assert marked[104 * 256 // 2000, 102 * 256 // 1200] == 1
+
+
+def test_a_thin_mark_takes_no_cell_of_another() -> None:
+    image, target = blank(1024, 1024)
+    target[400:403, 400:403] = 2
+    target[:, 403] = 1  # in the same cell, and above and below it
+    marked = sized(image, target, 256)[1].numpy()
+    assert marked[100, 100] == 2
+    assert (np.delete(marked[:, 100], 100) == 1).all()
 
 
 def test_a_cell_has_the_class_of_most_of_its_area() -> None:
