@@ -18,7 +18,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Shaped, UInt8
+from jaxtyping import Bool, Float, Shaped, UInt8
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -355,6 +355,21 @@ class PatchClassPredictor(ClassPredictor):
         self.check_probe(folder)
 
 
+def segmentation_of(found: UInt8[np.ndarray, "H W"], names: Sequence[str]) -> Segmentation:
+    """The answer to a map of classes, 0 for none: map, shares, regions and label are of the same pixels."""
+    classes = np.zeros_like(found)
+    for number in range(1, len(names) + 1):
+        classes[without_specks(found == number)] = number
+    regions = [
+        ClassRegion(polygon=outline, area=area, label=name)
+        for number, name in enumerate(names, 1)
+        for outline, area in regions_of(classes == number)
+    ]
+    shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}
+    label = max(names, key=lambda name: shares[name]) if regions else "good"
+    return Segmentation(label=label, shares=shares, regions=regions, map_png=grey_png(classes))
+
+
 class SegmentationPredictor(Predictor):
     """Segmentation: the class of each pixel, and the regions of each class."""
 
@@ -364,33 +379,19 @@ class SegmentationPredictor(Predictor):
         logits = self.model.logits(self.batch(image, None))
         if not torch.isfinite(logits).all():
             raise NumericsError(f"the scores of a {image.shape} image are not finite")
-        found = class_map(logits, (image.shape[0], image.shape[1]))
-        names = self.card.class_names
-        classes = np.zeros_like(found)
-        for number in range(1, len(names) + 1):
-            classes[without_specks(found == number)] = number
-        regions = [
-            ClassRegion(polygon=outline, area=area, label=name)
-            for number, name in enumerate(names, 1)
-            for outline, area in regions_of(classes == number)
-        ]
-        shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}
-        return Segmentation(
-            label=max(names, key=lambda name: shares[name]) if regions else "good",
-            shares=shares,
-            regions=regions,
-            map_png=grey_png(classes),
-        )
+        return segmentation_of(class_map(logits, (image.shape[0], image.shape[1])), self.card.class_names)
 
     @staticmethod
     def size_of(card: ModelCard, transform: FeatureTransform) -> int:
         return len(card.class_names)
 
     def check(self, folder: Path) -> None:
-        """Look at one grey image, and whether the classes fit into a grey PNG."""
-        if (count := len(self.card.class_names)) > 255:
-            raise ArtifactError(f"{folder}: {count} classes; a map of classes holds 255: give several one name")
         self.check_probe(folder)
+
+
+def anomalous_regions(values: Float[np.ndarray, "H W"], threshold: float) -> list[Region]:
+    """Where a map exceeds the threshold: without holes, and without specks."""
+    return [Region(polygon=outline, area=area) for outline, area in regions_of(cleaned(values > threshold))]
 
 
 class DetectionPredictor(Predictor):
@@ -409,7 +410,7 @@ class DetectionPredictor(Predictor):
             p_value=p_value,
             false_alarms=rate,
             score=score,
-            regions=[Region(polygon=o, area=a) for o, a in regions_of(cleaned(anomaly_map > threshold))],
+            regions=anomalous_regions(anomaly_map, threshold),
             map_png=as_png(anomaly_map / max(2 * threshold, 1e-12)),
         )
 

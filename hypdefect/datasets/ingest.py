@@ -437,5 +437,6 @@ def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) 
                 except OSError:  # ingestion says so
                     files[path] = (-1, -1)
             listing.append([str(path), *files.get(path, ()), row.product, row.defect] if path else [])
+    # what was read before there was that note is read again
     key = [MANIFEST_FORMAT, LOST_MARK_NOTE, list(channels), sorted(listing)]
     return home / "manifests" / f"{card.name}-{digest(key)[:16]}.json"

@@ -234,7 +234,7 @@ def sized(image: UInt8[np.ndarray, "H W 3"], target: Int[np.ndarray, "H W"], sid
 
 
 def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndarray, "h w"]:
-    """The target in fewer cells: each has the class with the largest share of it, by torch's adaptive average pooling.
+    """The target in fewer cells: each has the class with the largest share of its area.
 
     A connected mark that has the largest share of no cell would vanish. It gets the cells that no other mark has, and
     that it covers at least half as much as any of the eight cells round them.
@@ -242,8 +242,10 @@ def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndar
     if size == target.shape:
         return target
 
+    rows_hH, columns_wW = (overlaps(n, cells) for n, cells in zip(target.shape, size, strict=True))
+
     def shares(where: np.ndarray) -> np.ndarray:
-        return nn.functional.adaptive_avg_pool2d(torch.from_numpy(where)[None].float(), size)[0].numpy()
+        return rows_hH @ where.astype(np.float32) @ columns_wW.T
 
     labels = np.flatnonzero(np.bincount(target.ravel()))[::-1]  # of equal shares the defect's counts
     small = labels[np.stack([shares(target == label) for label in labels]).argmax(0)]
@@ -257,6 +259,15 @@ def shrunk(target: Int[np.ndarray, "H W"], size: tuple[int, int]) -> Int[np.ndar
             covered = shares(gone[marks])
             small[(small == 0) & (covered > 0) & (covered >= ndimage.maximum_filter(covered, 3) / 2)] = label
     return small
+
+
+def overlaps(n: int, cells: int) -> Float[np.ndarray, "cells n"]:
+    """How much of each of some equal cells lies over each of `n` pixels; a row's sum is 1. (Adaptive average pooling
+    gives whole pixels to cells that they overlap: marks grow.)"""
+    edges = np.arange(cells + 1) * n / cells
+    pixel = np.arange(n)
+    inside = np.minimum(edges[1:, None], pixel + 1) - np.maximum(edges[:-1, None], pixel)
+    return np.asarray(inside.clip(0) * cells / n, dtype=np.float32)
 
 
 def batch_of(image_ids: list[str], pieces: list[tuple[Tensor, Tensor]]) -> Batch:

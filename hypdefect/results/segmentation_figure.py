@@ -20,8 +20,10 @@ from hypdefect.registry import ModelEntry
 
 PANELS = ("image", "truth", "prediction", "errors")
 MOST_CLASSES = 12
-DARK = ("#3566a8", "#d9822b", "#4d9a5b", "#b04a5a", "#7a5aa6", "#8a8a3c", "#4aa3a3", "#a66a3a")
-COLOURS = (*DARK, "#9ec1ea", "#f3c79a", "#a8d8b4", "#e6a9b4")
+COLOURS = (
+    *("#3566a8", "#d9822b", "#4d9a5b", "#b04a5a", "#7a5aa6", "#8a8a3c", "#4aa3a3", "#a66a3a"),
+    *("#9ec1ea", "#f3c79a", "#a8d8b4", "#e6a9b4"),
+)
 ERRORS = ListedColormap(["white", "#000000", "#a8a8a8", "#d63fd6"])
 """Colours that no class has."""
 
@@ -93,6 +95,7 @@ def plot_segmentations(plan: SegmentationPlan, entry: ModelEntry, draw: Score, p
             worst[label] = min(one, worst.get(label, one), key=lambda pair: pair[0])  # the last of several
     examples: list[Example] = []
     for label in sorted(best)[:MOST_CLASSES]:
-        pair = (best[label][1], worst[label][1])
-        examples += pair[: 1 if pair[0] is pair[1] else 2]
+        examples.append(best[label][1])
+        if worst[label] is not best[label]:  # as where there is one image
+            examples.append(worst[label][1])
     plot_examples(path, examples, plan.classes)

@@ -31,7 +31,7 @@ METRICS = {
     "pixel_acc": "pixel accuracy",
 }
 OF_CLASS = "iou "
-STUDIES = {"train": "trained by itself", "sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
+STUDIES = {"train": "trained by jobs/train.py", "sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
 """Of the ledger, and what a chapter of theirs is called."""
 FULL, RHO = "HADNet", "rho = "
 """Rows of HADNet's tables: the full method, and those that differ in the curvature alone."""

@@ -2,14 +2,12 @@
 
 from collections import Counter
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-import torch
 
 from hypdefect.datasets.ingest import ingest
 from hypdefect.datasets.split import parted
@@ -17,7 +15,7 @@ from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.families import detection
 from hypdefect.families.detection import DetectionPlan, Setting, TaskConfig, sides
 from hypdefect.features.extract import RecipeConfig
-from hypdefect.predictor import DetectionPredictor
+from hypdefect.predictor import anomalous_regions
 from hypdefect.statistics import p_values
 from tests.tiny_dataset import make_mtd_tree
 from tests.trees import make_mvtec_ad_tree, make_neu_seg_tree
@@ -160,26 +158,9 @@ def test_the_false_alarm_rate_is_kept(rate: float) -> None:
     assert abs(np.mean(alarms) - rate) < 4 * error
 
 
-class Told(DetectionPredictor):
-    """Finds the anomaly map that it is told."""
-
-    def __init__(self, anomaly_map: np.ndarray) -> None:
-        details = {"calibration": [0.0], "false_alarms": 0.5, "pixel_threshold": 0.5}
-        self.card: Any = SimpleNamespace(details=details)
-        self.model: Any = self
-        self.map = torch.from_numpy(anomaly_map)[None]
-
-    def batch(self, image: np.ndarray, mask: np.ndarray | None) -> Any:
-        return None
-
-    def anomaly(self, batch: Any) -> Any:
-        return SimpleNamespace(score=self.map.amax((1, 2)), map=self.map)
-
-
 def test_regions_of_a_detector_have_no_holes_and_are_no_specks() -> None:
     anomaly_map = np.zeros((30, 40), dtype=np.float32)
     anomaly_map[5:15, 5:15] = 1
     anomaly_map[8:11, 8:11] = 0
     anomaly_map[20:22, 20:24] = 1
-    answer = Told(anomaly_map).answer(np.zeros((30, 40, 3), np.uint8), None)
-    assert [region.area for region in answer.regions] == [100]
+    assert [region.area for region in anomalous_regions(anomaly_map, 0.5)] == [100]

@@ -3,7 +3,6 @@
 from collections import Counter, defaultdict
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
-from hypdefect.predictor import Predictor, Segmentation, SegmentationPredictor, save_model
+from hypdefect.predictor import Predictor, Segmentation, save_model, segmentation_of
 from hypdefect.training import fit
 from tests.tiny_dataset import READER_TREES, make_mtd_tree
 
@@ -52,6 +51,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Any:
 def task(job: TaskConfig, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Fitting, Reported]:
     plan = prepare(segmentation, job)
     return plan, *segmentation.load(plan, tmp_path_factory.mktemp("unused"))
+
+
+def saved(folder: Path, run: RunConfig, model: Any, task: Any) -> None:
+    plan, fitting, _ = task
+    save_model(
+        folder,
+        run_config=run,
+        model=model,
+        class_names=plan.classes,
+        transform=segmentation.transform_of(run, fitting),
+        backbone=plan.config.backbone,
+        recipe=plan.config.recipe,
+        uses_mask=False,
+        provenance={},
+    )
 
 
 def test_files_are_parted_in_three_each_with_every_class(task: Any) -> None:
@@ -214,6 +228,12 @@ def test_a_cell_has_the_class_of_most_of_its_area() -> None:
     assert (sized(image, target, 48)[1].numpy() == np.kron(target[::12, 1::16], np.ones((6, 6), np.int64))).all()
 
 
+def test_a_pixel_on_the_edge_of_two_cells_counts_for_each_by_its_part() -> None:
+    image, target = blank(3, 3)
+    target[:, 1:] = 1  # half a pixel of the first cell, which is one and a half pixels wide
+    assert sized(image, target, 2)[1].tolist() == [[0, 1], [0, 1]]
+
+
 def test_a_target_that_is_not_made_smaller_is_that_of_nearest_pixels() -> None:
     for height, width in ((200, 200), (256, 256), (7, 90)):
         image, target = blank(height, width)
@@ -367,17 +387,7 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     assert any(not torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     score = segmentation.score_model(model, fitting, reported, Setting(), 0, 0.0)
     assert score.metrics.keys() >= {"miou", "miou_background", "pixel_acc", "macro_f1", "weighted_f1"}
-    save_model(
-        tmp_path / "m",
-        run_config=run,
-        model=model,
-        class_names=plan.classes,
-        transform=segmentation.transform_of(run, fitting),
-        backbone=job.backbone,
-        recipe=job.recipe,
-        uses_mask=False,
-        provenance={},
-    )
+    saved(tmp_path / "m", run, model, task)
     predictor = Predictor.load(tmp_path / "m")
     image, _ = reported.images.read(0)
     (answer,) = predictor.predict([(image, None)])
@@ -390,25 +400,9 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     )
 
 
-class Told(SegmentationPredictor):
-    """Finds the classes that it is told, among a, b and c."""
-
-    def __init__(self, classes: np.ndarray) -> None:
-        self.card: Any = SimpleNamespace(class_names=("a", "b", "c"))
-        self.model: Any = self
-        self.classes = classes
-
-    def batch(self, image: np.ndarray, mask: np.ndarray | None) -> Any:
-        return None
-
-    def logits(self, batch: Any) -> torch.Tensor:
-        scores = torch.nn.functional.one_hot(torch.from_numpy(self.classes), 4)
-        return scores.permute(2, 0, 1)[None].float()
-
-
 def told(classes: np.ndarray) -> tuple[Segmentation, np.ndarray]:
     """The answer, whose map, areas, shares and label are of the same pixels, and that map."""
-    answer = Told(classes).answer(np.zeros((*classes.shape, 3), np.uint8), None)
+    answer = segmentation_of(classes.astype(np.uint8), ("a", "b", "c"))
     numbers = np.rint(as_values(answer.map_png) * 255).astype(np.int64)
     counts = dict(zip("abc", np.bincount(numbers.ravel(), minlength=4)[1:].tolist(), strict=True))
     assert answer.shares == {name: count / numbers.size for name, count in counts.items()}
@@ -450,12 +444,12 @@ def test_specks_stand_neither_in_the_map_nor_in_the_regions() -> None:
     assert (numbers > 0).sum() == 97
 
 
-def test_more_classes_than_a_map_holds_are_refused() -> None:
-    predictor = Told(np.ones((32, 32), dtype=np.int64))
-    predictor.check(Path("m"))
-    predictor.card = SimpleNamespace(class_names=tuple(map(str, range(256))))
-    with pytest.raises(ArtifactError, match="m: 256 classes; a map of classes holds 255"):
-        predictor.check(Path("m"))
+def test_more_classes_than_a_map_holds_are_refused(task: Any) -> None:
+    plan, _, _ = task
+    marked = [row for row in plan.manifest.to_pylist() if row["mask_id"]]
+    rows = [marked[i % len(marked)] | {"defect": f"class {i}"} for i in range(256)]
+    with pytest.raises(DataError, match="256 classes; a map of classes holds 255: give several one name"):
+        segmentation.plan(plan.config, pa.Table.from_pylist(rows, schema=plan.manifest.schema))
 
 
 @pytest.mark.parametrize("name", ["fpn", "hadnet"])
@@ -463,23 +457,13 @@ def test_a_published_model_needs_no_file_but_its_own(
     name: str, task: Any, job: TaskConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither the weights that training began with, nor the backbone of features, which a segmenter does not read."""
-    plan, fitting, reported = task
+    _, fitting, reported = task
     weights = tmp_path / "w.safetensors"
     save_file(timm_networks.timm.create_model("test_efficientnet", pretrained=False).state_dict(), weights)
     network = f"timm:test_efficientnet@{weights}"
     run = RunConfig(name=name, method=TINY | {"network": network, "steps": 1}, pretrained=False)
     model: Any = segmentation.fit(run, fitting, Setting(), 0)
-    save_model(
-        tmp_path / "m",
-        run_config=run,
-        model=model,
-        class_names=plan.classes,
-        transform=segmentation.transform_of(run, fitting),
-        backbone=job.backbone,
-        recipe=job.recipe,
-        uses_mask=False,
-        provenance={},
-    )
+    saved(tmp_path / "m", run, model, task)
     weights.unlink()
     monkeypatch.setitem(BACKBONES, "tiny_random", replace(BACKBONES["tiny_random"], init_seed=1))
     predictor = Predictor.load(tmp_path / "m")

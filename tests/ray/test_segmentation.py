@@ -28,7 +28,7 @@ from hypdefect.families.segmentation import Setting, TaskConfig
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.files import home
 from hypdefect.images import read_image
-from hypdefect.methods.hadnet import HADNetConfig
+from hypdefect.methods.hadnet import HADNet, HADNetConfig
 from hypdefect.predictor import Predictor
 from hypdefect.results import ledger
 from hypdefect.results.segmentation_figure import plot_segmentations
@@ -201,7 +201,8 @@ def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree:
     published, cost, own = hadnet_tables(config, rows)
     assert published.row_count == 4
     assert list(cost.columns[1].cells) == ["11.352", "1.113"]
-    assert all(float(cell) > 0 for cell in cost.columns[2].cells if isinstance(cell, str))
+    weights = sum(p.numel() for p in HADNet(config.method, 3).parameters() if p.requires_grad)
+    assert next(iter(cost.columns[2].cells)) == f"{weights / 1e6:.3f}"
     assert own.row_count == 3
     kept = ledger.read(home(), study="paper/hadnet")
     assert sorted(set(kept["variant"].to_pylist())) == sorted(row.name for row in rows)

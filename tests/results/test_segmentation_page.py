@@ -67,6 +67,8 @@ def test_the_page_holds_every_row_and_its_pictures(tasks: Any, tmp_path: Path) -
     assert newest_pictures("mtd", "grouped", "tested_normals", tmp_path) is None
     assert newest_pictures("mtd", "random", "learned_images", tmp_path) is None
     assert newest_pictures("mtd-other", "grouped", "learned_images", tmp_path) is None
+    write_json(pictures.parent / "record.json", {"task": {"dataset": "mtd", "split": "grouped", "learned_images": 3}})
+    assert newest_pictures("mtd", "grouped", "learned_images", tmp_path) == pictures  # made before records had labels
     text = write_segmentation_page(tmp_path / "report", tasks, tmp_path).read_text()
     assert text.count("data:image/png;base64,") == 3  # a curve, and the pictures in both chapters
     for name in ("hadnet, HADNet", f"hadnet, {TWIN}", "hadnet, no HST", "fpn, FPN", "−4.00", "behind"):
