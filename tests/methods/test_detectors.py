@@ -195,7 +195,7 @@ def test_hypad_and_the_bank_are_what_they_are_alone_in_units_of_normal_images() 
 
 ALONE: dict[str, dict[str, Any]] = {
     "hypad": {"directions": 2, "top": 10},
-    "conditional_patchcore": {},
+    "conditional_patchcore": {"score": "top"},
     "bank_and_hypad": {"directions": 2, "weight": 0.75},
 }
 
