@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from hypdefect.config import digest
-from hypdefect.datasets.ingest import ingested
 from hypdefect.distributed.evaluate import evaluate
 from hypdefect.distributed.extract import fill
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import Scored, usual_copies
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig, TaskPlan
+from hypdefect.families.plan import manifest_of
+from hypdefect.features.imported import is_imported, read_import
 from hypdefect.files import home
 from hypdefect.progress import progress
 from hypdefect.results import ledger
@@ -69,10 +70,14 @@ def reproduce(config: ReproduceConfig, experiments: Sequence[Experiment]) -> Mea
     """Run every experiment on every product of its set; a product's draws on one backbone go to the ledger as one run.
 
     Raises:
-        ConfigError: several partitions of an official split. DataError: as ingestion, extraction and plans.
+        ConfigError: several partitions of an official split, or features that were not imported.
+        DataError: as ingestion, extraction and plans.
     """
     measured = Measured()
-    for dataset in dict.fromkeys(experiment.dataset for experiment in experiments):
+    datasets = dict.fromkeys(experiment.dataset for experiment in experiments)
+    for dataset in filter(is_imported, datasets):
+        read_import(dataset, home())  # one that is not there is an error before any work
+    for dataset in datasets:
         _run_dataset(config, dataset, [e for e in experiments if e.dataset == dataset], measured)
     return measured
 
@@ -89,18 +94,21 @@ def _run_dataset(config: ReproduceConfig, dataset: str, experiments: Sequence[Ex
         max_normals=config.max_normals,
         recipe=config.recipe,
     )
-    with progress(f"reading {dataset}") as advance:
-        manifest = ingested(dataset, base.root, home(), advance).table
+    imported = read_import(dataset, home()) if is_imported(dataset) else None
+    manifest = imported.manifest if imported else manifest_of(base)
     products = sorted(set(manifest["product"].to_pylist()))
     measured.products[dataset] = len(products)
     for backbone in dict.fromkeys(experiment.backbone for experiment in experiments):
         for product in products:
             task = replace(base, backbone=backbone, product=product if len(products) > 1 else "")
-            plans = [few_shot.plan(replace(task, partition=number), manifest) for number in range(config.partitions)]
+            plans = [
+                few_shot.plan(replace(task, partition=number), manifest, imported)
+                for number in range(config.partitions)
+            ]
             if config.partitions > 1 and plans[0].partition.kind == "official":
                 raise ConfigError(f"{plans[0].label} has an official split: --partitions must be 1, or --split grouped")
             part = _run_task(config, plans, [e for e in experiments if e.backbone == backbone], measured)
-            logger.info("%s, %s: %s", plans[0].label, backbone, part)
+            logger.info("%s, %s: %s", plans[0].label, "imported" if imported else backbone, part)
 
 
 def _run_task(

@@ -20,6 +20,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import BackboneSpec, get_backbone
 from hypdefect.features.extract import RecipeConfig
+from hypdefect.features.imported import is_imported
 from hypdefect.features.transform import TransformConfig
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.results.published import Cell, figure
@@ -151,7 +152,8 @@ class ReproduceConfig:
     studies: tuple[str, ...] = ()
     """Which tables (hypdfs: main, adapter, loss, backbone, ode, curvature, parts); default: all."""
     datasets: tuple[str, ...] = ()
-    """On which image sets (hypdfs: mvtec_fs, mtd; for parts any); default: all of the paper, mtd for parts."""
+    """On which image sets (hypdfs: mvtec_fs, mtd; for parts any, and imported:NAME); default: all of the paper, mtd for
+    parts."""
     mvtec_fs: Path | None = None
     """Folder or archive of MVTec-FS; default: mvtec_fs under $HYPDEFECT_DATA."""
     mtd: Path | None = None
@@ -201,7 +203,8 @@ class ReproduceConfig:
                 known = ", ".join(paper.datasets)
                 raise ConfigError(f"{self.paper} has no datasets {', '.join(sorted(odd))}; it has {known}{hint}")
             for dataset in odd:
-                get_dataset(dataset)
+                if not is_imported(dataset):
+                    get_dataset(dataset)
         if self.root is not None and len(self.others) != 1:
             raise ConfigError(
                 f"--root is the place of one set of --datasets beside {', '.join(self.flags)}, which have flags of "
@@ -220,7 +223,7 @@ class ReproduceConfig:
     @property
     def others(self) -> list[str]:
         """The sets asked for that have none."""
-        return [dataset for dataset in self.datasets if dataset not in self.flags]
+        return [dataset for dataset in self.datasets if dataset not in self.flags and not is_imported(dataset)]
 
     @property
     def roots(self) -> dict[str, Path | None]:
@@ -328,6 +331,8 @@ def missing_set(config: ReproduceConfig, dataset: str) -> str:
     Raises:
         ConfigError: a folder was named, and does not exist.
     """
+    if is_imported(dataset):
+        return ""
     flag = f"--{dataset.replace('_', '-')}" if dataset in config.flags else "--root"
     card, root = get_dataset(dataset), config.roots.get(dataset)
     if root is not None:

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from hypdefect.config import to_mapping
 from hypdefect.features.backbones import get_backbone
+from hypdefect.features.imported import is_imported
 from hypdefect.results.published import published
 from hypdefect.results.studies import METRIC, Paper, ReproduceConfig, Result, Study, read_paper
 from hypdefect.results.tables import signed
@@ -32,9 +33,10 @@ def _study_table(
     over = (
         f"{config.partitions} partitions x {config.draws} draws" if config.partitions > 1 else f"{config.draws} draws"
     )
-    backbone = "" if study.of_backbones else f" with {escape(config.backbone)}"
     lines = [_line(study, result) for result in results]
     sets = dict.fromkeys(result.experiment.dataset for result in results)
+    named = not study.of_backbones and not all(is_imported(dataset) for dataset in sets)
+    backbone = f" with {escape(config.backbone)}" if named else ""
     table = Table(
         title=f"{paper.title}, {study.title}: {METRIC}, %; ours{backbone}, {config.split} split, {over}",
         title_justify="left",

@@ -16,6 +16,7 @@ from hypdefect.distributed.reproduce import Measured
 from hypdefect.errors import ConfigError
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig
+from hypdefect.features.imported import import_features
 from hypdefect.features.store import FeatureStore
 from hypdefect.results import ledger
 from hypdefect.results.published import published
@@ -88,7 +89,7 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "backbone": [52.5, 69.5],
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
-        "parts": [None] * 11,
+        "parts": [None] * 12,
     }
     full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
@@ -305,7 +306,7 @@ def test_differences_are_paired_by_draw_and_told_over_partition_means() -> None:
         error = means.std(ddof=1) * (1 / 3 + 1) ** 0.5  # as many queries as support candidates
         assert result.paired.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
         told += 1
-    assert told == 2 + 4 * 9
+    assert told == 2 + 4 * 10
     (absent,) = Measured().results(experiments[-1:])
     assert (absent.ours, absent.paired) == (None, None)
 
@@ -341,6 +342,32 @@ def test_parts_are_told_on_a_set_of_ones_own(
         differences = [acc[cell["row"], draw] - acc["full method", draw] for draw in (0, 1)]
         assert cell["paired"]["mean"] == pytest.approx(np.mean(differences))
         assert f"{100 * cell['paired']['mean']:+.2f} ± {100 * cell['paired']['half_width']:.2f}" in out
+
+
+@pytest.mark.ray
+def test_parts_are_told_on_imported_features(
+    ray_local: Any,
+    hypdefect_home: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(["a", "b"], 8)
+    features = rng.normal(size=(16, 3, 4)) + (labels == "b")[:, None, None]
+    np.savez(tmp_path / "own.npz", features=features, labels=labels)
+    import_features([tmp_path / "own.npz"], hypdefect_home)
+    words = ("--studies", "parts", "--draws", 2, "--shots", 1, "--method.steps", 2, "--datasets")
+    with pytest.raises(ConfigError, match=r"no imported features 'other' \(known: .*own"):
+        run(monkeypatch, tmp_path, *words, "imported:own", "imported:other")
+    before = ledger.read(hypdefect_home).num_rows
+    result = run(monkeypatch, tmp_path, *words, "imported:own")
+    rows = ledger.read(hypdefect_home).slice(before).to_pylist()
+    assert {(row["study"], row["dataset"]) for row in rows} == {("ablation/parts", "imported:own")}
+    accuracy = {cell["row"]: cell["ours"]["mean"] for cell in result["cells"]}
+    assert len(accuracy) == 12
+    assert min(accuracy.values()) > 0.7
+    assert " with efficientnet" not in capsys.readouterr().out  # whose features they are not
 
 
 @pytest.mark.ray
