@@ -436,7 +436,8 @@ def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) 
                     files[path] = (stat.st_size, stat.st_mtime_ns)
                 except OSError:  # ingestion says so
                     files[path] = (-1, -1)
-            listing.append([str(path), *files.get(path, ()), row.product, row.defect] if path else [])
+            split = [row.split] if row.split else []  # it may come from a list of its own, added later
+            listing.append([str(path), *files.get(path, ()), row.product, row.defect, *split] if path else [])
     # what was read before there was that note is read again
     key = [MANIFEST_FORMAT, LOST_MARK_NOTE, list(channels), sorted(listing)]
     return home / "manifests" / f"{card.name}-{digest(key)[:16]}.json"

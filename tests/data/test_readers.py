@@ -12,7 +12,7 @@ from PIL import Image
 
 from hypdefect.datasets import get_dataset
 from hypdefect.datasets.card import ManifestRow
-from hypdefect.datasets.ingest import IngestResult, ingest
+from hypdefect.datasets.ingest import IngestResult, ingest, ingested
 from hypdefect.datasets.readers import visa as visa_module
 from hypdefect.errors import DataError
 from hypdefect.images import read_mask
@@ -152,6 +152,15 @@ def test_visa(visa: Path, read: Any) -> None:
     shutil.rmtree(visa / "split_csv")
     shutil.rmtree(visa / "candle")
     assert set(listed(read("visa", visa), "product", "split")) == {("pcb1", "")}
+
+
+def test_visa_is_read_again_where_its_split_came_later(visa: Path, tmp_path: Path) -> None:
+    (visa / "split_csv").rename(tmp_path / "later")
+    assert set(ingested("visa", visa, tmp_path / "home").table["split"].to_pylist()) == {""}
+    (tmp_path / "later").rename(visa / "split_csv")
+    again = ingested("visa", visa, tmp_path / "home")
+    assert (again.cached, set(again.table["split"].to_pylist())) == (False, {"train", "test"})
+    assert ingested("visa", visa, tmp_path / "home").cached
 
 
 def test_visa_border_of_a_resampled_region_is_no_defect(visa: Path, read: Any) -> None:
