@@ -232,7 +232,8 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
         raise DataError(f"dataset {config.dataset} has {len(classes)} few-shot classes ({', '.join(classes)}); needs 2")
     partition = make_partition(manifest, config.split, config.partition, classes)
     check_task(manifest, partition, config.k_shot)
-    rows = manifest.select(["image_id", "file_id", "defect", "is_defect", "mask_id", "group_id"]).to_pylist()
+    columns = ["image_id", "file_id", "defect", "is_defect", "mask_id", "group_id", "split"]
+    rows = manifest.select(columns).to_pylist()
     defect_of = {row["image_id"]: row["defect"] for row in rows}
     pool: list[str] = []
     for name in classes:
@@ -244,7 +245,10 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
     normals = [
         row["image_id"]
         for row in rows
-        if not row["is_defect"] and row["image_id"] not in queries and row[unit] not in tested
+        if not row["is_defect"]
+        and row["image_id"] not in queries
+        and row[unit] not in tested
+        and (partition.kind != "official" or row["split"] == "train")
     ]
     if card.good_is_class:  # supports stand for the normals a factory has anyway; what is in neither side stays out
         normals = [i for i in normals if i in in_pool]

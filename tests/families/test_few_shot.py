@@ -75,6 +75,16 @@ def rows_of(manifest: pa.Table) -> dict[str, dict[str, Any]]:
 # ---- the plan ------------------------------------------------------------------------------------------------------
 
 
+def test_good_parts_of_an_official_test_are_not_looked_at(mtd: pa.Table) -> None:
+    sides = [("train", "test")[row % 2] for row in range(mtd.num_rows)]
+    manifest = mtd.set_column(mtd.schema.get_field_index("split"), "split", pa.array(sides))
+    plan = few_shot.plan(config(), manifest)
+    assert plan.split == "official"
+    rows = rows_of(manifest)
+    assert {rows[i]["split"] for i in (*plan.normal_ids, *plan.source_ids)} == {"train"}
+    assert len(plan.normal_ids) == sum(not row["is_defect"] and row["split"] == "train" for row in rows.values())
+
+
 @pytest.mark.parametrize("split", ["random", "grouped"])
 @pytest.mark.parametrize("partition", [0, 1, 2])
 def test_no_image_is_on_two_sides(mtd: pa.Table, split: Any, partition: int) -> None:
