@@ -15,6 +15,8 @@ Shapes: N images, V views, P parts, D features of one part.
 import hashlib
 import json
 import re
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,29 +233,39 @@ def read_file(path: Path) -> FeatureFile:
     if not np.isfinite(features).all():
         bad = int(np.argmax(~np.isfinite(features).reshape(count, -1).all(1)))
         raise DataError(f"{path}: the feature of row {bad} is not finite; leave the row out")
-    names = [str(name) for name in columns.get("class_names", ())]
+    names = [_text(name) for name in columns.get("class_names", ())]
     texts = []
     for row, label in enumerate(np.asarray(labels).reshape(-1).tolist()):
+        if not _text(label).strip():
+            raise DataError(f"{path}: row {row} has no label; give it one, or leave the row out")
         if names and isinstance(label, int | float):
-            if not 0 <= int(label) < len(names):
+            if label not in range(len(names)):
                 raise DataError(f"{path}: label {label} of row {row} is not one of the {len(names)} class names")
             label = names[int(label)]
-        texts.append(str(int(label)) if isinstance(label, float) and label.is_integer() else str(label))
+        texts.append(_text(label))
     others: dict[str, tuple[str, ...]] = {}
     for column in ("ids", "groups", "splits"):
-        values = [str(v) for v in np.asarray(columns.get(column, [""] * count)).reshape(-1).tolist()]
-        others[column] = tuple(values)
+        others[column] = tuple(map(_text, np.asarray(columns.get(column, [""] * count)).reshape(-1).tolist()))
     for column, found in {"labels": tuple(texts), **others}.items():
         if len(found) != count:
             raise DataError(f"{path}: {len(found)} {column} for {count} features")
     return FeatureFile(features=features, labels=tuple(texts), **others)
 
 
+def _text(value: Any) -> str:
+    """A value as text: "" where it is missing, whole numbers without a point."""
+    if value is None or value != value:
+        return ""
+    if isinstance(value, bytes):
+        return value.decode(errors="replace")
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
 def _read_npz(path: Path) -> dict[str, Any]:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as arrays:
             return {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path}: not an .npz of plain arrays ({' '.join(str(error).split())})") from error
 
 
@@ -278,20 +290,26 @@ def _read_pt(path: Path) -> dict[str, Any]:
     except ArtifactError as error:
         raise DataError(str(error)) from error
     if isinstance(stored, dict):
-        return {k: v.float().numpy() if isinstance(v, torch.Tensor) else v for k, v in stored.items()}
+        return {k: _array(v) if isinstance(v, torch.Tensor) else v for k, v in stored.items()}
     if not isinstance(stored, list) or not stored or not all(isinstance(row, dict) for row in stored):
         raise DataError(f"{path}: neither a dict with `features` and `labels` nor a list of dicts")
     features, labels = [], []
     for number, row in enumerate(stored):
         tensors = [v for v in row.values() if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dim() > 0]
         found = [row[name] for name in _LABELS if name in row]
+        found = [v for v in found if not isinstance(v, torch.Tensor) or v.numel() == 1]
         if len(tensors) != 1 or not found:
             raise DataError(
                 f"{path}: entry {number} has {len(tensors)} floating tensors and keys {sorted(map(str, row))}; "
                 f"expected one tensor and one of {', '.join(_LABELS)}"
             )
-        features.append(tensors[0].float().numpy())
+        features.append(_array(tensors[0]))
         labels.append(found[0].item() if isinstance(found[0], torch.Tensor) else found[0])
     if len({f.shape for f in features}) > 1:
         raise DataError(f"{path}: tensors of different shapes {sorted({f.shape for f in features})}")
     return {"features": np.stack(features), "labels": np.array(labels)}
+
+
+def _array(tensor: torch.Tensor) -> np.ndarray:
+    """Floats as float32, which NumPy has for every one of torch's; whole numbers as they are."""
+    return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()

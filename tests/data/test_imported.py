@@ -197,6 +197,22 @@ def test_files_named_train_and_test_keep_their_split(tmp_path: Path) -> None:
         read_import("imported:other", tmp_path)
 
 
+def test_missing_groups_are_none_and_whole_numbers_stay_whole(tmp_path: Path) -> None:
+    features, labels = values(views=1, parts=1)
+    numbers = [202301011 + i for i in range(len(labels))]  # float32 would make one group of several
+    groups = {"f.parquet": [*numbers[:-2], None, None], "f.pt": torch.tensor(numbers)}
+    columns = {"feature": features[:, 0, 0].tolist(), "label": labels, "group": groups["f.parquet"]}
+    pq.write_table(pa.table(columns | {"split": [None] * len(labels)}), tmp_path / "f.parquet")
+    grad = torch.tensor(features[:, 0, 0], requires_grad=True)
+    torch.save({"features": grad, "labels": labels, "groups": groups["f.pt"]}, tmp_path / "f.pt")
+    np.savez(tmp_path / "f.npz", features=features[:, 0, 0], labels=np.array(labels, dtype="S"))
+    parquet, pt, npz = (read_file(tmp_path / name) for name in ("f.parquet", "f.pt", "f.npz"))
+    assert parquet.groups == (*map(str, numbers[:-2]), "", "")
+    assert set(parquet.splits) == {""}
+    assert pt.groups == tuple(map(str, numbers))
+    assert list(npz.labels) == labels
+
+
 def bad(tmp_path: Path, kind: str) -> Path:
     features, labels = values(views=1, parts=1)
     rows: list[Any] = [{"x": torch.tensor(f), "label": label} for f, label in zip(features, labels, strict=True)]
@@ -207,12 +223,30 @@ def bad(tmp_path: Path, kind: str) -> Path:
         rows[3]["x"] = torch.zeros(2, 1, 5)
     elif kind == "label":
         del rows[3]["label"]
+    elif kind == "one-hot label":
+        rows[3]["label"] = torch.tensor([0, 1])
     torch.save(torch.zeros(3) if kind == "tensor" else rows, path)
     if kind == "cut":
         path.write_bytes(path.read_bytes()[:-400])
     if kind == "npz":
         path = tmp_path / "f.npz"
         np.savez(path, features=features[:, 0, 0], labels=np.array(labels, dtype=object))
+    if kind in ("cut npz", "compressed npz"):
+        path = tmp_path / "f.npz"
+        (np.savez if kind == "cut npz" else np.savez_compressed)(path, features=features, labels=np.array(labels))
+        data = path.read_bytes()
+        path.write_bytes(data[:-200] if kind == "cut npz" else data[:100] + bytes(40) + data[140:])
+    if kind == "npy":
+        path = tmp_path / "f.npz"
+        with path.open("wb") as file:
+            np.save(file, features)
+    if kind == "no label":
+        path = tmp_path / "f.parquet"
+        pq.write_table(pa.table({"feature": features[:, 0, 0].tolist(), "label": [*labels[:-1], None]}), path)
+    if kind in ("nan label", "broken label"):
+        path = tmp_path / "f.npz"
+        numbers = np.array([0.0] * (len(labels) - 1) + [np.nan if kind == "nan label" else 0.5])
+        np.savez(path, features=features[:, 0, 0], labels=numbers, class_names=np.array(CLASSES))
     if kind == "short":
         path = tmp_path / "f.npz"
         np.savez(path, features=features[:, 0, 0], labels=np.array(labels[:-1]))
@@ -230,7 +264,14 @@ def bad(tmp_path: Path, kind: str) -> Path:
         ("tensor", r"f\.pt: neither a dict with"),
         ("cut", r"f\.pt cannot be read"),
         ("npz", r"f\.npz: not an \.npz of plain arrays"),
+        ("cut npz", r"f\.npz: not an \.npz of plain arrays"),
+        ("compressed npz", r"f\.npz: not an \.npz of plain arrays"),
+        ("npy", r"f\.npz: not an \.npz of plain arrays"),
         ("short", r"f\.npz: 23 labels for 24 features"),
+        ("one-hot label", r"f\.pt: entry 3 has 1 floating tensors and keys \['label', 'x'\]"),
+        ("no label", r"f\.parquet: row 23 has no label"),
+        ("nan label", r"f\.npz: row 23 has no label"),
+        ("broken label", r"f\.npz: label 0\.5 of row 23 is not one of the 4 class names"),
         ("text", r"f\.csv: features are imported from \.npz, \.parquet, \.pt, \.pth"),
     ],
 )
