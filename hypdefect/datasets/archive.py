@@ -36,6 +36,7 @@ RATIO_FLOOR = 16 * 2**20
 
 _CHUNK = 2**20
 _MAC_JUNK = "__MACOSX"
+_SAYS_UTF8 = 0x800
 _DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -254,15 +255,26 @@ def _zip_members(archive: Path, limits: _Limits) -> Iterator[list[_Member]]:
     with zipfile.ZipFile(archive) as file:
         members = []
         for info in file.infolist():
-            path = _check_name(archive, info.orig_filename)  # filename is cut at a NUL
+            name = _zip_name(info)
+            path = _check_name(archive, name)
             if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                raise _refused(archive, info.orig_filename, "a link or device")
+                raise _refused(archive, name, "a link or device")
             if info.flag_bits & 1:
-                raise _refused(archive, info.orig_filename, "encrypted")
-            limits.count(info.orig_filename, info.file_size, info.compress_size)
+                raise _refused(archive, name, "encrypted")
+            limits.count(name, info.file_size, info.compress_size)
             if not info.is_dir() and path.parts[:1] != (_MAC_JUNK,):
                 members.append(_Member(path, info.file_size, info.compress_size, partial(file.open, info)))
         yield members
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """A member's name, whole (`filename` is cut at a NUL). Zips made on a Mac write UTF-8 and do not say so."""
+    if info.flag_bits & _SAYS_UTF8:
+        return info.orig_filename
+    try:
+        return info.orig_filename.encode("cp437").decode()
+    except UnicodeError:
+        return info.orig_filename
 
 
 @contextmanager

@@ -232,6 +232,16 @@ def test_a_good_archive(kind: str, tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "into").iterdir()] == [root.parent.name]
 
 
+@pytest.mark.parametrize(
+    ("stored", "name"),
+    [("größe 缺陷".encode(), "größe 缺陷"), (b"gr\x94\xe1e", "größe")],
+    ids=["UTF-8 of a Mac", "code page of a PC"],
+)
+def test_names_of_a_zip_that_does_not_say_how_they_are_written(stored: bytes, name: str, tmp_path: Path) -> None:
+    archive = raw_zip_name(tmp_path / "set.zip", stored)
+    assert sorted(path.name for path in unpack(archive, tmp_path / "into").iterdir()) == ["good", name]
+
+
 def test_a_file_that_is_no_archive(tmp_path: Path) -> None:
     (tmp_path / "set.zip").write_bytes(b"Rar!\x1a\x07\x01\0")
     with pytest.raises(DataError, match="neither zip, tar"):
