@@ -169,6 +169,28 @@ def test_folder_layout(tmp_path: Path) -> None:
     assert "old.gif: not a readable" in result.quarantine["reason"][0].as_py()
 
 
+def test_folder_files_that_are_passed_over_are_named(tmp_path: Path) -> None:
+    root = make_folder_tree(tmp_path / "widgets", classes=2, per_class=3)
+    dent, scratch = root / "dent", root / "scratch"
+    (dent / "masks" / "dent_0.png").rename(dent / "masks" / "dent_0.PNG")
+    (dent / "masks" / "dent_1.png").rename(dent / "masks" / "dent_1_mask.png")
+    (scratch / "scratch_0_mask.png").rename(scratch / "scratch_0_mask.bmp")
+    (scratch / "old").mkdir()
+    Image.new("L", (20, 20)).save(scratch / "old" / "a.png")
+    (scratch / ".thumbnails").mkdir()
+    Image.new("L", (20, 20)).save(scratch / ".thumbnails" / "a.png")
+    Image.new("L", (20, 20)).save(root / "good" / "masks" / "good_0.png")  # of a normal image: says nothing
+    (dent / "gone.png").symlink_to(tmp_path / "gone.png")
+    result = ingest("folder", root)
+    reasons = {Path(row["uri"]).name: row["reason"] for row in result.quarantine.to_pylist()}
+    masks = ("dent_0.PNG", "dent_1_mask.png", "scratch_0_mask.bmp")
+    assert set(reasons) == {*masks, "a.png", "gone.png"}
+    assert all("the mask of no image; call it masks/<stem>.png" in reasons[name] for name in masks)
+    assert "move it up" in reasons["a.png"]
+    assert "cannot be read (No such file" in reasons["gone.png"]
+    assert result.manifest.num_rows == 9
+
+
 def test_folder_wrong_layouts(tmp_path: Path) -> None:
     Image.new("L", (20, 20)).save(tmp_path / "a.png")
     with pytest.raises(DataError, match=r"no class folders .images lie directly in it"):
@@ -193,14 +215,14 @@ def test_quarantine(tmp_path: Path) -> None:
     (dent / "dent_5.png").symlink_to(tmp_path / "gone.png")
     result = ingest("folder", root)
     reasons = {Path(r["uri"]).name: r["reason"] for r in result.quarantine.to_pylist()}
-    assert set(reasons) == {"dent_0.png", "dent_1.png", "dent_2.png", "dent_3_again.png", "zz.png"}
+    assert set(reasons) == {f"dent_{i}.png" for i in (0, 1, 2, 5)} | {"dent_3_again.png", "zz.png"}
     assert "damaged or cut short" in reasons["dent_0.png"]
     assert "the mask is 9 x 9 pixels, its image 96 x 80" in reasons["dent_1.png"]
     assert "all zero" in reasons["dent_2.png"]
     assert f"the same bytes as {dent / 'dent_3.png'}" in reasons["dent_3_again.png"]
     assert "(class stain here, dent there)" in reasons["zz.png"]
     counts = result.counts["dent"]
-    assert (counts.images, counts.masks, counts.quarantined) == (4, 4, 4)
+    assert (counts.images, counts.masks, counts.quarantined) == (4, 4, 5)
     assert result.counts["stain"].quarantined == 1
 
 

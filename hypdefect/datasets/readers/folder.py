@@ -1,6 +1,6 @@
 """A folder of your own: one sub-folder per class."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 from hypdefect.datasets.card import DatasetCard, ManifestRow
@@ -9,7 +9,7 @@ from hypdefect.errors import DataError
 READ = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"}
 REFUSED = {".avif", ".gif", ".heic", ".jp2", ".webp"}  # scanned too, so that the quarantine names them and the remedy
 GOOD = {"good", "normal", "free", "ok"}
-MASK_SUFFIX = "_mask"
+MASKS, MASK_SUFFIX = "masks", "_mask"
 
 
 def scan(root: Path) -> Iterable[ManifestRow]:
@@ -26,18 +26,15 @@ def scan(root: Path) -> Iterable[ManifestRow]:
             found = f"only the folders {', '.join(below[:5])}" if below else "no image file"
             raise DataError(f"class folder {folder} holds {found}; expected {CARD.layout}")
         is_defect = folder.name.lower() not in GOOD
-        for path in paths:
-            yield ManifestRow(
-                path=path,
-                product=product,
-                defect=folder.name,
-                is_defect=is_defect,
-                mask_path=_mask_of(path) if is_defect else None,
-            )
+        mask_of = {path: _mask_of(path) if is_defect else None for path in paths}
+        for path, mask in mask_of.items():
+            yield ManifestRow(path=path, product=product, defect=folder.name, is_defect=is_defect, mask_path=mask)
+        for path, reason in _passed_over(folder, {*mask_of, *mask_of.values()}, is_defect):
+            yield ManifestRow(path=path, product=product, defect=folder.name, is_defect=is_defect, refused=reason)
 
 
 def _images(folder: Path) -> list[Path]:
-    files = [p for p in sorted(folder.iterdir()) if p.is_file() and p.suffix.lower() in READ | REFUSED]
+    files = [p for p in sorted(folder.iterdir()) if not p.is_dir() and p.suffix.lower() in READ | REFUSED]
     stems = {p.stem for p in files}
     return [
         p
@@ -49,10 +46,24 @@ def _images(folder: Path) -> list[Path]:
 
 def _mask_of(path: Path) -> Path | None:
     beside = path.with_name(f"{path.stem}{MASK_SUFFIX}.png")
-    for mask in (path.parent / "masks" / f"{path.stem}.png", beside):
+    for mask in (path.parent / MASKS / f"{path.stem}.png", beside):
         if mask.is_file():
             return mask
     return None
+
+
+def _passed_over(folder: Path, used: Collection[Path | None], is_defect: bool) -> Iterator[tuple[Path, str]]:
+    """Images below a class folder that are neither its images nor their masks, and why."""
+    for path in sorted(folder.rglob("*")):
+        below = path.relative_to(folder).parts
+        if path in used or path.suffix.lower() not in READ or path.is_dir() or any(n.startswith(".") for n in below):
+            continue
+        if path.parent.name == MASKS or path.stem.endswith(MASK_SUFFIX):
+            if is_defect:
+                places = f"{MASKS}/<stem>.png or <stem>{MASK_SUFFIX}.png"
+                yield path, f"{path}: the mask of no image; call it {places}, <stem> being that of its image"
+        else:
+            yield path, f"{path}: in a folder below its class folder {folder.name}; move it up"
 
 
 CARD = DatasetCard(
