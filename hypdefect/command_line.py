@@ -26,6 +26,7 @@ TYPED_IN = "HYPDEFECT_CWD"
 """Names the folder in which the user typed the command; `cluster.local submit` sets it for its jobs."""
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Ray sets it in the environment of a submitted job."""
+_BARRED = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
 WRITTEN = {"written": True}
 """Metadata of a config field that holds the path of a file or folder which the job writes."""
 
@@ -183,7 +184,7 @@ def _end_output() -> None:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """The message of the error on purpose, or of the full disk, that lies behind an exception; None: it is a bug.
+    """The message of the error on purpose, or of the full or barred disk, behind an exception; None: it is a bug.
 
     Ray wraps what a task raised and keeps the original in `cause`.
     """
@@ -193,6 +194,9 @@ def _reason(error: BaseException | None) -> str | None:
             return f"{type(error).__name__}: {error}"
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return f"no space left: {error}. Free some, or point HYPDEFECT_HOME at another disk, and run this again"
+        if isinstance(error, OSError) and error.errno in _BARRED and error.filename:
+            remedy = "Give this job the right to use it, or point HYPDEFECT_HOME at another disk"
+            return f"{error.filename}: {error.strerror}. {remedy}"
         error = deeper if isinstance(deeper, BaseException) else None
     return None
 

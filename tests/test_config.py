@@ -341,6 +341,19 @@ def test_a_user_error_is_one_line_on_stderr_and_status_1(error: Exception, capsy
     assert capsys.readouterr().err == f"{type(error).__name__}: {error}\n"
 
 
+def test_a_home_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "home").write_text("a file")
+
+    def main() -> None:
+        (tmp_path / "home" / "manifests").mkdir(parents=True)
+
+    with pytest.raises(SystemExit):
+        run_job(main)
+    line = capsys.readouterr().err
+    assert line.startswith(f"{tmp_path / 'home' / 'manifests'}: Not a directory.")
+    assert "HYPDEFECT_HOME" in line
+
+
 def test_a_fault_of_the_program_keeps_its_traceback() -> None:
     def main() -> None:
         raise ZeroDivisionError("ours")
