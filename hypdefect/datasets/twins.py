@@ -186,15 +186,19 @@ def find_pairs(pictures: Sequence[Float32[np.ndarray, "_ _"]], progress: Advance
 def twin_groups(twins: Sequence[Twin]) -> list[list[int]]:
     """Positions that belong together, each group sorted; those without twins are in none. Doubtful pairs unite none."""
     twins = [twin for twin in twins if twin.accepted]
-    pairs = {(min(t.first, t.second), max(t.first, t.second)) for t in twins}
-    members: dict[int, list[int]] = {i: [i] for pair in pairs for i in pair}
+    partners: dict[int, set[int]] = defaultdict(set)
+    for twin in twins:
+        partners[twin.first].add(twin.second)
+        partners[twin.second].add(twin.first)
+    members: dict[int, list[int]] = {i: [i] for i in partners}
     group_of = {i: i for i in members}
     for twin in sorted(twins, key=lambda t: (-t.correlation, t.first, t.second)):
         a, b = sorted((group_of[twin.first], group_of[twin.second]))
         if a == b:
             continue
-        between = [(min(i, j), max(i, j)) in pairs for i in members[a] for j in members[b]]
-        if twin.correlation >= SURE or 2 * sum(between) >= len(between):
+        few, many = sorted((a, b), key=lambda group: len(members[group]))
+        between = sum(group_of[j] == many for i in members[few] for j in partners[i])
+        if twin.correlation >= SURE or 2 * between >= len(members[a]) * len(members[b]):
             for i in members[b]:
                 group_of[i] = a
             members[a] += members.pop(b)

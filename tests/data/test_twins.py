@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,19 @@ def test_a_weak_link_does_not_chain_two_parts() -> None:
     assert twin_groups(pairs((0, 1, weak), (1, 2, weak))) == [[0, 1, 2]]  # half of the pairs
     assert twin_groups(pairs((0, 1, weak), (2, 3, weak), (1, 2, weak - 0.01))) == [[0, 1], [2, 3]]
     assert twin_groups([]) == []
+
+
+def test_large_groups_join_without_a_look_at_each_pair_between_them() -> None:
+    half = 2000
+    chains = [(i, i + 1, 0.9) for i in range(2 * half - 1) if i != half - 1]
+    twins = pairs(*chains, (half - 1, half, 0.85))
+    tracemalloc.start()
+    try:
+        assert twin_groups(twins) == [list(range(2 * half))]
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < half * half  # bytes: less than one for each pair
 
 
 @st.composite
