@@ -384,6 +384,14 @@ def ingested(
         known = json.loads(note.read_text())
         if Path(known["manifest"]).is_file():
             return Ingested(read_manifest(Path(known["manifest"])), Path(known["manifest"]), True, known["quarantined"])
+    if _was_audited(card, folder, home):
+        logger.warning(
+            "%s: its audit was of other files, or channels, and its groups are not used; audit it again: "
+            "python jobs/ingest.py --dataset %s%s --audit",
+            name,
+            name,
+            "" if root is None else f" --root {root}",
+        )
     result = ingest(name, folder, progress, channels=channels or None)
     path = home / "manifests" / f"{name}-{manifest_digest(result.manifest)[:12]}-{note.stem[-6:]}.parquet"
     write_manifest(result.manifest, path)
@@ -418,10 +426,17 @@ def other_counts(card: DatasetCard, manifest: pa.Table) -> list[str]:
 def note_manifest(
     name: str, root: Path | None, home: Path, manifest: Path, quarantined: int, channels: Sequence[int] = ()
 ) -> None:
-    """Make a written manifest what `ingested` gives for an image set, until one of its files changes."""
+    """Make the manifest of an audit what `ingested` gives for an image set, until one of its files changes."""
     card = get_dataset(name)
-    note = _note(card, dataset_root(card, root), home, channels)
-    write_json(note, {"manifest": str(manifest), "quarantined": quarantined})
+    folder = dataset_root(card, root)
+    note = _note(card, folder, home, channels)
+    write_json(note, {"manifest": str(manifest), "quarantined": quarantined, "audited": str(folder)})
+
+
+def _was_audited(card: DatasetCard, folder: Path, home: Path) -> bool:
+    """Whether an audit of this folder was noted, of its files as they are or as they were."""
+    notes = (home / "manifests").glob(f"{card.name}-*.json")
+    return any(json.loads(note.read_text()).get("audited") == str(folder) for note in notes)
 
 
 def _note(card: DatasetCard, folder: Path, home: Path, channels: Sequence[int]) -> Path:

@@ -77,6 +77,15 @@ def test_unreadable_json(name: str, content: bytes, message: str, tmp_path: Path
         ingest(name, root)
 
 
+@pytest.mark.parametrize("name", ["coco", "labelme", "label_studio"])
+def test_files_that_a_mac_leaves_are_no_annotations(name: str, tmp_path: Path) -> None:
+    root = ANNOTATED_TREES[name](tmp_path / "t", per_class=1)
+    before = ingest(name, root).manifest
+    for file in list(root.rglob("*.json")):
+        file.with_name(f"._{file.name}").write_bytes(b"\0\5\x16\7Mac OS X")
+    assert ingest(name, root).manifest.equals(before)
+
+
 @pytest.mark.parametrize("name", ANNOTATED_TREES)
 def test_giant_annotation_files_are_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = ANNOTATED_TREES[name](tmp_path / "t", per_class=1)

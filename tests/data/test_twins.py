@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.ndimage import gaussian_filter
 
 from hypdefect.datasets import DATASETS
-from hypdefect.datasets.ingest import ingested
+from hypdefect.datasets.ingest import ingested, note_manifest
 from hypdefect.datasets.manifest import MANIFEST_SCHEMA, read_manifest
 from hypdefect.datasets.split import make_partition
 from hypdefect.datasets.twins import (
@@ -228,6 +228,19 @@ def test_later_jobs_use_what_an_audit_found(tmp_path: Path) -> None:
     groups = dict(zip(after.table["image_id"].to_pylist(), after.table["group_id"].to_pylist(), strict=True))
     partition = make_partition(after.table, "grouped", 0, ("dent", "scratch"))
     assert not {groups[i] for i in partition.pool} & {groups[i] for i in partition.query}
+
+
+def test_an_audit_that_no_longer_holds_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, home = make_twin_tree(tmp_path / "parts"), tmp_path / "home"
+    first = ingested("folder", root, home)
+    note_manifest("folder", root, home, first.path, 0)
+    assert ingested("folder", root, home).cached
+    make_twin_tree(tmp_path / "other")
+    ingested("folder", tmp_path / "other", home)
+    assert "audit" not in caplog.text
+    min(root.rglob("*.png")).unlink()
+    assert not ingested("folder", root, home).cached
+    assert f"python jobs/ingest.py --dataset folder --root {root} --audit" in caplog.text
 
 
 @pytest.mark.parametrize("argv", [["--describe"], ["--describe", "all"]])

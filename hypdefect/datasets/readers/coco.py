@@ -27,8 +27,8 @@ from hypdefect.datasets.readers.shapes import Box, Polygon, Rle, Shape
 from hypdefect.errors import DataError
 
 BESIDE_IMAGES = "_annotations.coco.json"
-PATTERNS = ("annotations/*.json", f"*/{BESIDE_IMAGES}", "*.json")
-"""Where annotations may lie; the first place that has any."""
+PATTERNS = ("annotations/[!.]*.json", f"*/{BESIDE_IMAGES}", "[!.]*.json")
+"""Where annotations may lie; the first place that has any. A Mac leaves ._NAME.json, which is none."""
 NO_FAMILY = "none"
 """What Roboflow writes as super-category where there is none."""
 

@@ -36,7 +36,7 @@ REMARKS = ("textarea", "rating", "number", "datetime", "relation")
 
 def scan(root: Path) -> Iterator[ManifestRow]:
     """One row per image and class."""
-    files = sorted(root.glob("*.json"))
+    files = sorted(root.glob("[!.]*.json"))
     if not files:
         raise DataError(f"{root} holds no Label Studio export; expected {CARD.layout}")
     product = product_of(root)

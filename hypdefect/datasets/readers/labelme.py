@@ -29,7 +29,7 @@ from hypdefect.errors import DataError
 
 def scan(root: Path) -> Iterator[ManifestRow]:
     """One row per image and class."""
-    files = sorted(root.rglob("*.json"))
+    files = sorted(root.rglob("[!.]*.json"))
     if not files:
         raise DataError(f"{root} holds no LabelMe files; expected {CARD.layout}")
     product = product_of(root)
