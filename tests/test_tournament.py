@@ -1,11 +1,12 @@
 """Which methods a comparison has, and what an image set must have for them."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches, validation_episodes
-from hypdefect.errors import DataError
+from hypdefect.errors import ConfigError, DataError
 from tests.tiny_dataset import make_elpv_tree, make_mtd_tree
 from tests.trees import make_neu_seg_tree
 
@@ -28,8 +29,9 @@ def test_methods_that_need_good_parts_leave_all_where_there_are_none(
     }
 
     def job(dataset: str, *methods: str, shots: tuple[int, ...] = (1,)) -> EvaluateConfig:
+        partitions = 1 if dataset == "neu_seg" else 2  # its split is official
         return EvaluateConfig(
-            dataset=dataset, root=trees[dataset], methods=methods, split="random", shots=shots, partitions=2
+            dataset=dataset, root=trees[dataset], methods=methods, split="random", shots=shots, partitions=partitions
         )
 
     good, none, _ = (planned(job(dataset, "all")) for dataset in trees)
@@ -47,3 +49,13 @@ def test_methods_that_need_good_parts_leave_all_where_there_are_none(
     once = job("elpv", "amc")
     plans = planned_patches(once, planned(once))
     assert validation_episodes(once, plans, fixed=False) == {1: 0}  # of one image left no query can be drawn
+
+
+def test_partitions_of_an_official_split_are_no_repetitions(tmp_path: Path) -> None:
+    job = EvaluateConfig(
+        dataset="neu_seg", root=make_neu_seg_tree(tmp_path, per_class=12), split="random", shots=(1,), partitions=2
+    )
+    with pytest.raises(ConfigError, match="neu_seg has an official split: --partitions must be 1, or --split grouped"):
+        planned(job)
+    (one,) = planned(replace(job, partitions=1))
+    assert one.partition.kind == "official"

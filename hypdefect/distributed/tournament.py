@@ -214,10 +214,16 @@ def settings(job: EvaluateConfig) -> dict[int, Setting]:
 
 
 def planned(job: EvaluateConfig) -> list[TaskPlan]:
-    """The task at each partition, every K possible on all of them."""
+    """The task at each partition, every K possible on all of them.
+
+    Raises:
+        ConfigError: several partitions of an official split, whose queries are always the same.
+    """
     copies = max(map(usual_copies, job.shots)) if job.copies is None else job.copies
     most = replace(job, k_shot=max(job.shots), copies=copies)
     drawn = prepare(few_shot, most)
+    if job.partitions > 1 and drawn.partition.kind == "official":  # not repetitions: intervals would be far too narrow
+        raise ConfigError(f"{drawn.label} has an official split: --partitions must be 1, or --split grouped")
     for transform in (job.transform, job.meta.transform):
         transform.part_numbers(drawn.num_parts)  # one that is not there: say so before any work
     plans: list[TaskPlan] = []
