@@ -41,7 +41,7 @@ def _chapter(folder: Path, task: DetectorTask, home: Path) -> Chapter:
         for lead in (row.to_reference, row.to_twin):
             cells.append(Cell("") if lead is None else Cell(format_difference(lead.interval), lead.verdict))
         lines.append(Line(cells))
-    album = Album(folder, re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}"))
+    album = Album(folder, re.sub(r"[^A-Za-z0-9._]+", "-", f"detection-{task.label}-{task.split}{task.other_backbone}"))
     if task.curve is not None:
         caption = "Everything but c as its defaults. Right: over the same draws, minus c = 0. Bars are 95 % intervals."
         plot_curves(album.add("curvature", "AUROC against curvature", caption), curves(task), "image AUROC")

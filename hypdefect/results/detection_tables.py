@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from rich.table import Table
 
 from hypdefect.evaluation import TWIN
+from hypdefect.families.detection import TaskConfig
 from hypdefect.results import ledger
 from hypdefect.results.comparison import Difference, display_name, leaderboard, paired_to
 from hypdefect.results.tables import plain_values, points, signed
@@ -50,11 +51,12 @@ class CurvePoint:
 
 @dataclass(frozen=True, slots=True)
 class DetectorTask:
-    """The newest main run of detectors on one product and split, and its curve over c, if there is one."""
+    """The newest main run of detectors on one product, split and backbone, and its curve over c, if there is one."""
 
     label: str
     dataset: str
     split: str
+    backbone: str
     main: pa.Table
     curve: pa.Table | None
 
@@ -62,7 +64,12 @@ class DetectorTask:
     def title(self) -> str:
         partitions, draws = (len(set(self.main[name].to_pylist())) for name in ("partition", "draw"))
         what = f"{partitions} partition{'s' * (partitions > 1)} x {draws} draw{'s' * (draws > 1)}"
-        return f"{self.label}, {self.split} split, {what}"
+        return f"{self.label}, {self.split} split, {what}{self.other_backbone}"
+
+    @property
+    def other_backbone(self) -> str:
+        """The backbone behind a comma, where it is not the usual one."""
+        return "" if self.backbone == TaskConfig().backbone else f", {self.backbone}"
 
     @property
     def classes(self) -> list[str]:
@@ -91,9 +98,9 @@ class DetectorTask:
 
 
 def detector_tasks(table: pa.Table, label: str = "") -> list[DetectorTask]:
-    """The newest evaluation of detectors of every product and split, or of those of one label."""
+    """The newest evaluation of detectors of every product, split and backbone, or of those of one label."""
     rows = ledger.latest(table.filter(pc.equal(table["family"], "detection")))
-    keys = ("label", "dataset", "split")
+    keys = ("label", "dataset", "split", "backbone")
     found = []
     for key in dict.fromkeys(zip(*(rows[k].to_pylist() for k in keys), strict=True)):
         task = rows
@@ -101,7 +108,7 @@ def detector_tasks(table: pa.Table, label: str = "") -> list[DetectorTask]:
             task = task.filter(pc.equal(task[name], value))
         main, curve = (task.filter(pc.equal(task["study"], study)) for study in ("main", "curvature"))
         if len(main) and label in ("", key[0]):
-            found.append(DetectorTask(key[0], key[1], key[2], main, curve if len(curve) else None))
+            found.append(DetectorTask(*key, main, curve if len(curve) else None))
     return found
 
 
@@ -170,15 +177,16 @@ def _curve_table(task: DetectorTask) -> Table:
 def _means(tasks: Sequence[DetectorTask]) -> list[Table]:
     """Over the products of a set, where there are several."""
     tables = []
-    for dataset, split in dict.fromkeys((task.dataset, task.split) for task in tasks):
-        own = [task for task in tasks if (task.dataset, task.split) == (dataset, split)]
+    for place in dict.fromkeys((task.dataset, task.split, task.other_backbone) for task in tasks):
+        own = [task for task in tasks if (task.dataset, task.split, task.other_backbone) == place]
         if len(own) < 2:
             continue
         boards = [{row.name: row.metrics for row in task.rows()} for task in own]
         names = [name for name in boards[0] if all(name in board for board in boards)]
         shown = [m for m in NAMES if all(m in board[names[0]] for board in boards)]
         columns = [NAMES[m] for m in shown]
-        table = _table(f"{dataset}, {split} split: mean over {len(own)} products, %", "detector", *columns)
+        dataset, split, other = place
+        table = _table(f"{dataset}, {split} split{other}: mean over {len(own)} products, %", "detector", *columns)
         for name in names:
             means = (np.mean([board[name][m].mean for board in boards]) for m in shown)
             table.add_row(name, *(f"{100 * mean:.2f}" for mean in means))

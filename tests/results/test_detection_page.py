@@ -78,6 +78,24 @@ def test_without_masks_there_are_no_metrics_of_pixels(tmp_path: Path) -> None:
     assert any("where" in str(table.title) for table in detector_tables([with_masks]))
 
 
+def test_backbones_are_not_mixed(tmp_path: Path) -> None:
+    usual = rows(backbone="patchcore_lite0")
+    other = [
+        one | {"run_id": f"other {one['run_id']}", "backbone": "patchcore_resnet50"}
+        for one in rows()
+        if one["variant"] == "" and one["study"] == "main"
+    ]
+    for one in other:
+        one["metrics"] = one["metrics"] | {"auroc": one["metrics"]["auroc"] - 0.2}
+    tasks = detector_tasks(table_of([*usual, *other], tmp_path))
+    best = {task.title: (task.rows()[0].metrics["auroc"].mean, task.curve is not None) for task in tasks}
+    title = "mtd, grouped split, 3 partitions x 1 draw"
+    assert best == {title: (pytest.approx(0.91), True), f"{title}, patchcore_resnet50": (pytest.approx(0.71), False)}
+    assert not [table.title for table in detector_tables(tasks) if "mean over" in str(table.title)]
+    write_detection_page(tmp_path, tasks, tmp_path)
+    assert len({path.name for path in tmp_path.glob("*classes*.png")}) == 2
+
+
 def test_products_are_averaged(tmp_path: Path) -> None:
     given = rows(run_id="run1", study="main")
     main = [one for one in given if not one["variant"].startswith("c =")]
