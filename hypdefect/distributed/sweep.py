@@ -3,10 +3,12 @@
 Selection sees only what may be looked at; the reported images are scored once, at the end.
 """
 
+import fcntl
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -39,6 +41,8 @@ from hypdefect.statistics import Interval, interval, paired
 
 logger = logging.getLogger(__name__)
 TRIALS = 24
+MAY_CHANGE = ("name", "trials", "workers", "resume")
+"""What a resumed sweep may be told anew."""
 Job = TypeVar("Job", bound="SweepConfig")
 
 
@@ -123,7 +127,8 @@ def named(job: Job) -> Job:
     """The job with its name and trials decided; a resumed one with the settings it was started with, or more trials.
 
     Raises:
-        ConfigError: nothing to resume, or a new sweep under a name that is taken.
+        ConfigError: nothing to resume, a sweep that still runs or was started with other settings than those given, or
+            a new sweep under a name that is taken.
     """
     sweeps = home() / "sweeps"
     task: Any = job
@@ -134,19 +139,55 @@ def named(job: Job) -> Job:
         return replace(job, name=name, trials=job.trials or TRIALS)
     known = {path.parent.name: json.loads(path.read_text()) for path in sorted(sweeps.glob("*/sweep.json"))}
     mine = {n: k for n, k in known.items() if not k["finished"] and _same_set(k["job"], task)}
-    name = job.name or max(mine, key=lambda n: mine[n]["started"], default="")
+    wanted = {*mine, job.name} & known.keys()
+    refused = {n: reason for n in wanted if (reason := _no_resumption(sweeps / n, known[n]["job"], job))}
+    name = job.name or max(mine.keys() - refused.keys(), key=lambda n: mine[n]["started"], default="")
     if name not in known:
+        others = "".join(f"; {n} {refused[n]}" for n in mine)
         raise ConfigError(
-            f"no unfinished sweep of {task.dataset!r} to resume under {sweeps}; start one without --resume"
+            f"no unfinished sweep of {task.dataset!r} to resume under {sweeps}; start one without --resume{others}"
         )
+    if name in refused:
+        raise ConfigError(f"sweep {name!r} {refused[name]}")
     stored = from_mapping(type(job), known[name]["job"], str(sweeps / name / "sweep.json"))
     logger.info("resuming %s with the settings it was started with", name)
-    return replace(stored, trials=max(stored.trials or TRIALS, job.trials or 1), resume=True)
+    trials = max(stored.trials or TRIALS, job.trials or 1)
+    return replace(stored, trials=trials, workers=job.workers or stored.workers, resume=True)
 
 
 def _same_set(stored: dict[str, Any], task: DataConfig) -> bool:
     known = (stored["dataset"], stored.get("product", ""), stored.get("task", "few_shot"))
     return known == (task.dataset, task.product, getattr(task, "task", "few_shot"))
+
+
+def _no_resumption(folder: Path, stored: dict[str, Any], job: SweepConfig) -> str:
+    """Why a sweep cannot be resumed by this job; "" where it can."""
+    usual, given = to_mapping(type(job)()), to_mapping(job)
+    odd = [n for n in given if n not in MAY_CHANGE and given[n] != usual[n] and given[n] != stored.get(n, usual[n])]
+    if odd:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in odd)
+        return f"was started with other settings than these of {flags}: leave them out, or start one without --resume"
+    try:
+        with running(folder):
+            return ""
+    except ConfigError:
+        return "still runs"
+
+
+@contextmanager
+def running(folder: Path) -> Iterator[None]:
+    """Hold the folder of a sweep: no other process runs or resumes it meanwhile. One that dies lets go of it.
+
+    Raises:
+        ConfigError: another process holds it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"sweep {folder.name!r} still runs; choose another --name") from None
+        yield
 
 
 def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sweep:
@@ -156,6 +197,9 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
         job: a family's task config and a `SweepConfig`.
         space: as for `tune.search`.
         start: what training gave, or None. base: the configuration that trials start from.
+
+    Raises:
+        ConfigError: another process runs the sweep of this name.
     """
     folder = home() / "sweeps" / job.name
     begun = time.monotonic()
@@ -169,22 +213,23 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     fitting, reported = family.load(plan, home())
     for remark in family.remarks(fitting):
         logger.warning("%s: %s", plan.label, remark)
-    write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
-    ready = time.monotonic()
-    trials = run_search(job, family, fitting, space, base, start, workers)
-    searched = time.monotonic()
-    choice = select(job, family, fitting, base, trials, family.references(plan, job), start)
-    outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
-    entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
-    first = outcomes[choice.run.name].scored.draws[0]
-    if entry is not None and isinstance(plan, DetectionPlan):
-        plot_detections(plan, entry, first, folder / "pictures.png")
-    if entry is not None and isinstance(plan, SegmentationPlan):
-        plot_segmentations(plan, entry, first, folder / "pictures.png")
-    seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
-    metric = metric_name(family.METRIC)
-    summary = record(job, plan, folder, metric, trials, choice, outcomes, entry, seconds)
-    return Sweep(job.name, folder, plan, metric, trials, choice, outcomes, entry, seconds, summary)
+    with running(folder):
+        write_json(folder / "sweep.json", {"job": to_mapping(job), "finished": False, "started": time.time()})
+        ready = time.monotonic()
+        trials = run_search(job, family, fitting, space, base, start, workers)
+        searched = time.monotonic()
+        choice = select(job, family, fitting, base, trials, family.references(plan, job), start)
+        outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
+        entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
+        first = outcomes[choice.run.name].scored.draws[0]
+        if entry is not None and isinstance(plan, DetectionPlan):
+            plot_detections(plan, entry, first, folder / "pictures.png")
+        if entry is not None and isinstance(plan, SegmentationPlan):
+            plot_segmentations(plan, entry, first, folder / "pictures.png")
+        seconds = {"features": ready - begun, "search": searched - ready, "test": time.monotonic() - searched}
+        metric = metric_name(family.METRIC)
+        summary = record(job, plan, folder, metric, trials, choice, outcomes, entry, seconds)
+        return Sweep(job.name, folder, plan, metric, trials, choice, outcomes, entry, seconds, summary)
 
 
 @dataclass(slots=True)

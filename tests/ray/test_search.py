@@ -22,14 +22,15 @@ from optuna.trial import FrozenTrial, TrialState
 
 import hypdefect
 import tune_spaces
-from hypdefect.config import override
+from hypdefect.config import override, to_mapping
 from hypdefect.distributed.evaluate import validate
-from hypdefect.distributed.sweep import Choice, select
+from hypdefect.distributed.sweep import Choice, named, running, select
 from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import RunConfig, TrialResult, with_parts
 from hypdefect.families import few_shot, get_family
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.files import write_json
 from hypdefect.types import VIEWS
 from jobs.sweep import SweepJob
 from tests.ray.search_script import BASE, NAME, SETTING, as_space, make_task, small_space
@@ -312,6 +313,31 @@ def test_the_defaults_are_tried_though_a_kill_came_first(ray_local: Any, data: F
         results = run(folder, data, trials=2)
         assert len(results) == 2
         assert [r.params for r in results].count(default_point(SMALL_SPACE, BASE)) == 1
+
+
+def test_what_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The newest unfinished sweep that does not run and was started with the settings that are given."""
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    sweeps = tmp_path / "sweeps"
+    asked = SweepJob(dataset="folder", resume=True)
+    for started, (name, changes) in enumerate({"a": {"k_shot": 1}, "b": {"root": Path("/b")}, "c": {}}.items()):
+        job = named(SweepJob(dataset="folder", name=name, trials=30, workers=2, **changes))
+        write_json(sweeps / name / "sweep.json", {"job": to_mapping(job), "finished": False, "started": started})
+    found = named(asked)
+    assert (found.name, found.trials, found.workers, found.resume) == ("c", 30, 2, True)
+    assert named(replace(asked, trials=40, workers=1)) == replace(found, trials=40, workers=1)
+    assert named(replace(asked, root=Path("/b"))).name == "b"
+    assert named(replace(asked, name="a")).k_shot == 1
+    with running(sweeps / "c"):
+        assert named(asked).name == "b"
+        with pytest.raises(ConfigError, match="'c' still runs"):
+            named(replace(asked, name="c"))
+        with pytest.raises(ConfigError, match="'c' still runs"), running(sweeps / "c"):
+            pass
+    with pytest.raises(ConfigError, match="'a' was started with other settings than these of --k-shot: leave them out"):
+        named(replace(asked, name="a", k_shot=3))
+    with pytest.raises(ConfigError, match=r"no unfinished sweep of 'folder' .*; b was started with other settings"):
+        named(replace(asked, k_shot=3))
 
 
 # --- cost and spaces ---------------------------------------------------------------------------------------------
