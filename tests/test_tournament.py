@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig
 from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches, validation_episodes
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.methods import methods_of
 from tests.tiny_dataset import make_elpv_tree, make_mtd_tree
 from tests.trees import make_neu_seg_tree
 
@@ -17,6 +19,13 @@ def test_all_methods_are_those_of_vectors_and_of_patches_where_there_are_images(
     assert job.names.count("amc") == 1
     assert job.of_family("few_shot_patches") == ("amc",)
     assert "amc" not in EvaluateConfig(dataset="imported:any", methods=("all",)).names
+
+
+def test_a_detector_that_is_named_twice_is_run_once() -> None:
+    assert EvaluateDetectorsConfig(dataset="mtd", methods=("patchcore", "patchcore")).names == ("patchcore",)
+    names = EvaluateDetectorsConfig(dataset="mtd", methods=("hypad", "all")).names
+    assert names[0] == "hypad"
+    assert sorted(names) == sorted(methods_of("detection"))
 
 
 def test_methods_that_need_good_parts_leave_all_where_there_are_none(

@@ -67,7 +67,9 @@ class EvaluateDetectorsConfig(TaskConfig):
 
     @property
     def names(self) -> tuple[str, ...]:
-        return methods_of("detection") if self.methods == ("all",) else self.methods
+        """Every method once."""
+        named = [methods_of("detection") if name == "all" else (name,) for name in self.methods]
+        return tuple(dict.fromkeys(name for group in named for name in group))
 
 
 def evaluate_detectors(job: EvaluateDetectorsConfig, spaces: Callable[[str], ModuleType]) -> list[Path]:

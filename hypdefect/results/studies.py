@@ -285,12 +285,12 @@ def experiments_of(config: ReproduceConfig) -> list[Experiment]:
 
 
 def _places(config: ReproduceConfig, paper: Paper, study: Study) -> Iterator[tuple[str, int]]:
-    """On which sets and with which K a study is run."""
-    own = study.datasets or paper.datasets
+    """On which sets and with which K a study is run, each once."""
+    own, shots = study.datasets or paper.datasets, dict.fromkeys(config.shots)
     if study.table:
-        datasets = tuple(dataset for dataset in config.datasets or paper.datasets if dataset in own)
-        return product(datasets, study.shots or config.shots or paper.shots)
-    return product(config.datasets or own, config.shots or study.shots or paper.shots)
+        datasets = [dataset for dataset in dict.fromkeys(config.datasets or paper.datasets) if dataset in own]
+        return product(datasets, study.shots or shots or paper.shots)
+    return product(dict.fromkeys(config.datasets or own), shots or study.shots or paper.shots)
 
 
 def _experiment(

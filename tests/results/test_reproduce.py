@@ -46,6 +46,14 @@ def run(monkeypatch: pytest.MonkeyPatch, place: Path, *words: object) -> Any:
     return json.loads(summary.read_text())
 
 
+def test_what_is_named_twice_is_run_once() -> None:
+    asked = ReproduceConfig(datasets=("mtd", "dtd"), studies=("parts",), shots=(5, 1))
+    twice = replace(asked, datasets=("mtd", "dtd", "mtd"), shots=(5, 1, 5))
+    assert experiments_of(twice) == experiments_of(asked)
+    tables = ReproduceConfig(datasets=("mtd",), studies=("main",), shots=(1,))
+    assert experiments_of(replace(tables, datasets=("mtd", "mtd"), shots=(1, 1))) == experiments_of(tables)
+
+
 def make_two_products(root: Path, per_class: int = 8) -> Path:
     """MVTec-FS's layout: two of its products with two classes each and the official split."""
     for place, (product, defects) in enumerate({"carpet": ("color", "cut"), "grid": ("bent", "glue")}.items()):
