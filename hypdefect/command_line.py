@@ -223,6 +223,6 @@ def say(text: str) -> None:
 
 
 def table_console(width: int = 140) -> Console:
-    """Tables keep their columns where the output is a log instead of a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=width)
+    """Tables keep their columns where the output is a log instead of a terminal, and `[names]` in brackets."""
+    console = Console(markup=False)
+    return console if console.is_terminal else Console(width=width, markup=False)

@@ -22,7 +22,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from hypdefect.command_line import JobOptions, configure_logging, parse_job, run_job, table_console
@@ -94,7 +93,7 @@ def show(tables: Iterable[Table], missing: Sequence[str], values: Any, options: 
     for table in tables:
         console.print(table)
     for reason in missing:
-        console.print(f"SKIP: {escape(reason)}", highlight=False)
+        console.print(f"SKIP: {reason}", highlight=False)
     if options.json is not None:
         write_json(options.json, values)
     print(home() / "ledger")

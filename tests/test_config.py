@@ -12,8 +12,9 @@ from typing import Any, Literal, get_args
 
 import pytest
 import yaml
+from rich.table import Table
 
-from hypdefect.command_line import RAY_JOB, TYPED_IN, WRITTEN, parse_job, parse_one_of, run_job
+from hypdefect.command_line import RAY_JOB, TYPED_IN, WRITTEN, parse_job, parse_one_of, run_job, table_console
 from hypdefect.config import digest, from_mapping, load_yaml, override, to_mapping
 from hypdefect.distributed.reproduce_detectors import ReproduceDetectorsConfig
 from hypdefect.errors import ArtifactError, ConfigError, DataError
@@ -144,6 +145,15 @@ def test_floats_are_read_from_what_yaml_makes_of_them(text: Any, value: float) -
 def test_a_wrong_value_says_where_and_what(mapping: dict[Any, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         from_mapping(Outer, mapping, "run.yaml")
+
+
+def test_tables_keep_names_in_brackets(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table(title="set [a]")
+    table.add_column("class [b]")
+    table.add_row("scratch [deep]")
+    table_console().print(table)
+    shown = capsys.readouterr().out
+    assert all(name in shown for name in ("set [a]", "class [b]", "scratch [deep]"))
 
 
 def test_a_missing_required_field_is_named() -> None:

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from hypdefect.config import to_mapping
@@ -36,7 +35,7 @@ def _study_table(
     lines = [_line(study, result) for result in results]
     sets = dict.fromkeys(result.experiment.dataset for result in results)
     named = not study.of_backbones and not all(is_imported(dataset) for dataset in sets)
-    backbone = f" with {escape(config.backbone)}" if named else ""
+    backbone = f" with {config.backbone}" if named else ""
     table = Table(
         title=f"{paper.title}, {study.title}: {METRIC}, %; ours{backbone}, {config.split} split, {over}",
         title_justify="left",
@@ -68,7 +67,7 @@ def _line(study: Study, result: Result) -> dict[str, str]:
     if study.reference:
         line[f"minus {study.reference} (± 95 %)"] = signed(result.paired) if result.paired else ""
     notes = [f"ours: {experiment.backbone}"] if study.of_backbones and not experiment.skip else []
-    return line | {"note": escape("; ".join(filter(None, (*notes, experiment.note))))}
+    return line | {"note": "; ".join(filter(None, (*notes, experiment.note)))}
 
 
 def _captions(
@@ -97,7 +96,7 @@ def _beside(config: ReproduceConfig, paper: Paper, study: Study) -> str:
         return " Nothing but the backbone differs between the rows."
     if paper.backbone.fits(get_backbone(config.backbone)):
         return ""
-    return f" Ours: {escape(config.backbone)}, another backbone: the difference is not the method's alone."
+    return f" Ours: {config.backbone}, another backbone: the difference is not the method's alone."
 
 
 def missing_reasons(results: Sequence[Result]) -> list[str]:
