@@ -30,7 +30,7 @@ def connected(num_cpus: int | None = None) -> Iterator[str]:
     Ray Tune run in folders of their own, where `../shared/data` means nothing.
 
     Raises:
-        HypdefectError: the named cluster does not answer.
+        HypdefectError: the named cluster does not answer, or a private one does not start.
     """
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
@@ -52,9 +52,11 @@ def connected(num_cpus: int | None = None) -> Iterator[str]:
                 log_to_driver=False,
                 logging_level=logging.WARNING,
             )
-    except (ConnectionError, ValueError) as error:
+    except Exception as error:  # of a head that does not start Ray raises a plain one
         raise HypdefectError(
             f"no Ray cluster answers at RAY_ADDRESS={named}: {error}. Unset RAY_ADDRESS to run on this machine alone"
+            if named
+            else f"Ray did not start on this machine: {error} Try again when less runs here"
         ) from error
     try:
         yield f"http://{context.dashboard_url}" if context.dashboard_url else ""

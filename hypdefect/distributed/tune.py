@@ -236,7 +236,10 @@ def search(
                 callbacks=[_Progress(notify, metric, done)] if notify else [],
             ),
         ).fit()
-        if results.num_errors == len(results) and not done:
+        if results.num_errors:
             reason = str(results.errors[0]).strip().splitlines()[-1]
-            raise HypdefectError(f"every trial of {name} failed; first: {reason}")
+            if results.num_errors == len(results) and not done:
+                raise HypdefectError(f"every trial of {name} failed; first: {reason}")
+            count = (results.num_errors, len(results), name, reason)
+            logger.warning("%d of %d trials of %s failed; first: %s", *count)
     return finished(study_file, name, config.rungs)

@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 import hypdefect
 import tune_spaces
 from hypdefect.config import override, to_mapping
+from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.sweep import Choice, named, running, select
 from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
@@ -148,6 +149,20 @@ def test_where_every_trial_fails_the_reason_is_one_line(ray_local: Any, data: Fi
     assert "\n" not in str(caught.value)
     assert f"every trial of {NAME} failed" in str(caught.value)
     assert [t.state for t in study_of(tmp_path)] == [TrialState.FAIL] * 2
+
+
+def half_impossible_space(trial: optuna.Trial) -> None:
+    trial.suggest_categorical("transform.parts", [None, "7"])
+
+
+def test_trials_that_fail_are_said(
+    ray_local: Any, data: Fitting, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    space = as_space(half_impossible_space)
+    space.FIRST = [{"transform.parts": "7"}]
+    assert [r.number for r in run(tmp_path, data, space, trials=2)] == [0]
+    assert f"1 of 2 trials of {NAME} failed; first: " in caplog.text
+    assert "these features have" in caplog.text
 
 
 def unknown_space(trial: optuna.Trial) -> None:
@@ -338,6 +353,21 @@ def test_what_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         named(replace(asked, name="a", k_shot=3))
     with pytest.raises(ConfigError, match=r"no unfinished sweep of 'folder' .*; b was started with other settings"):
         named(replace(asked, k_shot=3))
+
+
+@pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
+def test_a_ray_that_does_not_start_is_one_line(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    for name in ("HYPDEFECT_DATA", "HYPDEFECT_HOME"):  # which `connected` makes absolute
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", refuse)
+    message = f"no Ray cluster answers at RAY_ADDRESS={address}" if address else "Ray did not start on this machine"
+    with pytest.raises(HypdefectError, match=f"{message}: The current node timed out"), connected():
+        pass
 
 
 # --- cost and spaces ---------------------------------------------------------------------------------------------
