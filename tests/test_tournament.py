@@ -5,10 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from hypdefect.config import to_mapping
 from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig
-from hypdefect.distributed.tournament import EvaluateConfig, planned, planned_patches, validation_episodes
+from hypdefect.distributed.tournament import EvaluateConfig, of_sweep, planned, planned_patches, validation_episodes
 from hypdefect.errors import ConfigError, DataError
+from hypdefect.evaluation import RunConfig
+from hypdefect.files import write_json
 from hypdefect.methods import methods_of
+from jobs.sweep import DetectionJob, SweepJob
 from tests.tiny_dataset import make_elpv_tree, make_mtd_tree
 from tests.trees import make_neu_seg_tree
 
@@ -26,6 +30,16 @@ def test_a_detector_that_is_named_twice_is_run_once() -> None:
     names = EvaluateDetectorsConfig(dataset="mtd", methods=("hypad", "all")).names
     assert names[0] == "hypad"
     assert sorted(names) == sorted(methods_of("detection"))
+
+
+def test_a_sweep_of_another_family_is_not_evaluated_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    for name, job in {"amc": SweepJob(dataset="mtd"), "conditional_patchcore": DetectionJob(dataset="mtd")}.items():
+        runs = {"selected": to_mapping(RunConfig(name=name)), "reference": to_mapping(RunConfig(name="patchcore"))}
+        write_json(tmp_path / "sweeps" / name / "sweep.json", {"job": to_mapping(job)})
+        write_json(tmp_path / "sweeps" / name / "result.json", runs | {"selected_trial": 0})
+        with pytest.raises(ConfigError, match=f"sweep '{name}' chose a method of .*; its own table is its evaluation"):
+            of_sweep(EvaluateConfig(sweep=name))
 
 
 def test_methods_that_need_good_parts_leave_all_where_there_are_none(

@@ -325,7 +325,7 @@ def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
     """The task and the configurations of a finished sweep.
 
     Raises:
-        ConfigError: no such sweep, or more partitions than its own asked for.
+        ConfigError: no such sweep, one of another family, or more partitions than its own asked for.
     """
     folder = home() / "sweeps" / job.sweep
     if not (folder / "result.json").is_file():
@@ -341,6 +341,8 @@ def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
         from_mapping(RunConfig, value, job.sweep)
         for value in (result["selected"], result.get("reference") or result["prototype"])  # its name once
     )
+    if (family := get_method(winner.name).family) != "few_shot":
+        raise ConfigError(f"sweep {job.sweep!r} chose a method of {family}; its own table is its evaluation")
     if winner.pretrained and settings["init"]:
         raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
     logger.info("%s: trial %d, K = %d", job.sweep, result["selected_trial"], task.k_shot)
