@@ -139,12 +139,14 @@ def job_of(words: Sequence[str], flag: str, jobs: Mapping[str, type[Any]], usual
 
 
 def _default(cls: type[T], args: list[str]) -> T:
+    given = []
     for i, arg in enumerate(args):
         flag, equals, name = arg.partition("=")
         if flag == "--config" and (equals or i + 1 < len(args)):
-            name = name if equals else args[i + 1]
-            return from_mapping(cls, load_yaml(typed_path(Path(name))), name)
-    return cls()
+            given.append(name if equals else args[i + 1])
+    if len(given) > 1:
+        raise ConfigError(f"give --config once, not {' and '.join(given)}: one file, then flags")
+    return from_mapping(cls, load_yaml(typed_path(Path(given[0]))), given[0]) if given else cls()
 
 
 def command_line() -> str:
