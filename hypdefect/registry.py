@@ -62,6 +62,12 @@ def publish(home: Path, name: str, write: Callable[[Path], None], alias: str | N
     return _entry(folder, version) if alias is None else promote(home, name, version, alias)
 
 
+def check(home: Path, name: str, alias: str) -> None:
+    """What `publish` would refuse, before anything is made that is to be published. Raises ConfigError as it does."""
+    _model_folder(home, name)
+    _check_alias(alias)
+
+
 def _claim(temporary: Path, folder: Path) -> int:
     """Rename to the next free number: it fails where another publisher was faster, since versions hold files."""
     version = max(_versions(folder), default=0) + 1

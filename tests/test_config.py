@@ -244,6 +244,19 @@ def test_an_absent_config_file_is_named(tmp_path: Path) -> None:
         load_yaml(tmp_path / "none.yaml")
 
 
+def test_one_config_file_is_read(tmp_path: Path) -> None:
+    for k in (3, 7):
+        (tmp_path / f"{k}.yaml").write_text(f"k_shot: {k}\n")
+    with pytest.raises(ConfigError, match=r"give --config once, not .*3\.yaml and .*7\.yaml"):
+        parse_job(SweepJob, ["--config", str(tmp_path / "3.yaml"), f"--config={tmp_path / '7.yaml'}"])
+
+
+@pytest.mark.parametrize(("field", "value"), [("workers", -1), ("name", "../x"), ("name", "a/b"), ("name", ".hidden")])
+def test_a_sweep_of_no_workers_or_of_a_name_that_is_no_folder_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=field):
+        from_mapping(SweepJob, {field: value})
+
+
 def test_yaml_cannot_build_python_objects(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("count: !!python/object/apply:os.getpid []")
     with pytest.raises(ConfigError, match="cannot be read as YAML"):

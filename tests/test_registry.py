@@ -10,8 +10,14 @@ from pathlib import Path
 import pytest
 
 from hypdefect import registry
+from hypdefect.config import from_mapping
+from hypdefect.distributed.sweep import named, sweep
 from hypdefect.errors import ArtifactError, ConfigError
+from hypdefect.evaluation import RunConfig
 from jobs import promote
+from jobs.sweep import SweepJob
+from tests.tiny_dataset import make_mtd_tree
+from tune_spaces import get_space
 
 
 def writer(text: str):  # type: ignore[no-untyped-def]
@@ -172,3 +178,15 @@ def test_the_promote_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         run("--version", "1")
     with pytest.raises(ArtifactError, match="no version of tiles"):
         run("--model", "tiles")
+
+
+@pytest.mark.parametrize(("field", "value"), [("alias", "Champion"), ("model", "my model")])
+def test_a_sweep_whose_model_cannot_be_published_is_refused_before_any_work(
+    field: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path / "home"))
+    root = make_mtd_tree(tmp_path / "mtd", per_class=8)
+    job = named(from_mapping(SweepJob, {"dataset": "mtd", "root": root, "k_shot": 1, field: value}))
+    with pytest.raises(ConfigError, match=value):
+        sweep(job, get_space("prototype"), RunConfig(name="prototype"))
+    assert not (tmp_path / "home" / "sweeps").exists()

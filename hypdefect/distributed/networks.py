@@ -15,7 +15,7 @@ from hypdefect.evaluation import RunConfig, Score, Scored, metric_name
 from hypdefect.families import get_family
 from hypdefect.families.plan import prepare
 from hypdefect.files import home, write_json
-from hypdefect.registry import ModelEntry
+from hypdefect.registry import ModelEntry, check
 from hypdefect.results import ledger
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ def train_networks(
     family: Any = get_family(run.name)
     plan = prepare(family, task)
     family.check(plan, setting)
+    check(home(), plan.model_name, alias)
     fill(plan)
     fitting, reported = family.load(plan, home())
     for remark in family.remarks(fitting):

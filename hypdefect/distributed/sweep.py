@@ -31,7 +31,7 @@ from hypdefect.features.transform import FeatureTransform
 from hypdefect.files import home, write_json, write_table
 from hypdefect.predictor import save_model
 from hypdefect.progress import progress
-from hypdefect.registry import ModelEntry, publish
+from hypdefect.registry import ModelEntry, check, publish
 from hypdefect.results import ledger
 from hypdefect.results.comparison import display_name
 from hypdefect.results.detection_figure import plot_detections
@@ -85,6 +85,10 @@ class SweepConfig:
                 raise ConfigError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.rungs > self.episodes:
             raise ConfigError(f"rungs={self.rungs} exceeds episodes={self.episodes}")
+        if self.workers < 0:
+            raise ConfigError(f"workers must not be negative, got {self.workers}")
+        if "/" in self.name or self.name.startswith("."):
+            raise ConfigError(f"name {self.name!r}: a sweep is a folder of this name; leave out '/' and a '.' in front")
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,8 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     family = get_family(base.name)
     plan = prepare(family, job)
     family.check(plan, family.setting(job))
+    if not plan.imported:
+        check(home(), job.model or plan.model_name, job.alias)
     if start is None:  # what was learned belongs to the parts it was trained on
         space = with_parts(space, plan.searched_parts)
     workers = num_workers(job.workers)

@@ -69,8 +69,10 @@ def check_workers(config: TrainConfig, workers: int) -> None:
     """What `train` would refuse, before anything is started.
 
     Raises:
-        ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
+        ConfigError: no worker, more than the cluster has CPUs, or B is no multiple of them.
     """
+    if workers < 1:
+        raise ConfigError(f"workers must be at least 1, got {workers}")
     cpus = int(ray.cluster_resources().get("CPU", 0))
     if workers > cpus:
         raise ConfigError(f"{workers} training workers need as many CPUs, the cluster has {cpus}; lower --workers")

@@ -84,6 +84,7 @@ def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatur
         with pytest.raises(error, match=match):
             train(EpisodicTraining(pool=pool, config=config), workers=workers, name="run", folder=tmp_path)
 
+    refuse(ConfigError, "workers must be at least 1, got 0", CONFIG, 0)
     refuse(ConfigError, "64 training workers need as many CPUs", replace(CONFIG, items_per_step=64), 64)
     refuse(ConfigError, "items_per_step=4 is no multiple of 3 workers.* set --workers to 2, or", CONFIG, 3)
     refuse(DataError, "class 'crack' has 12 images", replace(CONFIG, k_shot=12, n_way=4), 2)
