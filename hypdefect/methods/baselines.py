@@ -207,7 +207,8 @@ class LinearHead:
         return {"weight": self.weight_WE, "bias": self.bias_W}
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
-        self.weight_WE, self.bias_W = tensors["weight"], tensors["bias"]
+        # in memory of their own, as in `Fitted.restore`
+        self.weight_WE, self.bias_W = (tensors[name].to(torch.float64, copy=True) for name in ("weight", "bias"))
 
 
 METHODS = {
