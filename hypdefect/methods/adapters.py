@@ -112,7 +112,7 @@ class CLIPAdapter(Fitted):
     ) -> Float[Tensor, "N W"]:
         ratio = self.config.ratio
         adapted = ratio * (x @ down).relu() @ up + (1 - ratio) * x
-        norm = (adapted.square().sum(1) + (1 - ratio) ** 2 * outside).sqrt().clamp_min(1e-12)
+        norm = (adapted.square().sum(1) + (1 - ratio) ** 2 * outside).clamp_min(1e-24).sqrt()  # of a row of zeros, too
         return adapted @ weights.T / norm[:, None]
 
     def logits(self, query: Batch) -> Float[Tensor, "Q W"]:

@@ -187,6 +187,9 @@ class LinearHead:
     def adapt(self, support: Batch, n_way: int) -> None:
         rows = SupportRows.read(support, n_way)
         basis = span_basis(rows.f_NE)
+        if not basis.shape[1]:  # rows of zeros tell no classes apart
+            self.weight_WE, self.bias_W = basis.new_zeros(n_way, len(basis)), basis.new_zeros(n_way)
+            return
         x, labels = (rows.f_NE @ basis).numpy(), rows.labels_N.numpy()
         weight, bias = (
             torch.from_numpy(np.ascontiguousarray(a)) for a in self.solve(self.config, x, labels, len(basis))

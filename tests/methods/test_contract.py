@@ -99,6 +99,17 @@ def test_an_exported_classifier_is_restored_exactly(name: str, tmp_path: Path) -
     assert not torch.equal(restored.logits(queries), fitted.logits(queries))
 
 
+@pytest.mark.parametrize("zeros", [1, 12])
+def test_rows_of_zeros_are_no_reason_to_fail(name: str, zeros: int) -> None:
+    """As of an imported part that some images, or all of them, lack."""
+    support = toy_batch()
+    for rows in support.views.values():
+        rows[:zeros] = 0
+    classifier = fresh(name)
+    classifier.adapt(support, 3)
+    assert torch.isfinite(classifier.logits(toy_batch(k_shot=9))).all()
+
+
 def test_a_restored_classifier_has_memory_of_its_own(name: str) -> None:
     """Products with tensors that lie askew in a file's buffer differ in the last bits from those before publishing."""
     fitted, restored = fresh(name), fresh(name)
