@@ -293,7 +293,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
             job.trials,
             job.seed,
             first=[{"features": "plain"}],
-            fixed=("transform",),  # the projection was trained behind one
+            fixed=("transform", *plan.idle_fields),  # the projection was trained behind one transform
         )
         rows.append(Entrant(candidates=tried))
     return rows

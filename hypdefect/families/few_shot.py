@@ -119,7 +119,8 @@ class TaskPlan(Plan):
     def idle_fields(self) -> tuple[str, ...]:
         """Fields of a run that change nothing of this task's features: trials of a comparison do not vary them."""
         idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
-        return (*idle, *(() if self.key.shape_dims else ("transform.shape_weight",)))
+        idle += [] if self.key.shape_dims else ["transform.shape_weight"]
+        return (*idle, "method.prototype_scale" if self.prompts else "method.text_share")  # text stands for prototypes
 
     def provenance(self) -> dict[str, object]:
         return Plan.provenance(self) | {

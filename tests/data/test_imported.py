@@ -136,7 +136,7 @@ def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_pat
 def test_without_normals_no_trial_is_spent_on_whitening(name: str, own: int, tmp_path: Path) -> None:
     imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
     plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)
-    assert plan.idle_fields == ("transform.whitening", "transform.shape_weight")
+    assert plan.idle_fields == ("transform.whitening", "transform.shape_weight", "method.text_share")
     job = EvaluateConfig(dataset="imported:f", shots=(1,), methods=(name,), features="plain", trials=8)
     ((entrant),) = entrants(job, get_space, None, plan)
     base, *tried = entrant.candidates
@@ -145,6 +145,15 @@ def test_without_normals_no_trial_is_spent_on_whitening(name: str, own: int, tmp
         (base.transform.whitening, base.transform.shape_weight)
     }
     assert sum(config.method != base.method for config in tried) >= own
+
+
+def test_without_text_no_trial_is_spent_on_its_share(tmp_path: Path) -> None:
+    imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
+    plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)
+    job = EvaluateConfig(dataset="imported:f", shots=(1,), methods=("clip_protonet",), features="plain", trials=8)
+    ((entrant),) = entrants(job, get_space, None, plan)
+    assert {run.method for run in entrant.candidates} == {entrant.candidates[0].method}
+    assert len({(run.transform, run.support_copies) for run in entrant.candidates}) == 8
 
 
 @pytest.mark.parametrize("which", ["transform", "meta"])

@@ -121,6 +121,14 @@ def test_without_a_text_tower_there_is_no_text(tree: Path, folder: Path) -> None
     assert loaded(tree, "tiny_random", folder / "plain").pool.text is None
 
 
+def test_trials_vary_the_prototypes_scale_or_that_of_the_text_that_stands_for_them(tree: Path, backbone: str) -> None:
+    idle = []
+    for name in ("tiny_random", backbone):
+        config = TaskConfig(dataset="folder", root=tree, k_shot=2, copies=0, recipe=RECIPE, backbone=name)
+        idle.append(few_shot.plan(config, ingest("folder", tree).manifest).idle_fields[-1])
+    assert idle == ["method.text_share", "method.prototype_scale"]
+
+
 def test_texts_are_centred_on_their_own_mean_where_images_are(fitting: Fitting) -> None:
     text = torch.from_numpy(fitting.pool.text)
     normals = {view: np.repeat(x, 2, 0) for view, x in fitting.pool.table.views.items()}  # ten at least
