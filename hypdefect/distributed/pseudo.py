@@ -158,7 +158,7 @@ def base_classes(plan: TaskPlan, fitting: Fitting, manifest: pa.Table, config: M
 
 def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig | PretrainConfig, base: str) -> dict[str, Any]:
     """Everything that determines the outcome: the features of which images, whitened by which, trained how."""
-    return {
+    settings = {
         "base": base,
         "feature_key": plan.key.digest,
         "images": digest([pool.image_ids.tolist(), pool.labels.tolist()]),
@@ -166,6 +166,9 @@ def identity(plan: TaskPlan, pool: LabelledFeatures, config: MetaConfig | Pretra
         "transform": config.transform.identity(),
         "train": to_mapping(config.train),
     }
+    if isinstance(config, MetaConfig) and config.train.split == "grouped":
+        settings["groups"] = digest(pool.groups.tolist())
+    return settings
 
 
 def worth(

@@ -23,6 +23,14 @@ def pseudo_requests(plan: TaskPlan, manifest: pa.Table) -> list[ImageRequest]:
     return [ImageRequest(**{name: row[name] for name in columns}, copies=0) for row in rows]
 
 
+def parts_shown(plan: TaskPlan, manifest: pa.Table) -> dict[str, str]:
+    """Of each pseudo-defect, the group of the image it lies on: the image itself where groups are not known."""
+    sources = plan.manifest.select(["image_id", "group_id"]).to_pylist()
+    group_of = {row["image_id"]: row["group_id"] or row["image_id"] for row in sources}
+    made = manifest.select(["image_id", "group_id"]).to_pylist()
+    return {row["image_id"]: group_of[row["group_id"]] for row in made}
+
+
 def pseudo_pool(
     plan: TaskPlan, fitting: Fitting, manifest: pa.Table, home: Path, config: TransformConfig, least: int
 ) -> LabelledFeatures:
@@ -33,6 +41,7 @@ def pseudo_pool(
     """
     requests = {r.image_id: r for r in pseudo_requests(plan, manifest)}
     defect_of = {r["image_id"]: r["defect"] for r in manifest.select(["image_id", "defect"]).to_pylist()}
+    part_of = parts_shown(plan, manifest)
     counts = Counter(defect_of[image_id] for image_id in requests)
     names = sorted(name for name, count in counts.items() if count >= least)
     if len(names) < 2:
@@ -47,6 +56,6 @@ def pseudo_pool(
         class_names=tuple(names),
         image_ids=np.array(ids),
         labels=np.array([position[defect_of[i]] for i in ids]),
-        groups=np.array(ids),
+        groups=np.array([part_of[i] for i in ids]),
         table=transform.table(table),
     )

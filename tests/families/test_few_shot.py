@@ -15,9 +15,11 @@ import torch
 
 from hypdefect.datasets.ingest import ingest, ingested
 from hypdefect.datasets.manifest import read_manifest
+from hypdefect.distributed.pseudo import identity, meta_train
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
+from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, Reported, TaskConfig, TaskPlan
 from hypdefect.families.plan import extraction_key, image_requests
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
@@ -177,6 +179,14 @@ def test_pseudo_classes_are_read_with_the_features_of_the_task(mtd: pa.Table, tm
     pool = pseudo_pool(plan, fitting, pseudo, tmp_path, transform, least=1)
     assert set(pool.class_names) <= {f"pseudo-{i}" for i in range(4)}
     assert set(pool.image_ids) == {r.image_id for r in requests}
+    rows, lies_on = rows_of(mtd), {row["image_id"]: row["group_id"] for row in pseudo.to_pylist()}
+    parts = [rows[lies_on[i]]["group_id"] or lies_on[i] for i in pool.image_ids]
+    assert pool.groups.tolist() == parts  # grouped episodes part them
+    assert len(set(parts)) < len(parts)
+    for split in ("random", "grouped"):
+        meta = MetaConfig(train=replace(MetaConfig().train, split=split))
+        one, other = (identity(plan, p, meta, "pseudo") for p in (pool, replace(pool, groups=pool.image_ids)))
+        assert (one != other) == (split == "grouped")  # a run is another one where groups part its episodes
     first = pool.batch(np.array([0]))
     raw = FeatureStore(tmp_path, plan.key).load([k for r in requests for k in r.row_keys()])
     row = raw.select(raw.rows_of([pool.image_ids[0]]))
@@ -186,6 +196,8 @@ def test_pseudo_classes_are_read_with_the_features_of_the_task(mtd: pa.Table, tm
     )
     with pytest.raises(DataError, match="raise --synthesis"):
         pseudo_pool(plan, fitting, pseudo, tmp_path, transform, least=99)
+    with pytest.raises(ConfigError, match=r"train\.copies=2: pseudo-defects have no augmented copies"):
+        meta_train(plan, fitting, MetaConfig(train=replace(MetaConfig().train, copies=2)))
 
 
 def test_where_good_is_a_class_only_supports_serve_as_normals(elpv: pa.Table) -> None:
