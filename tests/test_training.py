@@ -235,6 +235,7 @@ def test_episodes_must_share_out_evenly() -> None:
         ({"n_query": 0}, "n_query"),
         ({"lr": 0.0}, "train.lr must be positive"),
         ({"method": replace(METHOD, adapter=False, ode="none")}, "nothing to meta-train"),
+        ({"method": replace(METHOD, adapter=False, ode_steps=0)}, "nothing to meta-train"),
         ({"method": replace(METHOD, synthesis=False)}, "ODE learns through synthetic features"),
     ],
 )  # fmt: skip

@@ -18,7 +18,7 @@ from hypdefect.distributed.evaluate import validate
 from hypdefect.distributed.extract import extract_all
 from hypdefect.distributed.synthesize import pseudo_classes
 from hypdefect.distributed.train import check_workers, run_folder, train
-from hypdefect.errors import DataError
+from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.amc_training import (
@@ -56,8 +56,14 @@ def meta_train(
         base: classes to train on: pseudo-defects of the product, or the classes of its support pool.
 
     Raises:
-        ConfigError: a run of that name has other settings; and as `check_workers`. DataError: too few pseudo-defects.
+        ConfigError: a run of that name has other settings; copies of pseudo-defects, which have none; and as
+            `check_workers`. DataError: too few pseudo-defects.
     """
+    if base == "pseudo" and config.train.copies:
+        raise ConfigError(
+            f"train.copies={config.train.copies}: pseudo-defects have no augmented copies; set it to 0, raise "
+            "--synthesis.per-class, or train on the support pool (--base pool)"
+        )
     check_workers(config.train, config.workers)
     if base == "pseudo":
         made = pseudo_classes(plan, enough_images(plan, config.synthesis))

@@ -26,7 +26,7 @@ class EpisodicConfig(TrainConfig):
     k_shot: int = 1
     n_query: int = 5
     copies: int = 0
-    """Augmented copies of each support image used."""
+    """Augmented copies of each support image used; pseudo-defects have none."""
     split: SplitKind = "random"
 
     def __post_init__(self) -> None:
@@ -36,7 +36,8 @@ class EpisodicConfig(TrainConfig):
                 raise ConfigError(f"train.{name} must be at least 1, got {getattr(self, name)}")
         if self.projection < 0:
             raise ConfigError(f"train.projection must not be negative, got {self.projection}")
-        if not self.method.adapter and self.method.ode == "none" and not self.projection:
+        learns_ode = self.method.ode != "none" and self.method.ode_steps > 0
+        if not self.method.adapter and not learns_ode and not self.projection:
             raise ConfigError("train: no projection, no adapter and no ODE: there is nothing to meta-train")
         if not self.method.synthesis and self.method.ode != "none":
             raise ConfigError(
