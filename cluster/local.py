@@ -19,9 +19,9 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import processes
-from cluster.head import HEAD, answers, ensure_head, target
+from cluster.head import HEAD, answers, ensure_head, named_cluster, target
 from cluster.processes import PROJECT, ClusterError, Record
-from hypdefect import command_line, config, files
+from hypdefect import command_line, config, files, registry
 
 GRACE_S = 2.0
 """Between the first Ctrl-C and the end of the job."""
@@ -191,16 +191,24 @@ def serve(
 ) -> int:
     """Deploy a registered model on the local head (or RAY_ADDRESS) and wait until it answers.
 
+    Ray Serve loads nothing anew where the config is the one that it has: on the local head the version is part of it,
+    so that an alias that was moved is followed.
+
     Args:
         model: Registry name and alias or version, NAME@ALIAS.
-        config_file: Serve config to deploy; `model` and `home` are put into its applications' args.
+        config_file: Serve config to deploy; `model`, `version` and `home` are put into its applications' args.
         ready: Path, or full URL, that answers 200 once the model is loaded.
         timeout_s: How long to wait for that.
     """
     rendered = config.load_yaml(config_file)
     applications = rendered.get("applications", [])
+    meant: dict[str, Any] = {"model": model, "home": str(files.home())}
+    if named_cluster() is None:  # another cluster may have another registry
+        entry = registry.resolve(files.home(), model)
+        registry.verify(entry)
+        meant["version"] = entry.version
     for application in applications:
-        application["args"] = (application.get("args") or {}) | {"model": model, "home": str(files.home())}
+        application["args"] = (application.get("args") or {}) | meant
     http = rendered.setdefault("http_options", {})
     http.setdefault("host", "127.0.0.1")
     http.setdefault("port", 8000)
@@ -218,7 +226,8 @@ def serve(
         _wait_served(client, names, ready if "://" in ready else base + ready, timeout_s)
         if cluster.head is not None:
             _print_head(cluster.head)
-        print(f"serving        {model} at {base}   (status: {cluster.url}/#/serve)")
+        which = f", version {meant['version']}," if "version" in meant else ""
+        print(f"serving        {model}{which} at {base}   (status: {cluster.url}/#/serve)")
         print(f"try            curl -sS -F image=@IMAGE.png {base}/v1/predict")
     return 0
 

@@ -1,9 +1,9 @@
 """HTTP service of one published model of any family, on Ray Serve.
 
 `Ingress` reads and checks uploads and decodes images; `Model` holds the model. Nothing is looked up at import or
-in `build_app`: each `Model` replica resolves `name@alias` once, when it starts, and names its version in every
-answer. Every refusal is `application/problem+json` with a remedy; the body cap, image limits and the number of images
-held at a time bound what a client can make the service allocate.
+in `build_app`: each `Model` replica resolves `name@alias` once, when it starts and was told no version, and names its
+version in every answer. Every refusal is `application/problem+json` with a remedy; the body cap, image limits and the
+number of images held at a time bound what a client can make the service allocate.
 """
 
 import asyncio
@@ -57,6 +57,8 @@ class AppArgs(BaseModel):
 
     model: str
     """NAME@ALIAS or NAME@VERSION."""
+    version: int | None = Field(default=None, ge=1)
+    """The version that an alias stood for when it was deployed; default: each `Model` replica looks it up."""
     home: str | None = None
     """Where `registry/` lies; default `$HYPDEFECT_HOME` as the replica sees it."""
     max_upload_mb: int = Field(default=20, ge=1, le=256)
@@ -286,4 +288,4 @@ def build_app(args: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2 * given.max_pending + 16,  # so that too many are refused in JSON, and probes get through
     )(Ingress)
-    return ingress.bind(given.max_upload_mb, given.max_pending, model.bind(given.model, given.home))
+    return ingress.bind(given.max_upload_mb, given.max_pending, model.bind(given.model, given.home, given.version))

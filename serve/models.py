@@ -21,10 +21,10 @@ BATCH = 4
 class Model:
     """One loaded model, which computes on one thread. A health check waits its turn on it: it sees a stuck model."""
 
-    def __init__(self, reference: str, home: str | None) -> None:
-        entry = registry.resolve(Path(home) if home else files.home(), reference)
+    def __init__(self, reference: str, home: str | None, version: int | None = None) -> None:
+        name, _, which = reference.partition("@")
+        entry = registry.resolve(Path(home) if home else files.home(), f"{name}@{version}" if version else reference)
         self.predictor = Predictor.load(entry)
-        which = reference.partition("@")[2]
         alias = which if which in entry.aliases else None
         self.model = ServedModel(name=entry.name, version=entry.version, alias=alias)
         digests = json.loads((entry.path / registry.CHECKSUMS).read_text())

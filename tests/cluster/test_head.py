@@ -1,13 +1,18 @@
 """Which cluster is meant, what its jobs are told, and what happens when nothing answers there."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster import head, local, processes
 from cluster.processes import PROJECT, ClusterError, Record
+from hypdefect import registry
 from hypdefect.command_line import TYPED_IN
+from hypdefect.errors import ArtifactError
 
 
 @pytest.fixture(autouse=True)
@@ -101,3 +106,57 @@ def test_stop_and_status_without_anything_running(state: Path, capsys: pytest.Ca
 def test_the_pages_need_a_sweep_first(state: Path) -> None:
     with pytest.raises(ClusterError, match="make sweep"):
         local.dashboard(study="sqlite:////nowhere/study.db")
+
+
+@pytest.fixture
+def deployed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The arguments of the applications that `local.serve` hands to Ray Serve, in place of a head."""
+    found: list[dict[str, Any]] = []
+
+    class Client:
+        def __init__(self, url: str, headers: dict[str, str]) -> None: ...
+
+        def get_serve_details(self) -> dict[str, Any]:
+            return {}
+
+        def deploy_applications(self, rendered: dict[str, Any]) -> None:
+            found.extend(application["args"] for application in rendered["applications"])
+
+    @contextlib.contextmanager
+    def target() -> Iterator[head.Target]:
+        ours = None if head.named_cluster() else our_head()
+        yield head.Target(url="http://127.0.0.1:1", headers={}, head=ours)
+
+    monkeypatch.setattr(local, "ServeSubmissionClient", Client)
+    monkeypatch.setattr(local, "target", target)
+    monkeypatch.setattr(local, "_wait_served", lambda *_: None)
+    monkeypatch.setattr(local, "_print_head", lambda _: None)
+    return found
+
+
+def test_a_moved_alias_is_deployed_anew(
+    deployed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    for text in "12":
+        registry.publish(tmp_path, "cells", lambda folder, text=text: (folder / "a").write_text(text), "champion")
+        local.serve("cells@champion")
+    assert [(args["model"], args["version"]) for args in deployed] == [("cells@champion", 1), ("cells@champion", 2)]
+    assert "cells@champion, version 2, at http" in capsys.readouterr().out
+    monkeypatch.setenv("RAY_ADDRESS", "http://host:8265")  # whose registry may be another
+    local.serve("cells@champion")
+    assert "version" not in deployed[2]
+
+
+def test_what_is_no_whole_model_is_not_deployed(
+    deployed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    entry = registry.publish(tmp_path, "cells", lambda folder: (folder / "a").write_text("1"), "champion")
+    with pytest.raises(ArtifactError, match="models there: cells"):
+        local.serve("cell@champion")
+    (entry.path / "a").chmod(0o644)
+    (entry.path / "a").write_text("2")
+    with pytest.raises(ArtifactError, match="a was changed or damaged"):
+        local.serve("cells@champion")
+    assert deployed == []

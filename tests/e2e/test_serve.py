@@ -386,6 +386,13 @@ def test_serve_configs_say_nothing_that_serve_ignores(path: Path) -> None:
         AppArgs.model_validate(application["args"] | {"home": "/home"})
 
 
+def test_a_version_that_is_given_is_loaded_wherever_the_alias_is(home: Path) -> None:
+    from serve.models import Model
+
+    assert Model("drawn@champion", str(home)).model.model_dump() == {"name": "drawn", "version": 2, "alias": "champion"}
+    assert Model("drawn@champion", str(home), 1).model.model_dump() == {"name": "drawn", "version": 1, "alias": None}
+
+
 @pytest.mark.parametrize("change", [{"modle": "a@b"}, {"max_upload_mb": "20"}, {"max_upload_mb": 0}, {"model": None}])
 def test_args_are_strict(change: dict[str, Any]) -> None:
     from serve.app import build_app
