@@ -7,6 +7,7 @@ reader looks at. Versions are never changed afterwards; an alias is replaced ato
 
 import errno
 import json
+import logging
 import re
 import shutil
 import uuid
@@ -18,6 +19,7 @@ from typing import Any
 from hypdefect.errors import ArtifactError, ConfigError
 from hypdefect.files import file_sha256, sync, write_json
 
+logger = logging.getLogger(__name__)
 CHECKSUMS = "checksums.json"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _ALIAS = re.compile(r"(?!v?\d+$)[a-z0-9][a-z0-9_-]{0,31}")
@@ -113,9 +115,10 @@ def resolve(home: Path, reference: str) -> ModelEntry:
     if not versions:
         known = ", ".join(sorted({entry.name for entry in list_models(home)})) or "none"
         raise ArtifactError(f"no model {name!r} in {folder.parent}; models there: {known}")
-    aliases = _aliases(folder)
-    version = int(number[1]) if number else aliases.get(which)
+    pointer = folder / "aliases" / f"{which}.json"
+    version = int(number[1]) if number else _target(pointer) if pointer.is_file() else None
     if version not in versions:
+        aliases = _aliases(folder)
         pointers = ", ".join(f"{alias} -> {target}" for alias, target in aliases.items()) or "none"
         raise ArtifactError(
             f"model {name!r} has no {'version' if number else 'usable alias'} {which!r}; "
@@ -189,15 +192,27 @@ def _versions(folder: Path) -> list[int]:
 
 
 def _aliases(folder: Path) -> dict[str, int]:
+    """Those that can be read: a damaged one stands in the way of those alone who ask for it."""
     found: dict[str, int] = {}
     for path in sorted((folder / "aliases").glob("*.json")):
-        if not _ALIAS.fullmatch(path.stem):
-            continue
+        if _ALIAS.fullmatch(path.stem):
+            try:
+                found[path.stem] = _target(path)
+            except ArtifactError as error:
+                logger.warning("%s", error)
+    return found
+
+
+def _target(path: Path) -> int:
+    """The version that an alias points to."""
+    try:
         version = _read_mapping(path).get("version")
         if not isinstance(version, int):
-            raise ArtifactError(f"{path} is damaged: no version number in it; promote a version again")
-        found[path.stem] = version
-    return found
+            raise ArtifactError(f"{path} is damaged: no version number in it")
+    except ArtifactError as error:
+        remedy = f"python jobs/promote.py --model {path.parents[1].name} --version N --alias {path.stem}"
+        raise ArtifactError(f"{error}; promote a version again: {remedy}") from error
+    return version
 
 
 def _entry(folder: Path, version: int) -> ModelEntry:

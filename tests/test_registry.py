@@ -155,8 +155,21 @@ def test_verify_names_the_damaged_file(tmp_path: Path, file: str, data: bytes | 
 def test_a_damaged_alias_is_named(tmp_path: Path) -> None:
     registry.publish(tmp_path, "cells", writer("1"), "champion")
     (tmp_path / "registry" / "cells" / "aliases" / "champion.json").write_text("[]")
-    with pytest.raises(ArtifactError, match=r"champion\.json is damaged"):
+    with pytest.raises(ArtifactError, match=r"champion\.json is damaged: .*promote a version again"):
         registry.resolve(tmp_path, "cells@champion")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}"])
+def test_a_damaged_alias_stands_in_nobody_elses_way_and_is_promoted_again(tmp_path: Path, text: str) -> None:
+    registry.publish(tmp_path, "cells", writer("1"), "champion")
+    alias = tmp_path / "registry" / "cells" / "aliases" / "champion.json"
+    alias.write_text(text)
+    assert registry.resolve(tmp_path, "cells@1").aliases == ()
+    assert [entry.version for entry in registry.list_models(tmp_path)] == [1]
+    assert registry.publish(tmp_path, "cells", writer("2"), "challenger").aliases == ("challenger",)
+    assert registry.promote(tmp_path, "cells", 1, "champion").aliases == ("champion",)
+    alias.write_text(text)
+    assert registry.publish(tmp_path, "cells", writer("3"), "champion").aliases == ("champion",)
 
 
 def test_the_promote_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
