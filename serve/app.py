@@ -28,7 +28,7 @@ import hypdefect
 from hypdefect.errors import DataError
 from hypdefect.images import FORMATS
 from hypdefect.predictor import Detection, Prediction, Segmentation
-from serve.models import Model
+from serve.models import Failure, Model
 from serve.schemas import (
     Classification,
     ClassRegion,
@@ -246,6 +246,8 @@ class Ingress:
             self.pending -= 1
         if isinstance(answer, DataError):
             raise Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(answer))
+        if isinstance(answer, Failure):
+            raise answer
         return answer, notes, model
 
     @api.get("/v1/model", responses={503: _PROBLEMS[503]})

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import traceback
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,16 @@ import numpy as np
 from ray import serve
 
 from hypdefect import config, files, registry
-from hypdefect.errors import DataError
+from hypdefect.errors import DataError, NumericsError
 from hypdefect.features.backbones import compute_on_one_thread
 from hypdefect.predictor import Predictor
 from serve.schemas import ModelInfo, ServedModel
 
 BATCH = 4
+
+
+class Failure(Exception):
+    """What is wrong with us rather than with an image: the traceback, for the log."""
 
 
 class Model:
@@ -38,22 +43,24 @@ class Model:
     @serve.batch(max_batch_size=BATCH, batch_wait_timeout_s=0.002)
     async def predict(
         self, items: list[tuple[np.ndarray, np.ndarray | None]]
-    ) -> list[tuple[Any | DataError, ServedModel]]:
-        """Each item's answer, or why it is refused: one bad item of a batch does not fail the others.
+    ) -> list[tuple[Any | DataError | Failure, ServedModel]]:
+        """Each item's answer, or why it is refused or failed: one bad item of a batch does not fail the others.
 
         An answer is the dataclass that the family's predictor gives.
         """
         loop = asyncio.get_running_loop()
         return [(answer, self.model) for answer in await loop.run_in_executor(self.worker, self._predict, items)]
 
-    def _predict(self, items: list[tuple[np.ndarray, np.ndarray | None]]) -> list[Any | DataError]:
-        answers: list[Any | DataError] = []
+    def _predict(self, items: list[tuple[np.ndarray, np.ndarray | None]]) -> list[Any | DataError | Failure]:
+        answers: list[Any | DataError | Failure] = []
         for image, mask in items:
             try:  # arrays from Ray's object store are read-only, which torch warns of
                 region = None if mask is None else np.require(mask, requirements="W")
                 answers += self.predictor.predict([(self.predictor.rgb(np.require(image, requirements="W")), region)])
             except DataError as error:
                 answers.append(error)
+            except (NumericsError, MemoryError, RuntimeError, ValueError):  # torch has no memory, or is told nonsense
+                answers.append(Failure(traceback.format_exc()))
         return answers
 
     async def check_health(self) -> None:

@@ -19,6 +19,7 @@ import yaml
 from PIL import Image
 
 from hypdefect import registry
+from hypdefect.errors import DataError, NumericsError
 from hypdefect.evaluation import RunConfig
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import RecipeConfig, dims_of
@@ -55,10 +56,29 @@ def save(folder: Path) -> None:
     )
 
 
-class Broken:
-    """In place of the model: fails as a bug would."""
+class Failing:
+    """A predictor to which dark images are damaged and bright ones a bug."""
 
-    async def predict(self, item: object) -> None:
+    def rgb(self, raw: np.ndarray) -> np.ndarray:
+        return raw
+
+    def predict(self, images: list[tuple[np.ndarray, np.ndarray | None]]) -> list[str]:
+        [(image, _)] = images
+        if image.max() == 0:
+            raise DataError("dark")
+        if image.min() == 255:
+            raise NumericsError("secret path /srv/models")
+        return ["fine"]
+
+
+class Broken:
+    """In place of the model: fails as a bug would, in the answer to a mask of its own or altogether."""
+
+    async def predict(self, item: tuple[np.ndarray, np.ndarray | None]) -> tuple[Exception, None]:
+        from serve.models import Failure
+
+        if item[1] is not None:
+            return Failure("secret path /srv/models"), None
         raise RuntimeError("secret path /srv/models")
 
     async def describe(self) -> None:
@@ -353,7 +373,8 @@ def test_unknown_routes_and_methods(client: httpx.Client) -> None:
 
 
 def test_a_bug_is_not_shown(client: httpx.Client) -> None:
-    for answer in (client.post("/broken/v1/classify", files={"image": PNG}), client.get("/broken/v1/model")):
+    asked = [client.post("/broken/v1/classify", files=files) for files in ({"image": PNG}, {"image": PNG, "mask": PNG})]
+    for answer in (*asked, client.get("/broken/v1/model")):
         body = expect_problem(answer, 500, "internal error")
         assert "secret" not in json.dumps(body)
     assert client.get("/broken/v1/health/live").status_code == 200
@@ -384,6 +405,18 @@ def test_serve_configs_say_nothing_that_serve_ignores(path: Path) -> None:
     for application in written["applications"]:
         assert application["import_path"] == "serve.app:build_app"
         AppArgs.model_validate(application["args"] | {"home": "/home"})
+
+
+def test_a_failure_is_that_of_its_image_alone(home: Path) -> None:
+    from serve.models import Failure, Model
+
+    model = Model("drawn@champion", str(home))
+    model.predictor = Failing()  # type: ignore[assignment]
+    found = model._predict([(np.full((2, 2, 3), value, np.uint8), None) for value in (100, 255, 0, 100)])
+    assert (found[0], found[3]) == ("fine", "fine")
+    assert isinstance(found[1], Failure)
+    assert "NumericsError: secret path" in str(found[1])
+    assert isinstance(found[2], DataError)
 
 
 def test_a_version_that_is_given_is_loaded_wherever_the_alias_is(home: Path) -> None:
