@@ -33,14 +33,19 @@ class Target:
     """Our own head; None on the user's cluster."""
 
     def variables(self) -> dict[str, str]:
-        """Environment of its jobs: where things lie, as seen from the submitting shell.
+        """Environment of its jobs: where things lie, as seen from the submitting shell, and methods of one's own.
 
         Our head may have been started from another shell. On the user's cluster only what was set on purpose is passed
         on; the rest is for its nodes to say.
         """
         places = {"HYPDEFECT_HOME": files.home(), "HYPDEFECT_DATA": data_root()}
         given = {name: str(place) for name, place in places.items() if self.head or os.environ.get(name)}
-        return given | {command_line.TYPED_IN: str(Path.cwd())}
+        return given | methods_of_your_own() | {command_line.TYPED_IN: str(Path.cwd())}
+
+
+def methods_of_your_own() -> dict[str, str]:
+    """The variable that names them, where it is set: a head may run that was started without it."""
+    return {name: os.environ[name] for name in ("HYPDEFECT_METHODS",) if os.environ.get(name)}
 
 
 @contextlib.contextmanager

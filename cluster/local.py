@@ -19,7 +19,7 @@ from ray.exceptions import RayError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from cluster import processes
-from cluster.head import HEAD, answers, ensure_head, named_cluster, target
+from cluster.head import HEAD, answers, ensure_head, methods_of_your_own, named_cluster, target
 from cluster.processes import PROJECT, ClusterError, Record
 from hypdefect import command_line, config, files, registry
 
@@ -209,6 +209,9 @@ def serve(
         meant["version"] = entry.version
     for application in applications:
         application["args"] = (application.get("args") or {}) | meant
+        if own := methods_of_your_own():
+            runtime_env = application.get("runtime_env") or {}
+            application["runtime_env"] = runtime_env | {"env_vars": own | (runtime_env.get("env_vars") or {})}
     http = rendered.setdefault("http_options", {})
     http.setdefault("host", "127.0.0.1")
     http.setdefault("port", 8000)

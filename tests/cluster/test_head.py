@@ -17,7 +17,7 @@ from hypdefect.errors import ArtifactError
 
 @pytest.fixture(autouse=True)
 def _no_cluster_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in (*head.ADDRESS_VARIABLES, "HYPDEFECT_DATA", TYPED_IN):
+    for name in (*head.ADDRESS_VARIABLES, "HYPDEFECT_DATA", "HYPDEFECT_METHODS", TYPED_IN):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -69,6 +69,8 @@ def test_jobs_elsewhere_are_told_only_what_was_set(tmp_path: Path, monkeypatch: 
     assert theirs.variables() == {TYPED_IN: str(tmp_path)}
     monkeypatch.setenv("HYPDEFECT_DATA", "/data")
     assert theirs.variables() == {TYPED_IN: str(tmp_path), "HYPDEFECT_DATA": "/data"}
+    monkeypatch.setenv("HYPDEFECT_METHODS", "ours.methods")
+    assert theirs.variables()["HYPDEFECT_METHODS"] == "ours.methods"
 
 
 def test_a_token_is_sent_where_the_head_asks_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,7 +112,7 @@ def test_the_pages_need_a_sweep_first(state: Path) -> None:
 
 @pytest.fixture
 def deployed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """The arguments of the applications that `local.serve` hands to Ray Serve, in place of a head."""
+    """The applications that `local.serve` hands to Ray Serve, in place of a head."""
     found: list[dict[str, Any]] = []
 
     class Client:
@@ -120,7 +122,7 @@ def deployed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             return {}
 
         def deploy_applications(self, rendered: dict[str, Any]) -> None:
-            found.extend(application["args"] for application in rendered["applications"])
+            found.extend(rendered["applications"])
 
     @contextlib.contextmanager
     def target() -> Iterator[head.Target]:
@@ -141,11 +143,24 @@ def test_a_moved_alias_is_deployed_anew(
     for text in "12":
         registry.publish(tmp_path, "cells", lambda folder, text=text: (folder / "a").write_text(text), "champion")
         local.serve("cells@champion")
-    assert [(args["model"], args["version"]) for args in deployed] == [("cells@champion", 1), ("cells@champion", 2)]
+    asked = [(application["args"]["model"], application["args"]["version"]) for application in deployed]
+    assert asked == [("cells@champion", 1), ("cells@champion", 2)]
     assert "cells@champion, version 2, at http" in capsys.readouterr().out
     monkeypatch.setenv("RAY_ADDRESS", "http://host:8265")  # whose registry may be another
     local.serve("cells@champion")
-    assert "version" not in deployed[2]
+    assert "version" not in deployed[2]["args"]
+
+
+def test_methods_of_ones_own_are_served(
+    deployed: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    registry.publish(tmp_path, "cells", lambda folder: (folder / "a").write_text("1"), "champion")
+    local.serve("cells@champion")
+    assert "runtime_env" not in deployed[0]
+    monkeypatch.setenv("HYPDEFECT_METHODS", "ours.methods")
+    local.serve("cells@champion")
+    assert deployed[1]["runtime_env"] == {"env_vars": {"HYPDEFECT_METHODS": "ours.methods"}}
 
 
 def test_what_is_no_whole_model_is_not_deployed(
