@@ -123,7 +123,7 @@ class Detection:
     """That rate."""
     score: float
     regions: list[Region]
-    """Where the map exceeds what calibration images reach, largest first."""
+    """Where the map exceeds what calibration images reach, largest first, at most 100."""
     map_png: str
     """The map as a grey PNG of the image's size, base64: 0 is 0, 128 the threshold of a region, 255 twice that."""
 

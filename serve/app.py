@@ -150,16 +150,19 @@ def _body(*fields: str) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": content}}
 
 
+def _said(text: str) -> dict[str, Any]:
+    """A refusal, as /openapi.json describes it."""
+    return {"description": text, "content": {"application/problem+json": {"schema": Problem.model_json_schema()}}}
+
+
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": text}
-    for status, text in (
-        (400, "No image, or a damaged one"),
-        (413, "Body larger than the cap"),
-        (415, "Not " + ", ".join(FORMATS)),
-        (422, "An image or mask that can be read but not used"),
-        (503, "Busy, or no model replica at hand: try again"),
-    )
+    400: _said("No image, or a damaged one"),
+    413: _said("Body larger than the cap"),
+    415: _said("Not " + ", ".join(FORMATS)),
+    422: _said("An image or mask that can be read but not used, or a parameter that is no such value"),
+    503: _said("Busy, or no model replica at hand: try again"),
 }
+_OF_ONE_KIND = _PROBLEMS | {404: _said("The model gives another kind of answer")}
 
 
 # `serve.ingress` pickles app and class here and now: what they use, exception handlers too, is defined above.
@@ -173,7 +176,7 @@ class Ingress:
         self.slots = asyncio.Semaphore(HELD_IMAGES)
         self.decoders = ThreadPoolExecutor(2, "decode")
 
-    @api.post("/v1/classify", responses=_PROBLEMS, openapi_extra=_body("image", "mask"))
+    @api.post("/v1/classify", responses=_OF_ONE_KIND, openapi_extra=_body("image", "mask"))
     async def classify(self, request: Request) -> Classification:
         """Class probabilities of one image: multipart field `image` (and `mask`), or an image's bytes as the body."""
         answer, notes, model = await self._answer(request)
@@ -191,7 +194,7 @@ class Ingress:
             request_id=_request_id(request),
         )
 
-    @api.post("/v1/detect", responses=_PROBLEMS, openapi_extra=_body("image"))
+    @api.post("/v1/detect", responses=_OF_ONE_KIND, openapi_extra=_body("image"))
     async def detect(self, request: Request, map: bool = False) -> Detected:
         """Whether the part on an image is good, and where not; the image comes as for /v1/classify, without a mask."""
         answer, notes, model = await self._answer(request)
@@ -209,7 +212,7 @@ class Ingress:
             request_id=_request_id(request),
         )
 
-    @api.post("/v1/segment", responses=_PROBLEMS, openapi_extra=_body("image"))
+    @api.post("/v1/segment", responses=_OF_ONE_KIND, openapi_extra=_body("image"))
     async def segment(self, request: Request, map: bool = False) -> Segmented:
         """Which pixels of an image are which defect; the image comes as for /v1/classify, without a mask."""
         answer, notes, model = await self._answer(request)

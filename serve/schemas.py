@@ -8,7 +8,9 @@ from pydantic import BaseModel, ConfigDict
 class Answer(BaseModel):
     """A body of ours: strict, and without NaN or infinity."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class ServedModel(Answer):
@@ -49,7 +51,7 @@ class Detected(Answer):
     """The share of good parts that are called anomalous, as it was chosen."""
     score: float
     regions: list[Region]
-    """Where the map exceeds what good parts reach, largest first."""
+    """Where the map exceeds what good parts reach, largest first, at most 100."""
     map_png: str | None
     """With ?map=1 the anomaly map: a grey PNG of the image's size in base64, 128 where a region begins."""
     notes: list[str]

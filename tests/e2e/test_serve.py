@@ -253,7 +253,19 @@ def test_the_api_documents_itself(client: httpx.Client) -> None:
     ]
     assert sorted(paths) == asked
     assert sorted(paths["/v1/classify"]["post"]["requestBody"]["content"]) == ["image/*", "multipart/form-data"]
-    assert {"200", "400", "413", "415", "422", "503"} == set(paths["/v1/classify"]["post"]["responses"])
+    assert {"200", "400", "404", "413", "415", "422", "503"} == set(paths["/v1/classify"]["post"]["responses"])
+
+
+def test_refusals_and_fields_are_documented_as_they_are() -> None:
+    from serve.app import api
+
+    described = api.openapi()
+    for path, methods in described["paths"].items():
+        for method in methods.values():
+            refusals = {status: answer["content"] for status, answer in method["responses"].items() if status != "200"}
+            assert all(list(content) == ["application/problem+json"] for content in refusals.values()), path
+    fields = described["components"]["schemas"]["Detected"]["properties"]
+    assert "128 where a region begins" in fields["map_png"]["description"]
 
 
 def test_a_mask_is_offered_only_where_a_model_may_take_one() -> None:
