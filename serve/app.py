@@ -100,15 +100,17 @@ async def _http_error(request: Request, error: HTTPException) -> Response:
     """What FastAPI itself refuses: unknown routes and methods, malformed forms."""
     status, detail = HTTPStatus(error.status_code), str(error.detail)
     if detail == status.phrase:
-        detail = (
-            f"{request.method} {request.url.path[:200]}: {detail}; the routes are listed at /docs and /openapi.json"
-        )
+        base, asked = str(request.base_url), f"{request.method} {request.url.path[:200]}"
+        detail = f"{asked}: {detail}; the routes are listed at {base}docs and {base}openapi.json"
     return problem(request, Refusal(status, detail, dict(error.headers or {})))
 
 
 @api.exception_handler(RequestValidationError)
 async def _invalid(request: Request, error: RequestValidationError) -> Response:
-    return problem(request, Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, str(error.errors()[0].get("msg", error))))
+    first = error.errors()[0]
+    where = " parameter ".join(map(str, first["loc"]))
+    detail = f"{where}: {first['msg']}; leave it out, or see {request.base_url}docs for what it may be"
+    return problem(request, Refusal(HTTPStatus.UNPROCESSABLE_ENTITY, detail))
 
 
 @api.exception_handler(BackPressureError)

@@ -129,7 +129,7 @@ def _status_of(error: DataError) -> HTTPStatus:
 
 
 def _usage(request: Request) -> str:
-    url = f"{str(request.base_url).rstrip('/')}{request.url.path}"
+    url = request.url.replace(query="")
     return (
         f"send a file: curl -F image=@IMAGE.png {url}, and where the model takes a mask also -F mask=@MASK.png; "
         f"or its bytes: curl -H 'Content-Type: image/png' --data-binary @IMAGE.png {url}"

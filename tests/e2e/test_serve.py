@@ -384,6 +384,21 @@ def test_unknown_routes_and_methods(client: httpx.Client) -> None:
     expect_problem(client.get("/v1/classify"), 405, "GET")
 
 
+def test_remedies_name_addresses_that_exist(client: httpx.Client) -> None:
+    """Also where an application lies below a route of its own."""
+    for base in (str(client.base_url).rstrip("/"), f"{client.base_url}broken"):
+        body = expect_problem(
+            client.post(f"{base}/v1/classify?map=1"), 400, f"curl -F image=@IMAGE.png {base}/v1/classify,"
+        )
+        assert "map" not in body["detail"]
+        expect_problem(client.get(f"{base}/v1/nothing"), 404, f"{base}/docs", f"{base}/openapi.json")
+        assert client.get(f"{base}/docs").status_code == 200
+
+
+def test_a_parameter_that_is_no_such_value(client: httpx.Client) -> None:
+    expect_problem(client.post("/v1/detect?map=yes!", files={"image": PNG}), 422, "query parameter map:", "/docs")
+
+
 def test_a_bug_is_not_shown(client: httpx.Client) -> None:
     asked = [client.post("/broken/v1/classify", files=files) for files in ({"image": PNG}, {"image": PNG, "mask": PNG})]
     for answer in (*asked, client.get("/broken/v1/model")):
