@@ -198,6 +198,42 @@ def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: A
     trial.suggest_categorical("transform.centring", CENTRINGS)
 
 
+def without_fields(space: ModuleType, fields: Collection[str]) -> ModuleType:
+    """A space that leaves these fields, or groups of them ("transform"), as the configuration has them."""
+    if not fields:
+        return space
+    first = [{k: v for k, v in point.items() if not _is_of(k, fields)} for point in getattr(space, "FIRST", ())]
+    reduced = ModuleType(space.__name__)
+    vars(reduced).update(
+        METHOD=space.METHOD,
+        FIRST=[point for n, point in enumerate(first) if point and point not in first[:n]],
+        space=partial(_vary_others, space.space, tuple(fields)),
+    )
+    return reduced
+
+
+def _is_of(name: str, fields: Collection[str]) -> bool:
+    return any(name == field or name.startswith(f"{field}.") for field in fields)
+
+
+def _vary_others(vary: Callable[[Any], None], fields: Collection[str], trial: Any) -> None:
+    vary(_Others(trial, fields))
+
+
+@dataclass(frozen=True, slots=True)
+class _Others:
+    """A trial to which some fields are not suggested."""
+
+    trial: Any
+    fields: Collection[str]
+
+    def __getattr__(self, name: str) -> Any:
+        suggest = getattr(self.trial, name)
+        if not name.startswith("suggest_"):
+            return suggest
+        return lambda field, *args, **kwargs: None if _is_of(field, self.fields) else suggest(field, *args, **kwargs)
+
+
 def candidates(
     base: RunConfig,
     space: ModuleType,
@@ -205,7 +241,6 @@ def candidates(
     seed: int,
     *,
     first: Sequence[Mapping[str, Any]] = (),
-    fixed: Collection[str] = (),
 ) -> tuple[RunConfig, ...]:
     """`trials` different configurations of a method, at least one: the base, first points, then a Latin hypercube.
 
@@ -216,15 +251,11 @@ def candidates(
     Args:
         space: module with `space(trial)`, whose parameters are dotted fields of RunConfig, and maybe FIRST.
         first: points to try before the space's FIRST.
-        fixed: fields, or groups of them ("transform"), that stay as the base has them, whatever the space says.
     """
     configs = [base]
 
-    def is_free(name: str) -> bool:
-        return not any(name == field or name.startswith(f"{field}.") for field in fixed)
-
     def add(point: Mapping[str, Any]) -> None:
-        config = override(base, {k: v for k, v in point.items() if is_free(k)})
+        config = override(base, dict(point))
         if len(configs) < trials and config not in configs:
             configs.append(config)
 
@@ -236,7 +267,7 @@ def candidates(
     optuna.logging.set_verbosity(verbosity)
     trial = study.ask()
     space.space(trial)
-    varied = {k: v for k, v in trial.distributions.items() if is_free(k)}
+    varied = trial.distributions
     rng = np.random.default_rng(seed)
     for _ in range(20 if varied else 0):  # points that are there already are made up for
         if len(configs) >= trials:

@@ -358,11 +358,12 @@ class PatchClassPredictor(ClassPredictor):
 def segmentation_of(found: UInt8[np.ndarray, "H W"], names: Sequence[str]) -> Segmentation:
     """The answer to a map of classes, 0 for none: map, shares, regions and label are of the same pixels."""
     classes = np.zeros_like(found)
-    for number in range(1, len(names) + 1):
+    shown = [number for number in range(1, len(names) + 1) if (found == number).any()]  # most images show few classes
+    for number in shown:
         classes[without_specks(found == number)] = number
     regions = [
-        ClassRegion(polygon=outline, area=area, label=name)
-        for number, name in enumerate(names, 1)
+        ClassRegion(polygon=outline, area=area, label=names[number - 1])
+        for number in shown
         for outline, area in regions_of(classes == number)
     ]
     shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig, candidates, choose, stratified, usual_copies
+from hypdefect.evaluation import RunConfig, candidates, choose, stratified, usual_copies, without_fields
 from hypdefect.families import few_shot
 from hypdefect.families.episodes import first_support
 from hypdefect.families.few_shot import MetaStart, Reported, Setting, twin
@@ -58,15 +58,24 @@ def test_the_base_and_the_first_points_are_tried_before_others() -> None:
     assert candidates(base, space, 3, seed=0, first=[{"support_copies": 1}])[1] == replace(base, support_copies=1)
 
 
-def test_a_group_that_is_fixed_stays_and_the_others_are_tried_no_less_evenly() -> None:
+def test_fields_left_out_stay_and_the_others_are_tried_no_less_evenly() -> None:
     def space(trial: optuna.Trial) -> None:
         trial.suggest_categorical("transform.whitening", [None, 0.1])
         trial.suggest_float("method.noise_scale", 0.0, 1.0)
 
     module = ModuleType("space")
-    vars(module).update(space=space, FIRST=[{"transform.whitening": 0.1}])
+    scale = {"method.noise_scale": 0.5}
+    first = [
+        {"transform.whitening": 0.1},
+        {"transform.whitening": None, **scale},
+        {"transform.whitening": 0.1, **scale},
+    ]
+    vars(module).update(METHOD="hypdfs", space=space, FIRST=first)
     base = RunConfig()
-    found = candidates(base, module, 9, seed=0, fixed=("transform",))
+    assert without_fields(module, ()) is module
+    assert [scale] == without_fields(module, ("transform",)).FIRST
+    module.FIRST = []
+    found = candidates(base, without_fields(module, ("transform",)), 9, seed=0)
     assert {c.transform for c in found} == {base.transform}
     assert sorted(int(8 * c.method.noise_scale) for c in found[1:]) == list(range(8))
 

@@ -22,7 +22,17 @@ from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, calib
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.tune import SearchConfig, finished, search
 from hypdefect.errors import ConfigError, HypdefectError
-from hypdefect.evaluation import TWIN, RunConfig, Scored, Selected, TrialResult, choose, metric_name, with_parts
+from hypdefect.evaluation import (
+    TWIN,
+    RunConfig,
+    Scored,
+    Selected,
+    TrialResult,
+    choose,
+    metric_name,
+    with_parts,
+    without_fields,
+)
 from hypdefect.families import Family, get_family
 from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
@@ -213,7 +223,7 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     if not plan.imported:
         check(home(), job.model or plan.model_name, job.alias)
     if start is None:  # what was learned belongs to the parts it was trained on
-        space = with_parts(space, plan.searched_parts)
+        space = without_fields(with_parts(space, plan.searched_parts), plan.idle_fields)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
     fitting, reported = family.load(plan, home())

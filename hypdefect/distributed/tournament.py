@@ -22,7 +22,7 @@ from hypdefect.distributed.extract import fill
 from hypdefect.distributed.predicted_masks import Masks, with_masks
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts
+from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts, without_fields
 from hypdefect.families import few_shot, few_shot_patches
 from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
@@ -274,8 +274,8 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        space = with_parts(spaces(name), plan.searched_parts)
-        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed, fixed=plan.idle_fields)))
+        space = without_fields(with_parts(spaces(name), plan.searched_parts), plan.idle_fields)
+        rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
         method = (job.meta.train.method if learned else job.method) if name == "hypdfs" else None
@@ -286,15 +286,9 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
             features="meta",
             support_copies=job.support_copies,
         )
-        space = spaces("hypdfs_meta" if learned else name)
-        tried = candidates(
-            base,
-            space,
-            job.trials,
-            job.seed,
-            first=[{"features": "plain"}],
-            fixed=("transform", *plan.idle_fields),  # the projection was trained behind one transform
-        )
+        fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
+        space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
+        tried = candidates(base, space, job.trials, job.seed, first=[{"features": "plain"}])
         rows.append(Entrant(candidates=tried))
     return rows
 

@@ -117,9 +117,8 @@ class TaskPlan(Plan):
 
     @property
     def idle_fields(self) -> tuple[str, ...]:
-        """Fields of a run that change nothing of this task's features: trials of a comparison do not vary them."""
         idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
-        idle += [] if self.key.shape_dims else ["transform.shape_weight"]
+        idle += [] if self.key.shape_dims and self.uses_mask else ["transform.shape_weight"]
         return (*idle, "method.prototype_scale" if self.prompts else "method.text_share")  # text stands for prototypes
 
     def provenance(self) -> dict[str, object]:

@@ -119,6 +119,11 @@ class Plan(ABC):
         return self.num_parts if self.imported else 1
 
     @property
+    def idle_fields(self) -> tuple[str, ...]:
+        """Fields of a run that change nothing of this task's features: trials do not vary them."""
+        return ()
+
+    @property
     def prompts(self) -> list[str]:
         """Texts whose features the task needs beside those of images."""
         return []

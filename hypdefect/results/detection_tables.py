@@ -108,7 +108,7 @@ def detector_tasks(table: pa.Table, label: str = "") -> list[DetectorTask]:
             task = task.filter(pc.equal(task[name], value))
         main, curve = (task.filter(pc.equal(task["study"], study)) for study in ("main", "curvature"))
         if len(main) and label in ("", key[0]):
-            found.append(DetectorTask(*key, main, curve if len(curve) else None))
+            found.append(DetectorTask(*map(str, key), main, curve if len(curve) else None))
     return found
 
 

@@ -538,8 +538,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="idle-trials",
         file="hypdefect/distributed/tournament.py",
-        old="fixed=plan.idle_fields",
-        new="fixed=()",
+        old="plan.searched_parts), plan.idle_fields)",
+        new="plan.searched_parts), ())",
         tests=("tests/data/test_imported.py",),
         breaks="trials vary what changes nothing of the task's features",
     ),
