@@ -102,13 +102,13 @@ def detector_tasks(table: pa.Table, label: str = "") -> list[DetectorTask]:
     rows = ledger.latest(table.filter(pc.equal(table["family"], "detection")))
     keys = ("label", "dataset", "split", "backbone")
     found = []
-    for key in dict.fromkeys(zip(*(rows[k].to_pylist() for k in keys), strict=True)):
-        task = rows
-        for name, value in zip(keys, key, strict=True):
+    for values in dict.fromkeys(zip(*(rows[k].to_pylist() for k in keys), strict=True)):
+        task, key = rows, dict(zip(keys, values, strict=True))
+        for name, value in key.items():
             task = task.filter(pc.equal(task[name], value))
         main, curve = (task.filter(pc.equal(task["study"], study)) for study in ("main", "curvature"))
-        if len(main) and label in ("", key[0]):
-            found.append(DetectorTask(*map(str, key), main, curve if len(curve) else None))
+        if len(main) and label in ("", key["label"]):
+            found.append(DetectorTask(**key, main=main, curve=curve if len(curve) else None))
     return found
 
 
