@@ -28,6 +28,7 @@ from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.networks import Trained, train_networks
 from hypdefect.distributed.pseudo import meta_train, pretrain, worth
+from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import detection, few_shot, few_shot_patches, segmentation
 from hypdefect.families.amc_training import AMCTrainConfig, PretrainConfig
@@ -155,6 +156,8 @@ JOBS: dict[str, type[Any]] = {
 def main() -> None:
     configure_logging()
     job, options = parse_one_of("method", JOBS, TrainJob, __doc__)
+    if isinstance(job, TrainJob | TrainAMCJob) and job.check_episodes < 1:
+        raise ConfigError(f"--check-episodes must be at least 1, got {job.check_episodes}")
     if isinstance(job, DetectorJob):
         train_detector(job, options)
     elif isinstance(job, SegmenterJob):

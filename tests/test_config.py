@@ -498,3 +498,10 @@ def test_every_method_that_is_trained_has_a_job_of_its_own() -> None:
         if name != "amc":
             assert isinstance(job, train.DetectorJob | train.SegmenterJob)  # which decides how it is trained
             assert type(getattr(job, name)) is get_method(name).config
+
+
+@pytest.mark.parametrize("method", ["hypdfs", "amc"])
+def test_what_is_trained_is_checked_on_one_episode_at_least(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--method", method, "--check-episodes", "0"])
+    with pytest.raises(ConfigError, match="--check-episodes must be at least 1, got 0"):
+        train.main()

@@ -60,6 +60,8 @@ class ReproduceDetectorsConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.partitions < 1 or self.draws < 1:
+            raise ConfigError("reproduce needs --partitions >= 1 and --draws >= 1")
         for name in self.datasets:
             get_dataset(name)
         if odd := sorted(self.roots.keys() - set(self.datasets)):

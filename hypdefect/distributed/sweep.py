@@ -67,7 +67,7 @@ class SweepConfig:
     episodes: int = 24
     """Validation episodes of a full trial, drawn inside the support pool."""
     rungs: int = 4
-    """A trial may be stopped after each of this many shares of its episodes."""
+    """A trial may be stopped after the first, third, ninth and so on of this many shares of its episodes."""
     finalists: int = 3
     """The best full trials are compared with the defaults on as many fresh validation episodes; the defaults are left
     only for a gain beyond one standard error."""

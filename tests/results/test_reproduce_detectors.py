@@ -45,3 +45,5 @@ def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
         reproduce_detectors(config, get_space)
     with pytest.raises(ConfigError, match="--roots names mvtec_fs, which --datasets does not"):
         ReproduceDetectorsConfig(roots={"mvtec_fs": tmp_path})
+    with pytest.raises(ConfigError, match="--partitions >= 1 and --draws >= 1"):
+        ReproduceDetectorsConfig(draws=0)
