@@ -386,7 +386,8 @@ def test_unknown_routes_and_methods(client: httpx.Client) -> None:
 
 def test_remedies_name_addresses_that_exist(client: httpx.Client) -> None:
     """Also where an application lies below a route of its own."""
-    for base in (str(client.base_url).rstrip("/"), f"{client.base_url}broken"):
+    host = str(client.base_url).rstrip("/")
+    for base in (host, f"{host}/broken"):
         body = expect_problem(
             client.post(f"{base}/v1/classify?map=1"), 400, f"curl -F image=@IMAGE.png {base}/v1/classify,"
         )
