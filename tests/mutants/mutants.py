@@ -543,4 +543,28 @@ MUTANTS: tuple[Mutant, ...] = (
         tests=("tests/data/test_imported.py",),
         breaks="trials vary what changes nothing of the task's features",
     ),
+    Mutant(
+        name="idle-trials-of-sweeps",
+        file="hypdefect/distributed/sweep.py",
+        old="plan.searched_parts), plan.idle_fields)",
+        new="plan.searched_parts), ())",
+        tests=("tests/ray/test_search.py",),
+        breaks="a sweep's trials vary what changes nothing of the task's features",
+    ),
+    Mutant(
+        name="official-normals",
+        file="hypdefect/families/few_shot.py",
+        old='and (partition.kind != "official" or row["split"] == "train")',
+        new="and True",
+        tests=("tests/families/test_few_shot.py",),
+        breaks="good parts of an official test are learned from",
+    ),
+    Mutant(
+        name="moved-alias",
+        file="cluster/local.py",
+        old='meant["version"] = entry.version',
+        new="pass",
+        tests=("tests/cluster/test_head.py",),
+        breaks="make serve goes on with the version that an alias stood for before",
+    ),
 )

@@ -25,12 +25,13 @@ import tune_spaces
 from hypdefect.config import override, to_mapping
 from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.evaluate import validate
-from hypdefect.distributed.sweep import Choice, named, running, select
+from hypdefect.distributed.sweep import Choice, named, running, select, sweep
 from hypdefect.distributed.tune import SearchConfig, default_point, finished, search, storage
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import RunConfig, TrialResult, with_parts
 from hypdefect.families import few_shot, get_family
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.features.imported import import_features
 from hypdefect.files import write_json
 from hypdefect.types import VIEWS
 from jobs.sweep import SweepJob
@@ -353,6 +354,18 @@ def test_what_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         named(replace(asked, name="a", k_shot=3))
     with pytest.raises(ConfigError, match=r"no unfinished sweep of 'folder' .*; b was started with other settings"):
         named(replace(asked, k_shot=3))
+
+
+def test_a_sweep_varies_nothing_that_changes_nothing(ray_local: Any, hypdefect_home: Path, tmp_path: Path) -> None:
+    """Imported features have no normals, by which whitening is fitted, and no shape of a region."""
+    labels = np.repeat(["a", "b"], 20)
+    features = np.random.default_rng(0).normal(size=(40, 6)) + (labels == "b")[:, None]
+    np.savez(tmp_path / "plain.npz", features=features, labels=labels)
+    import_features([tmp_path / "plain.npz"], hypdefect_home)
+    settings = {"trials": 3, "episodes": 2, "rungs": 1, "finalists": 1, "draws": 2, "workers": 1}
+    job = SweepJob(dataset="imported:plain", space="prototype", k_shot=1, name="plain", **settings)
+    result = sweep(named(job), tune_spaces.get_space("prototype"), RunConfig(name="prototype"))
+    assert [set(trial.params) for trial in result.trials] == [{"support_copies", "method.metric"}] * 3
 
 
 @pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
