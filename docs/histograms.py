@@ -34,7 +34,7 @@ def describe(image: np.ndarray) -> np.ndarray:
 def main(out: str) -> None:
     root = default_root()
     assert root is not None, "elpv-dataset is not installed"
-    rng, features, labels = np.random.default_rng(0), [], []
+    rng, features, labels, ids = np.random.default_rng(0), [], [], []
     for name, cells in groupby(sorted(scan(root), key=lambda row: (row.defect, row.path)), key=lambda row: row.defect):
         own = list(cells)
         for i in sorted(rng.choice(len(own), 200, replace=False)):
@@ -42,7 +42,8 @@ def main(out: str) -> None:
             views = (grey, np.rot90(grey), np.rot90(grey, 2), grey[:, ::-1])
             features.append([describe(view) for view in views])
             labels.append(name)
-    np.savez(out, features=np.asarray(features, dtype=np.float32), labels=np.asarray(labels))
+            ids.append(own[i].path.name)
+    np.savez(out, features=np.asarray(features, dtype=np.float32), labels=np.asarray(labels), ids=np.asarray(ids))
 
 
 if __name__ == "__main__":

@@ -120,8 +120,7 @@ def import_features(paths: Sequence[Path], home: Path, name: str = "") -> Import
     copies = views if views > 1 else 0
     rows: list[dict[str, Any]] = []
     there = store.rows()
-    for path, digest, file in zip(paths, digests, files, strict=True):
-        image_ids = [hashlib.sha256(f"{digest}:{i}".encode()).hexdigest() for i in range(len(file.labels))]
+    for path, file, image_ids in zip(paths, files, _image_ids(files), strict=True):
         _store(store, image_ids, file.features, copies, there)
         split = _split_of(path) if len(paths) > 1 else ""
         for i, image_id in enumerate(image_ids):
@@ -149,6 +148,20 @@ def import_features(paths: Sequence[Path], home: Path, name: str = "") -> Import
     record = {"key": to_mapping(key), "copies": copies, "files": [str(path.absolute()) for path in paths]}
     write_json(folder / f"{name}.json", record)
     return Imported(name, manifest, key, copies)
+
+
+def _image_ids(files: Sequence[FeatureFile]) -> list[list[str]]:
+    """By file, an id of each row: of its own id, or of where it stands where the files do not tell all rows apart.
+
+    Not of its features: those that another backbone computes of the same images are parted in the same way.
+    """
+    given = [name for file in files for name in file.ids]
+    distinct = all(given) and len(set(given)) == len(given)
+    places = [
+        [file.ids[i] if distinct else f"{number}:{i}" for i in range(len(file.labels))]
+        for number, file in enumerate(files)
+    ]
+    return [[hashlib.sha256(place.encode()).hexdigest() for place in of_file] for of_file in places]
 
 
 def read_import(dataset: str, home: Path) -> Imported:

@@ -222,6 +222,26 @@ def test_missing_groups_are_none_and_whole_numbers_stay_whole(tmp_path: Path) ->
     assert list(npz.labels) == labels
 
 
+@pytest.mark.parametrize("ids", ["own", "none", "twice"])
+def test_features_of_the_same_images_are_parted_alike(ids: str, tmp_path: Path) -> None:
+    """Whatever computed them; by the rows' own ids in any order, else by where they stand."""
+    features, labels = values(views=1, parts=1)
+    names = [f"{i}.png" if ids == "own" else "a.png" for i in range(len(labels))]
+    for number, name in enumerate(("clip", "dino")):
+        order = slice(None, None, -1 if number and ids == "own" else 1)
+        given = {} if ids == "none" else {"ids": names[order]}
+        np.savez(tmp_path / f"{name}.npz", features=features[order, 0, 0] * (1 + number), labels=labels[order], **given)
+        import_features([tmp_path / f"{name}.npz"], tmp_path)
+    sides = []
+    for name in ("clip", "dino"):
+        imported = read_import(f"imported:{name}", tmp_path)
+        rows = {row["image_id"]: row["uri"].split("#")[1] for row in imported.manifest.to_pylist()}
+        plan = few_shot.plan(TaskConfig(dataset=f"imported:{name}", k_shot=1), imported.manifest, imported)
+        sides.append([sorted(rows[i] for i in plan.partition.pool), sorted(rows[i] for i in plan.partition.query)])
+        assert len(rows) == len(labels)
+    assert sides[0] == sides[1]
+
+
 def bad(tmp_path: Path, kind: str) -> Path:
     features, labels = values(views=1, parts=1)
     rows: list[Any] = [{"x": torch.tensor(f), "label": label} for f, label in zip(features, labels, strict=True)]
