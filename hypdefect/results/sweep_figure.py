@@ -47,10 +47,16 @@ def _history(axes: Axes, trials: Sequence[TrialResult], metric: str) -> None:
     most = max(t.rungs for t in ordered)
     full = [t for t in ordered if t.rungs == most]
     stopped = [t for t in ordered if t.rungs < most]
-    axes.scatter([t.number for t in stopped], [100 * t.value for t in stopped], s=16, c=GREY, label="stopped early")
-    axes.scatter([t.number for t in full], [100 * t.value for t in full], s=22, c=BLUE, label="all episodes")
+    axes.scatter(
+        [t.number for t in stopped],
+        [100 * t.value for t in stopped],
+        s=16,
+        c=GREY,
+        label="stopped early: mean of its first episodes",
+    )
+    axes.scatter([t.number for t in full], [100 * t.value for t in full], s=22, c=BLUE, label="mean of all episodes")
     best = np.maximum.accumulate([100 * t.value for t in full])
-    axes.step([t.number for t in full], best, where="post", color=ORANGE, label="best so far")
+    axes.step([t.number for t in full], best, where="post", color=ORANGE, label="best of all episodes so far")
     values = [100 * t.value for t in ordered]
     low = max(min(values), np.quantile(values, 0.5) - 4 * (max(values) - np.quantile(values, 0.5)) - 1)
     axes.set_ylim(low - 0.5, max(values) + 0.5)
