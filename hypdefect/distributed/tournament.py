@@ -59,7 +59,7 @@ class EvaluateConfig(TaskConfig):
     trials: int = 8
     """Configurations tried of every method, its defaults first, which are left only for a gain beyond one standard
     error; 0: the defaults, without validation."""
-    episodes: int = 12
+    episodes: int = 24
     """Validation episodes of a trial, drawn inside the support pool."""
     seed: int = 0
     transform: TransformConfig = TransformConfig()
