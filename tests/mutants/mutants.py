@@ -38,8 +38,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="resumed-trials",
         file="hypdefect/distributed/sweep.py",
-        old="trials=max(stored.trials or TRIALS, job.trials or 1)",
-        new="trials=job.trials or TRIALS",
+        old="trials = max(stored.trials or TRIALS, job.trials or 1)",
+        new="trials = job.trials or TRIALS",
         tests=("tests/ray/test_search.py",),
         breaks="--resume forgets how many trials were asked for",
     ),
