@@ -384,7 +384,7 @@ def ingested(
         known = json.loads(note.read_text())
         if Path(known["manifest"]).is_file():
             return Ingested(read_manifest(Path(known["manifest"])), Path(known["manifest"]), True, known["quarantined"])
-    if _was_audited(card, folder, home):
+    if not card.always_audit and _was_audited(card, folder, home):
         logger.warning(
             "%s: its audit was of other files, or channels, and its groups are not used; audit it again: "
             "python jobs/ingest.py --dataset %s%s --audit",

@@ -23,7 +23,7 @@ from hypdefect.families.detection import DetectionPlan, TaskConfig
 from hypdefect.families.plan import manifest_of
 from hypdefect.features.imported import is_imported
 from hypdefect.files import home
-from hypdefect.methods import METHODS, get_method, methods_of
+from hypdefect.methods import METHODS, each_once, get_method, methods_of
 from hypdefect.progress import progress
 from hypdefect.results import ledger
 from hypdefect.results.sections import CURVATURE, MAIN
@@ -68,8 +68,7 @@ class EvaluateDetectorsConfig(TaskConfig):
     @property
     def names(self) -> tuple[str, ...]:
         """Every method once."""
-        named = [methods_of("detection") if name == "all" else (name,) for name in self.methods]
-        return tuple(dict.fromkeys(name for group in named for name in group))
+        return each_once(self.methods, methods_of("detection"))
 
 
 def evaluate_detectors(job: EvaluateDetectorsConfig, spaces: Callable[[str], ModuleType]) -> list[Path]:

@@ -17,7 +17,7 @@ from hypdefect.errors import ConfigError
 from hypdefect.evaluation import Scored, usual_copies
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import TaskConfig, TaskPlan
-from hypdefect.families.plan import manifest_of
+from hypdefect.families.plan import data_of
 from hypdefect.features.imported import is_imported, read_import
 from hypdefect.files import home
 from hypdefect.progress import progress
@@ -94,8 +94,7 @@ def _run_dataset(config: ReproduceConfig, dataset: str, experiments: Sequence[Ex
         max_normals=config.max_normals,
         recipe=config.recipe,
     )
-    imported = read_import(dataset, home()) if is_imported(dataset) else None
-    manifest = imported.manifest if imported else manifest_of(base)
+    manifest, imported = data_of(base)
     products = sorted(set(manifest["product"].to_pylist()))
     measured.products[dataset] = len(products)
     for backbone in dict.fromkeys(experiment.backbone for experiment in experiments):

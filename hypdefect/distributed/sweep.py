@@ -223,7 +223,8 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     if not plan.imported:
         check(home(), job.model or plan.model_name, job.alias)
     if start is None:  # what was learned belongs to the parts it was trained on
-        space = without_fields(with_parts(space, plan.searched_parts), plan.idle_fields)
+        space = with_parts(space, plan.searched_parts)
+    space = without_fields(space, plan.idle_fields)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
     fitting, reported = family.load(plan, home())

@@ -32,7 +32,7 @@ from hypdefect.families.starts import load_start
 from hypdefect.features.imported import is_imported
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home
-from hypdefect.methods import get_method, methods_of
+from hypdefect.methods import each_once, get_method, methods_of
 from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.progress import progress
 from hypdefect.results import ledger
@@ -99,8 +99,7 @@ class EvaluateConfig(TaskConfig):
         """Every method once."""
         families = FAMILIES[:1] if is_imported(self.dataset) else FAMILIES
         everything = [name for family in families for name in methods_of(family)]
-        named = [everything if name == "all" else [name] for name in self.methods]
-        return tuple(dict.fromkeys(name for group in named for name in group))
+        return each_once(self.methods, everything)
 
     def of_family(self, family: str) -> tuple[str, ...]:
         return tuple(name for name in self.names if get_method(name).family == family)

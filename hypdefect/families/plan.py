@@ -207,11 +207,20 @@ def prepare(family: Any, config: DataConfig) -> Any:
     Raises:
         ConfigError, DataError: as ingestion, and as the family's `plan`.
     """
-    if not is_imported(config.dataset):
-        return family.plan(config, manifest_of(config))
-    imported = read_import(config.dataset, home())
-    logger.info("%s: %d images, features imported", config.dataset, imported.manifest.num_rows)
-    return family.plan(config, imported.manifest, imported)
+    return family.plan(config, *data_of(config))
+
+
+def data_of(config: DataConfig) -> tuple[pa.Table, Imported | None]:
+    """The manifest of an image set, or that of imported features, and these.
+
+    Raises:
+        ConfigError, DataError: as ingestion. ArtifactError: as `read_import`.
+    """
+    if is_imported(config.dataset):
+        imported = read_import(config.dataset, home())
+        logger.info("%s: %d images, features imported", config.dataset, imported.manifest.num_rows)
+        return imported.manifest, imported
+    return manifest_of(config), None
 
 
 def manifest_of(config: DataConfig) -> pa.Table:

@@ -5,6 +5,7 @@
 
 import importlib
 import os
+from collections.abc import Iterable
 from typing import Any
 
 from hypdefect.errors import ConfigError
@@ -63,6 +64,12 @@ def get_method(name: str) -> Method:
 def methods_of(family: str) -> tuple[str, ...]:
     """The names of a family's methods."""
     return tuple(name for name, method in METHODS.items() if method.family == family)
+
+
+def each_once(names: Iterable[str], everything: Iterable[str]) -> tuple[str, ...]:
+    """Methods as a user names them, each once; `all` stands for everything."""
+    named = [[*everything] if name == "all" else [name] for name in names]
+    return tuple(dict.fromkeys(name for group in named for name in group))
 
 
 def build(name: str, config: Any, dim: int) -> Any:

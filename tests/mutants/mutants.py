@@ -546,8 +546,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="idle-trials-of-sweeps",
         file="hypdefect/distributed/sweep.py",
-        old="plan.searched_parts), plan.idle_fields)",
-        new="plan.searched_parts), ())",
+        old="without_fields(space, plan.idle_fields)",
+        new="space",
         tests=("tests/ray/test_search.py",),
         breaks="a sweep's trials vary what changes nothing of the task's features",
     ),
