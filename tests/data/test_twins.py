@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from jobs.ingest import main
 from tests.data.test_ingest_job import run
 from tests.data.test_partition import table
 from tests.tiny_dataset import make_folder_tree
+from tests.trees import make_neu_seg_tree
 
 REDUCTION = 1.5
 
@@ -241,6 +243,15 @@ def test_an_audit_that_no_longer_holds_is_said(tmp_path: Path, caplog: pytest.Lo
     min(root.rglob("*.png")).unlink()
     assert not ingested("folder", root, home).cached
     assert f"python jobs/ingest.py --dataset folder --root {root} --audit" in caplog.text
+
+
+def test_an_audit_of_each_reading_holds_always(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    root, home = make_neu_seg_tree(tmp_path / "neu", per_class=4), tmp_path / "home"
+    first = ingested("neu_seg", root, home)
+    note_manifest("neu_seg", root, home, first.path, 0)
+    os.utime(min(root.rglob("*.jpg")), ns=(0, 0))
+    assert not ingested("neu_seg", root, home).cached
+    assert "audit it again" not in caplog.text
 
 
 @pytest.mark.parametrize("argv", [["--describe"], ["--describe", "all"]])
