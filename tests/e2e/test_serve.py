@@ -454,6 +454,19 @@ def test_a_version_that_is_given_is_loaded_wherever_the_alias_is(home: Path) -> 
     assert Model("drawn@champion", str(home), 1).model.model_dump() == {"name": "drawn", "version": 1, "alias": None}
 
 
+def test_a_version_that_is_deployed_answers(client: httpx.Client, home: Path) -> None:
+    from ray import serve
+
+    from serve import app
+
+    args = {"model": "drawn@champion", "version": 1, "home": str(home), "num_cpus": 0.1}
+    serve.run(app.build_app(args), name="old", route_prefix="/old")
+    try:
+        assert client.get("/old/v1/model").json()["model"] == {"name": "drawn", "version": 1, "alias": None}
+    finally:
+        serve.delete("old")
+
+
 @pytest.mark.parametrize("change", [{"modle": "a@b"}, {"max_upload_mb": "20"}, {"max_upload_mb": 0}, {"model": None}])
 def test_args_are_strict(change: dict[str, Any]) -> None:
     from serve.app import build_app
