@@ -10,12 +10,12 @@ from typing import Any, Literal
 import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
-from torch import Tensor
 
 from hypdefect.config import from_mapping, override
 from hypdefect.errors import ConfigError
 from hypdefect.features.transform import CENTRINGS, TransformConfig, part_choices
 from hypdefect.methods import build, get_method
+from hypdefect.methods.blended import BlendedClassifier
 from hypdefect.methods.centred import CentredClassifier
 from hypdefect.methods.tempered import TemperedClassifier
 from hypdefect.types import FewShotClassifier
@@ -44,6 +44,9 @@ class RunConfig:
     """Start from meta-trained weights where a job was given some; without, from scratch."""
     temperature: float = 1.0
     """Divides the logits of whatever method; fitted for likelihood on validation problems (`Family.calibrated`)."""
+    blend: tuple["RunConfig", ...] = ()
+    """Configurations of the same method whose logits are summed (`methods.blended`), each with its own temperature and
+    copies; the other fields are then those of the first, which counts most."""
 
     def __post_init__(self) -> None:
         config = get_method(self.name).config
@@ -53,18 +56,34 @@ class RunConfig:
             raise ConfigError(f"support_copies must not be negative, got {self.support_copies}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
+        if any(member.name != self.name or member.blend or member.support_copies is None for member in self.blend):
+            raise ConfigError(
+                f"a blend holds configurations of {self.name}, each with its support_copies, and no blends"
+            )
 
     def copies(self, k_shot: int) -> int:
-        """Augmented copies of each support image at K."""
+        """Augmented copies of each support image at K; of a blend, the most that a member wants."""
+        if self.blend:
+            return max(member.copies(k_shot) for member in self.blend)
         return usual_copies(k_shot) if self.support_copies is None else self.support_copies
 
-    def model(self, dim: int, weights: Mapping[str, Tensor] | None = None) -> Any:
+    def model(self, dim: int | Sequence[int], weights: Any = None) -> Any:
         """A fresh model for features of `dim` numbers a view, from trained starting weights where given.
+
+        Args:
+            dim: of a blend, the numbers a view of each member. weights: of a blend, those of each member, None for
+                one that starts from scratch.
 
         Raises:
             ConfigError: the method has none to start from, or they are those of another configuration; a temperature
                 of a method that has no logits of classes.
         """
+        if self.blend:
+            assert not isinstance(dim, int)
+            given = [None] * len(self.blend) if weights is None else weights
+            members = [member.model(*own) for member, *own in zip(self.blend, dim, given, strict=True)]
+            return BlendedClassifier(members, dim, [member.copies(0) for member in self.blend])
+        assert isinstance(dim, int)
         model = build(self.name, self.method, dim)
         if weights is not None and self.pretrained:
             if not hasattr(model, "start_from"):

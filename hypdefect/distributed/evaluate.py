@@ -18,12 +18,14 @@ import torch
 from hypdefect.config import digest
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, choose
-from hypdefect.families import get_family
+from hypdefect.families import BlendingFamily, get_family
 from hypdefect.methods import get_method
 
 Progress = Callable[[int, int], None]
 CHUNK = 5
 """Draws of one Ray task."""
+FINALISTS = 3
+"""Trials that meet the defaults on fresh validation problems."""
 
 
 def _transform(fitting: Any, run: RunConfig, start: Any) -> tuple[Any, Any]:
@@ -66,10 +68,34 @@ def _calibrate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start
     return run, time.process_time() - begun
 
 
+def _settle(
+    runs: Sequence[RunConfig], setting: Any, numbers: range, start: Any, *fittings: Any
+) -> tuple[RunConfig, list[float], float]:
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    family = _blending(runs[0])
+    assert family is not None
+    found, scores = family.settle(runs, fittings, setting, numbers, start)
+    return found, scores, time.process_time() - begun
+
+
+def _beside(run: RunConfig, *data: Any) -> Any:
+    family = _blending(run)
+    assert family is not None
+    return family.beside(data)
+
+
+def _blending(run: RunConfig) -> BlendingFamily | None:
+    """The run's family where its configurations can be blended."""
+    family = get_family(run.name)
+    return family if isinstance(family, BlendingFamily) else None
+
+
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
 _TRANSFORM = ray.remote(_transform).options(num_returns=2)
 _TRANSFORM_REPORTED, _SCORE = ray.remote(_transform_reported), ray.remote(_score)
-_VALIDATE, _CALIBRATE = ray.remote(_validate), ray.remote(_calibrate)
+_VALIDATE, _CALIBRATE, _SETTLE = ray.remote(_validate), ray.remote(_calibrate), ray.remote(_settle)
+_BESIDE = ray.remote(_beside)
 
 
 class SharedFeatures:
@@ -80,13 +106,26 @@ class SharedFeatures:
         self.raw: ray.ObjectRef = ray.put(fitting)
         self.made: dict[Any, Any] = {}
 
-    def of(self, run: RunConfig) -> tuple[ray.ObjectRef, ray.ObjectRef]:
-        """What may be looked at as the run sees it, and the transform."""
-        key = (get_method(run.name).family, run.transform, run.features)
+    def of(self, run: RunConfig) -> ray.ObjectRef:
+        """What may be looked at as the run sees it."""
+        key = seen_by(run)
         if key not in self.made:
-            self.made[key] = _TRANSFORM.remote(self.raw, run, self.start)
-        fitting, transform = self.made[key]
-        return fitting, transform
+            if run.blend:
+                self.made[key] = _BESIDE.remote(run, *map(self.of, run.blend)), None
+            else:
+                made: Any = _TRANSFORM.remote(self.raw, run, self.start)
+                self.made[key] = made
+        return self.made[key][0]
+
+    def transform_of(self, run: RunConfig) -> ray.ObjectRef:
+        """The transform of a run that is no blend."""
+        self.of(run)
+        return self.made[seen_by(run)][1]
+
+
+def seen_by(run: RunConfig) -> Any:
+    """What tells the features of two runs apart."""
+    return tuple(map(seen_by, run.blend)) or (get_method(run.name).family, run.transform, run.features)
 
 
 class SharedReported:
@@ -95,7 +134,17 @@ class SharedReported:
     def __init__(self, reported: Any, features: SharedFeatures) -> None:
         self.features = features
         self.raw: ray.ObjectRef = ray.put(reported)
-        self.made: dict[ray.ObjectRef, ray.ObjectRef] = {}
+        self.made: dict[Any, ray.ObjectRef] = {}
+
+    def of(self, run: RunConfig) -> ray.ObjectRef:
+        """The reported images as the run sees them."""
+        key = seen_by(run)
+        if key not in self.made:
+            if run.blend:
+                self.made[key] = _BESIDE.remote(run, *map(self.of, run.blend))
+            else:
+                self.made[key] = _TRANSFORM_REPORTED.remote(self.raw, run, self.features.transform_of(run))
+        return self.made[key]
 
     def draws(
         self, run: RunConfig, setting: Any, draws: int, start: ray.ObjectRef | None = None
@@ -105,12 +154,10 @@ class SharedReported:
         Args:
             start: what training gave to this run, where it is not what the features have; it changes no transform.
         """
-        fitting, transform = self.features.of(run)
-        if transform not in self.made:
-            self.made[transform] = _TRANSFORM_REPORTED.remote(self.raw, run, transform)
+        fitting, reported = self.features.of(run), self.of(run)
         chunks = [range(first, min(first + CHUNK, draws)) for first in range(0, draws, CHUNK)]
         start = self.features.start if start is None else start
-        return [_SCORE.remote(fitting, self.made[transform], run, setting, numbers, start) for numbers in chunks]
+        return [_SCORE.remote(fitting, reported, run, setting, numbers, start) for numbers in chunks]
 
 
 def validate(
@@ -118,7 +165,7 @@ def validate(
 ) -> list[list[float]]:
     """Validation scores of each configuration on the same problems."""
     features = SharedFeatures(fitting, start)
-    waiting = [_VALIDATE.remote(features.of(run)[0], run, setting, numbers, features.start) for run in runs]
+    waiting = [_VALIDATE.remote(features.of(run), run, setting, numbers, features.start) for run in runs]
     return [scores for scores, _ in ray.get(waiting)]
 
 
@@ -127,7 +174,7 @@ def calibrate(
 ) -> list[RunConfig]:
     """Each configuration at its own temperature, fitted on these validation problems; as it is where it fails there."""
     features = SharedFeatures(fitting, start)
-    waiting = [_CALIBRATE.remote(features.of(run)[0], run, setting, numbers, features.start) for run in runs]
+    waiting = [_CALIBRATE.remote(features.of(run), run, setting, numbers, features.start) for run in runs]
     return [run for run, _ in ray.get(waiting)]
 
 
@@ -159,9 +206,11 @@ def select(
 ) -> list[Selected]:
     """Choose a configuration of every entrant at every K on validation problems; each choice is followed by its twin.
 
-    All entrants see the same problems. The first candidate, the defaults, is left only for a gain beyond one standard
-    error (`evaluation.choose`); a configuration that fails numerically scores 0. Then each choice and each twin gets
-    the temperature at which its answers to these problems are likeliest.
+    All entrants see the same problems. Where a family blends, the defaults and the FINALISTS best of the others meet on
+    twice as many fresh problems, and what is taken is their blend (`BlendingFamily.settle`). Elsewhere the best counts.
+    The first candidate, the defaults, is left only for a gain beyond one standard error (`evaluation.choose`); a
+    configuration that fails numerically scores 0. Choices and twins have the temperatures at which their answers are
+    likeliest: to the fresh problems, elsewhere to all.
 
     Args:
         settings: of each K.
@@ -170,62 +219,105 @@ def select(
         twins: also give the c = 0 twin of each choice whose method has one and whose entrant is no variant itself.
     """
     jobs = [(k_shot, entrant) for k_shot in settings for entrant in entrants]
+    total = num_tasks(entrants, episodes, twins=twins)
+    done = 0
+
+    def gathered(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, Any]:
+        nonlocal done
+        before = done
+        done += len(references)
+        return _gathered(references, progress and (lambda now, _: progress(before + now, total)))
+
     trials: dict[ray.ObjectRef, tuple[int, Entrant, RunConfig]] = {}
     for k_shot, entrant in jobs:
-        for run in entrant.candidates if episodes[k_shot] else ():
-            reference = _VALIDATE.remote(
-                features.of(run)[0], run, settings[k_shot], range(episodes[k_shot]), features.start
-            )
+        for run in entrant.candidates if _is_tried(entrant, episodes[k_shot]) else ():
+            numbers = range(episodes[k_shot])
+            reference = _VALIDATE.remote(features.of(run), run, settings[k_shot], numbers, features.start)
             trials[reference] = (k_shot, entrant, run)
-    total = num_tasks(entrants, episodes, twins=twins)
-    validated = _gathered(list(trials), progress and (lambda done, _: progress(done, total)))
+    validated = gathered(list(trials))
+    results = [
+        [(run, *validated[r]) for r, (k, e, run) in trials.items() if k == k_shot and e is entrant]
+        for k_shot, entrant in jobs
+    ]
+    finals: dict[int, ray.ObjectRef] = {}
+    for place, ((k_shot, entrant), tried) in enumerate(zip(jobs, results, strict=True)):
+        if _is_blended(entrant, episodes[k_shot]):
+            runs = finalists(entrant.candidates, [scores for _, scores, _ in tried])
+            seen = [features.of(run) for run in runs]
+            numbers = settling(episodes[k_shot])
+            finals[place] = _SETTLE.remote(runs, settings[k_shot], numbers, features.start, *seen)
+    settled = gathered(list(finals.values()))
     selected: list[Selected] = []
-    for k_shot, entrant in jobs:
-        results = [(run, *validated[r]) for r, (k, e, run) in trials.items() if k == k_shot and e is entrant]
-        position = choose([scores for _, scores, _ in results]) if results else 0
+    settled_here: set[int] = set()
+    for place, ((k_shot, entrant), tried) in enumerate(zip(jobs, results, strict=True)):
+        seconds = sum((seconds for *_, seconds in tried), 0.0)
+        if place in finals:
+            config, scores, more = settled[finals[place]]
+            seconds += more
+            settled_here.add(len(selected))
+        else:
+            position = choose([scores for _, scores, _ in tried]) if tried else 0
+            config, scores = entrant.candidates[position], tried[position][1] if tried else [math.nan]
         choice = Selected(
-            config=entrant.candidates[position],
+            config=config,
             features=entrant.features,
             variant=entrant.variant,
             k_shot=k_shot,
-            validation=float(np.mean(results[position][1])) if results else math.nan,
-            seconds=sum((seconds for *_, seconds in results), 0.0),
+            validation=float(np.mean(scores)),
+            seconds=seconds,
         )
         selected.append(choice)
         if twins and has_twin(entrant):
-            twin = get_family(choice.config.name).twin(
-                choice.config, ray.get(features.of(choice.config)[0]), ray.get(features.start)
-            )
+            twin = get_family(config.name).twin(config, ray.get(features.of(config)), ray.get(features.start))
             assert twin is not None
-            selected.append(
-                Selected(
-                    config=twin,
-                    features=entrant.features,
-                    variant=TWIN,
-                    k_shot=k_shot,
-                    validation=math.nan,
-                    seconds=0.0,
-                )
-            )
+            selected.append(replace(choice, config=twin, variant=TWIN, validation=math.nan, seconds=0.0))
     fits = {
         place: _CALIBRATE.remote(
-            features.of(one.config)[0], one.config, settings[one.k_shot], range(episodes[one.k_shot]), features.start
+            features.of(one.config),
+            one.config,
+            settings[one.k_shot],
+            settling(episodes[one.k_shot]) if _blending(one.config) else range(episodes[one.k_shot]),
+            features.start,
         )
         for place, one in enumerate(selected)
-        if episodes[one.k_shot]
+        if episodes[one.k_shot] and place not in settled_here
     }
-    calibrated = _gathered(list(fits.values()), progress and (lambda done, _: progress(len(trials) + done, total)))
+    calibrated = gathered(list(fits.values()))
     for place, fit in fits.items():
         config, seconds = calibrated[fit]
         selected[place] = replace(selected[place], config=config, seconds=selected[place].seconds + seconds)
     return selected
 
 
+def finalists(candidates: Sequence[RunConfig], scores: Sequence[Sequence[float]]) -> list[RunConfig]:
+    """The defaults and the FINALISTS best of the others by mean score; none that failed."""
+    means = [float(np.mean(own)) for own in scores]
+    others = sorted((n for n in range(1, len(means)) if means[n]), key=lambda n: -means[n])
+    return [candidates[0], *(candidates[n] for n in others[:FINALISTS])]
+
+
+def settling(episodes: int) -> range:
+    """The problems on which finalists meet: twice as many, and none of those that chose them."""
+    return range(episodes, 3 * episodes)
+
+
+def _is_blended(entrant: Entrant, episodes: int) -> bool:
+    return episodes > 0 and _blending(entrant.candidates[0]) is not None
+
+
+def _is_tried(entrant: Entrant, episodes: int) -> bool:
+    """Whether trials decide anything: a single candidate of a family that blends has nothing to be compared with."""
+    return episodes > 0 and (len(entrant.candidates) > 1 or not _is_blended(entrant, episodes))
+
+
 def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
-    """Tasks of `select`: a trial of each candidate and a temperature of each choice and twin, at each K."""
-    trials = sum(len(entrant.candidates) for entrant in entrants)
+    """Tasks of `select` at all K: trials, and what settles or calibrates each choice and each twin."""
     rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
-    return sum(n > 0 for n in episodes.values()) * (trials + rows)
+    return sum(
+        rows + sum(len(entrant.candidates) for entrant in entrants if _is_tried(entrant, n))
+        for n in episodes.values()
+        if n > 0
+    )
 
 
 def has_twin(entrant: Entrant) -> bool:

@@ -6,7 +6,7 @@ image that is reported on.
 """
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -94,6 +94,21 @@ class Family(Protocol):
 
     def score(self, run: RunConfig, fitting: Any, reported: Any, setting: Any, number: int, start: Any) -> Score:
         """`fit`, and every reported image scored once."""
+        ...
+
+
+@runtime_checkable
+class BlendingFamily(Family, Protocol):
+    """A family whose configurations can answer together: `RunConfig.blend`."""
+
+    def settle(
+        self, runs: Sequence[RunConfig], fittings: Sequence[Any], setting: Any, numbers: range, start: Any
+    ) -> tuple[RunConfig, list[float]]:
+        """Of a few finalists, the defaults first, what is taken of them, and its score on each validation problem."""
+        ...
+
+    def beside(self, data: Sequence[Any]) -> Any:
+        """The same transformed data as the members of a blend see them, side by side."""
         ...
 
 

@@ -5,12 +5,13 @@
 Shapes: W ways (classes), D numbers a view.
 """
 
+import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +22,24 @@ from torch import Tensor
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
 from hypdefect.datasets.split import Partition, check_task, make_partition, task_classes
-from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig, Score, usual_copies
+from hypdefect.errors import ConfigError, DataError, NumericsError
+from hypdefect.evaluation import RunConfig, Score, choose, usual_copies
 from hypdefect.families.episodes import LabelledFeatures, build_episode, draw_support, first_support, sample_episode
 from hypdefect.families.plan import DataConfig, Plan, image_requests, of_product, shuffled, task_label
 from hypdefect.features.imported import Imported, card_of
 from hypdefect.features.prompts import TEMPLATE, has_text_tower, load_prompts, prompts_of
 from hypdefect.features.spec import FeatureTable, ImageRequest
 from hypdefect.features.store import FeatureStore
-from hypdefect.features.transform import CENTRINGS, FEWEST_NORMALS, FeatureTransform, TransformConfig, part_choices
+from hypdefect.features.transform import (
+    CENTRINGS,
+    FEWEST_NORMALS,
+    FeatureTransform,
+    SideBySide,
+    TransformConfig,
+    part_choices,
+)
 from hypdefect.methods import get_method
+from hypdefect.methods.blended import fitted_weights
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.metrics import calibration_error, chance_calibration_error
@@ -141,11 +150,13 @@ class Fitting:
     shape_dims: int = 0
     uri_of: Mapping[str, str] = field(default_factory=dict)
     """Where each image of the pool lies."""
+    widths: tuple[int, ...] = ()
+    """Numbers a view of each member of a blend, whose features stand side by side."""
 
     @property
-    def dim(self) -> int:
-        """D."""
-        return self.pool.dim
+    def dim(self) -> int | tuple[int, ...]:
+        """D; of a blend, that of each member."""
+        return self.widths or self.pool.dim
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -186,8 +197,10 @@ class MetaStart:
     mean: dict[str, Tensor] = field(default_factory=dict)
     """Of each projected view, `[D]`: what is subtracted before it."""
 
-    def weights(self, run: RunConfig) -> dict[str, Tensor] | None:
-        """The starting weights of a configuration, None where it starts from scratch."""
+    def weights(self, run: RunConfig) -> Any:
+        """The starting weights of a configuration, None where it starts from scratch; of a blend, those of each."""
+        if run.blend:
+            return [self.weights(member) for member in run.blend]
         fits = run.features == ("meta" if self.projection else "plain")
         return self.core if self.core and fits and run.pretrained and run.name == self.method else None
 
@@ -317,8 +330,14 @@ def read(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:
     return fitting, Reported(queries=labelled(plan.partition.query))
 
 
-def transform_of(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> FeatureTransform:
+def transform_of(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> FeatureTransform | SideBySide:
     """The transform of a run, fitted on the normals; on meta-trained features with the projection behind it."""
+    if run.blend:
+        return SideBySide.of([_transform_of(member, fitting, start) for member in run.blend])
+    return _transform_of(run, fitting, start)
+
+
+def _transform_of(run: RunConfig, fitting: Fitting, start: MetaStart | None) -> FeatureTransform:
     transform = FeatureTransform.fit(fitting.normals, fitting.block_dims, run.transform, fitting.shape_dims)
     if run.features == "meta" and start is not None:
         transform = transform.projected(start.projection, start.mean)
@@ -326,11 +345,15 @@ def transform_of(run: RunConfig, fitting: Fitting, start: MetaStart | None = Non
 
 
 @overload
-def transformed(data: Fitting, transform: FeatureTransform) -> Fitting: ...
+def transformed(data: Fitting, transform: FeatureTransform | SideBySide) -> Fitting: ...
 @overload
-def transformed(data: Reported, transform: FeatureTransform) -> Reported: ...
-def transformed(data: Fitting | Reported, transform: FeatureTransform) -> Fitting | Reported:
+def transformed(data: Reported, transform: FeatureTransform | SideBySide) -> Reported: ...
+def transformed(data: Fitting | Reported, transform: FeatureTransform | SideBySide) -> Fitting | Reported:
     """The same images with transformed features; normals are not needed behind a transform."""
+    if isinstance(transform, SideBySide):
+        if isinstance(data, Reported):
+            return beside([transformed(data, member) for member in transform.members])
+        return beside([transformed(data, member) for member in transform.members])
     if isinstance(data, Reported):
         return Reported(queries=_behind(data.queries, transform))
     return replace(data, pool=_behind(data.pool, transform), normals=None)
@@ -339,6 +362,36 @@ def transformed(data: Fitting | Reported, transform: FeatureTransform) -> Fittin
 def _behind(features: LabelledFeatures, transform: FeatureTransform) -> LabelledFeatures:
     text = None if features.text is None else transform.text(torch.from_numpy(features.text)).numpy()
     return replace(features, table=transform.table(features.table), text=text)
+
+
+D = TypeVar("D", Fitting, Reported)
+
+
+def beside(data: Sequence[D]) -> D:
+    """The same images as the members of a blend see them: their transformed features side by side."""
+    if isinstance(data[0], Reported):
+        return replace(data[0], queries=_beside([one.queries for one in data]))
+    pools = [one.pool for one in data]
+    return replace(data[0], pool=_beside(pools), widths=tuple(pool.dim for pool in pools))
+
+
+def _beside(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
+    first = parts[0]
+    views = {view: np.concatenate([one.table.views[view] for one in parts], -1) for view in first.table.views}
+    text = None if first.text is None else np.concatenate([one.text for one in parts if one.text is not None], 1)
+    return replace(first, table=replace(first.table, views=views), text=text)
+
+
+def _apart(fitting: Fitting) -> list[Fitting]:
+    """What each member sees of features side by side."""
+    stops = np.cumsum(fitting.widths)
+    pools = []
+    for start, stop in zip(stops - fitting.widths, stops, strict=True):
+        table, text = fitting.pool.table, fitting.pool.text
+        views = {view: x[..., start:stop] for view, x in table.views.items()}
+        text = None if text is None else text[:, 2 * start : 2 * stop]
+        pools.append(replace(fitting.pool, table=replace(table, views=views), text=text))
+    return [replace(fitting, pool=pool, widths=()) for pool in pools]
 
 
 def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
@@ -367,11 +420,15 @@ def twin(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> Ru
     flat_twin = get_method(run.name).flat_twin
     if flat_twin is None:
         return None
+    if run.blend:
+        twins = [twin(member, seen, start) for member, seen in zip(run.blend, _apart(fitting), strict=True)]
+        members = tuple(one for one in twins if one is not None)
+        return replace(members[0], temperature=1.0, blend=members)
     batch = fitting.pool.batch(np.arange(len(fitting.pool)))
     if run.transform.centring == "supports":  # the pool lies round its mean as a task's rows round theirs
         batch = centred(batch, row_means(batch))
     weights = start.weights(run) if start else None
-    return replace(run, method=flat_twin(run.method, fitting.dim, batch, weights))
+    return replace(run, method=flat_twin(run.method, fitting.pool.dim, batch, weights))
 
 
 def validation_scores(
@@ -379,7 +436,7 @@ def validation_scores(
 ) -> Iterator[float]:
     """Query accuracy of each validation episode, all of them drawn inside the support pool."""
     for logits, labels in _validated(run, fitting, setting, numbers, start):
-        yield float((logits.argmax(1) == labels).double().mean())
+        yield _accuracy(logits, labels)
 
 
 def _validated(
@@ -402,8 +459,86 @@ def calibrated(
     Raises:
         NumericsError: logits that are not finite.
     """
-    episodes = list(_validated(replace(run, temperature=1.0), fitting, setting, numbers, start))
-    return replace(run, temperature=fitted_temperature(episodes))
+    if run.blend:
+        answers = [
+            _answers(member, seen, setting, numbers, start)
+            for member, seen in zip(run.blend, _apart(fitting), strict=True)
+        ]
+        return _blend_of(run.blend, setting.k_shot, answers)
+    return replace(run, temperature=fitted_temperature(_answers(run, fitting, setting, numbers, start)))
+
+
+def settle(
+    runs: Sequence[RunConfig],
+    fittings: Sequence[Fitting],
+    setting: Setting,
+    numbers: range,
+    start: MetaStart | None = None,
+) -> tuple[RunConfig, list[float]]:
+    """Of a few finalists, the defaults first: their blend, unless it does not beat the defaults by a standard error.
+
+    The gain is measured on episodes that did not fit the weights: those of every other episode are fitted on the rest.
+    What is taken then gets its weights, or its temperature, from all of them.
+
+    Args:
+        fittings: what each run sees, behind its transform.
+
+    Returns:
+        The configuration, and its query accuracy on each episode (0: it fails numerically).
+    """
+    answers: dict[int, list[Answer]] = {}
+    for place, (run, seen) in enumerate(zip(runs, fittings, strict=True)):
+        with contextlib.suppress(NumericsError):  # such a finalist takes no part
+            found = _answers(run, seen, setting, numbers, start)
+            fitted_temperature(found)
+            answers[place] = found
+    if not answers:
+        return runs[0], [0.0] * len(numbers)
+    usual = [_accuracy(*one) for one in answers[0]] if 0 in answers else [0.0] * len(numbers)
+    together = _stacked(list(answers.values()))
+    blended = usual
+    if len(numbers) > 1 and list(answers) != [0]:
+        folds = [fitted_weights(together[1 - first :: 2]) for first in (0, 1)]
+        blended = [_accuracy(_sum(folds[n % 2], logits), labels) for n, (logits, labels) in enumerate(together)]
+    if choose([usual, blended]) == 0:
+        return calibrated(runs[0], fittings[0], setting, numbers, start) if 0 in answers else runs[0], usual
+    return _blend_of([runs[place] for place in answers], setting.k_shot, list(answers.values())), blended
+
+
+Answer = tuple[Tensor, Tensor]
+"""Logits `[Q W]` and labels `[Q]` of a validation episode."""
+
+
+def _answers(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None
+) -> list[Answer]:
+    """Of a run without its temperature."""
+    return list(_validated(replace(run, temperature=1.0), fitting, setting, numbers, start))
+
+
+def _blend_of(runs: Sequence[RunConfig], k_shot: int, answers: Sequence[list[Answer]]) -> RunConfig:
+    """The blend whose answers are likeliest; where one run has all the weight, that run at its temperature."""
+    weights = fitted_weights(_stacked(answers))
+    shares = [w * fitted_temperature(own) for w, own in zip(weights, answers, strict=True)]
+    order = sorted((m for m, weight in enumerate(weights) if weight), key=lambda m: -shares[m])
+    members = [replace(runs[m], temperature=1 / weights[m]) for m in order]
+    if len(members) == 1:
+        return members[0]
+    members = [replace(member, support_copies=member.copies(k_shot)) for member in members]
+    return replace(members[0], temperature=1.0, blend=tuple(members))
+
+
+def _stacked(answers: Sequence[list[Answer]]) -> list[Answer]:
+    """Of each episode, logits `[M Q W]` of all members."""
+    return [(torch.stack([logits for logits, _ in own]), own[0][1]) for own in zip(*answers, strict=True)]
+
+
+def _sum(weights: Sequence[float], logits: Tensor) -> Tensor:
+    return torch.tensordot(torch.tensor(weights, dtype=torch.float64), logits.double(), 1)
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return float((logits.argmax(1) == labels).double().mean())
 
 
 def supports_of(fitting: Fitting, setting: Setting, number: int) -> np.ndarray:

@@ -253,3 +253,42 @@ class FeatureTransform:
             views={k: v.numpy() for k, v in views.items()},
             shape_dims=self.shape_dims,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Several transforms of the same stored features: what each makes of a row, side by side, for a blend's members.
+
+    `tensors` holds those of each as "NUMBER/NAME".
+    """
+
+    block_dims: tuple[int, ...]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, transforms: Sequence[FeatureTransform]) -> "SideBySide":
+        tensors = {f"{n}/{name}": x for n, one in enumerate(transforms) for name, x in one.tensors.items()}
+        return cls(transforms[0].block_dims, tensors | {"members": torch.tensor(len(transforms))})
+
+    @property
+    def members(self) -> list[FeatureTransform]:
+        starts = [f"{n}/" for n in range(int(self.tensors["members"]))]
+        return [
+            FeatureTransform(
+                self.block_dims, {k.removeprefix(s): x for k, x in self.tensors.items() if k.startswith(s)}
+            )
+            for s in starts
+        ]
+
+    @property
+    def shape_dims(self) -> int:
+        return self.members[0].shape_dims
+
+    @property
+    def dim(self) -> tuple[int, ...]:
+        """Length of a transformed row of one view, of each member."""
+        return tuple(member.dim for member in self.members)
+
+    def __call__(self, views: Mapping[str, Float[Tensor, "N D"]]) -> dict[str, Float[Tensor, "N d"]]:
+        made = [member(views) for member in self.members]
+        return {view: torch.cat([one[view] for one in made], 1) for view in views}
