@@ -188,26 +188,31 @@ def choose(scores: Sequence[Sequence[float]]) -> int:
     return best if gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)) else 0
 
 
-def with_parts(space: ModuleType, num_parts: int) -> ModuleType:
+def with_parts(space: ModuleType, num_parts: int, whitened: bool = False) -> ModuleType:
     """A space that also varies which parts of a feature count and whether rows are centred on the supports.
 
-    Its FIRST points are centred rows of all parts and of each alone, then the space's own: imported features often
-    come without normals, where whitening does nothing. Features of a single part leave a space as it is.
+    Its FIRST points are centred rows of each part alone, without normals those of all parts before, then the space's
+    own. Features of a single part leave a space as it is.
 
     Args:
-        num_parts: parts to choose from (`Plan.searched_parts`).
+        num_parts: parts to choose from. whitened: there are normals, which rows are centred on and whitened by.
     """
     if num_parts < 2:
         return space
     choices = part_choices(num_parts)
-    centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
     extended = ModuleType(space.__name__)
     vars(extended).update(
         METHOD=space.METHOD,
-        FIRST=[*centred, *getattr(space, "FIRST", ())],
+        FIRST=[*centred_parts(num_parts, whitened), *getattr(space, "FIRST", ())],
         space=partial(_vary_parts, space.space, choices),  # no closure: Ray Tune pickles it by name
     )
     return extended
+
+
+def centred_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
+    """The first points of `with_parts`."""
+    choices = part_choices(num_parts)[whitened:]
+    return [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
 
 
 def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: Any) -> None:

@@ -22,7 +22,16 @@ from hypdefect.distributed.extract import fill
 from hypdefect.distributed.predicted_masks import Masks, with_masks
 from hypdefect.distributed.pseudo import meta_train
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import Entrant, RunConfig, Scored, candidates, usual_copies, with_parts, without_fields
+from hypdefect.evaluation import (
+    Entrant,
+    RunConfig,
+    Scored,
+    candidates,
+    centred_parts,
+    usual_copies,
+    with_parts,
+    without_fields,
+)
 from hypdefect.families import few_shot, few_shot_patches
 from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig, TaskPlan
@@ -266,15 +275,16 @@ def start_of(fitting: Fitting, plan: TaskPlan, job: EvaluateConfig) -> MetaStart
 def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan: TaskPlan) -> list[Entrant]:
     """Every method on plain features and, where there are any, on meta-trained ones, with the same number of trials.
 
-    Fields that change nothing of the task's features are not tried. Of the trials on meta-trained features at least one
-    has plain ones: whether to use what was learned is chosen with the rest, on the support pool.
+    Fields that change nothing of the task's features are not tried. Of the trials on meta-trained features the first
+    have plain ones, all parts and each alone: what was learned is used as far as it helps on the support pool.
     """
     names = job.of_family("few_shot")
+    whitened = "transform.whitening" not in plan.idle_fields
     rows = []
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        space = without_fields(with_parts(spaces(name), plan.searched_parts), plan.idle_fields)
+        space = without_fields(with_parts(spaces(name), plan.num_parts, whitened), plan.idle_fields)
         rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
@@ -288,7 +298,9 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
         )
         fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
         space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
-        tried = candidates(base, space, job.trials, job.seed, first=[{"features": "plain"}])
+        parts = centred_parts(plan.num_parts, whitened=True) if plan.num_parts > 1 else []
+        plain = [{"features": "plain"} | point for point in ({}, *parts)]
+        tried = candidates(base, space, job.trials, job.seed, first=plain)
         rows.append(Entrant(candidates=tried))
     return rows
 
