@@ -29,7 +29,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families import get_family
 from hypdefect.features.backbones import get_backbone, without_weights
 from hypdefect.features.extract import EXTRACTOR_VERSION, Extractor, RecipeConfig, dims_of, extractor_for
-from hypdefect.features.transform import FeatureTransform
+from hypdefect.features.transform import FeatureTransform, SideBySide
 from hypdefect.files import write_json
 from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
@@ -133,7 +133,7 @@ def save_model(
     *,
     run_config: RunConfig,
     model: Published,
-    transform: FeatureTransform,
+    transform: FeatureTransform | SideBySide,
     backbone: str,
     recipe: RecipeConfig,
     uses_mask: bool,
@@ -196,7 +196,7 @@ class Predictor(ABC):
         self,
         card: ModelCard,
         extractor: Extractor,
-        transform: FeatureTransform,
+        transform: FeatureTransform | SideBySide,
         model: Any,
         entry: ModelEntry | None = None,
     ) -> None:
@@ -227,7 +227,8 @@ class Predictor(ABC):
             tensors = load_file(_tensors(folder))
         except (OSError, SafetensorError) as error:
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
-        transform = kind.transform_type(card.block_dims, _below("transform.", tensors))
+        transform_type = SideBySide if card.run.blend else kind.transform_type
+        transform: Any = transform_type(card.block_dims, _below("transform.", tensors))
         given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
         if given != expected:
             raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
@@ -243,8 +244,8 @@ class Predictor(ABC):
         return predictor
 
     @staticmethod
-    def size_of(card: ModelCard, transform: FeatureTransform) -> int:
-        """What the method is built with: numbers a view; of segmenters, classes."""
+    def size_of(card: ModelCard, transform: FeatureTransform | SideBySide) -> int | tuple[int, ...]:
+        """What the method is built with: numbers a view, of each member of a blend; of segmenters, classes."""
         return transform.dim
 
     @abstractmethod
@@ -383,7 +384,7 @@ class SegmentationPredictor(Predictor):
         return segmentation_of(class_map(logits, (image.shape[0], image.shape[1])), self.card.class_names)
 
     @staticmethod
-    def size_of(card: ModelCard, transform: FeatureTransform) -> int:
+    def size_of(card: ModelCard, transform: FeatureTransform | SideBySide) -> int:
         return len(card.class_names)
 
     def check(self, folder: Path) -> None:

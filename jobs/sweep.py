@@ -9,7 +9,8 @@ python jobs/sweep.py --task detection --dataset mtd: is a tile good, and where n
 python jobs/sweep.py --task segmentation --dataset neu_seg: which pixels are which defect? Learned from masks
 
 Selection sees only episodes drawn inside the support pool: the best trials meet the defaults again on fresh ones, and
-win only by more than one standard error of the paired difference. The temperature of the logits is fitted on the same.
+what is taken is their blend, if it beats the defaults by more than one standard error of the paired difference. How
+much each trial counts, and how sure the answers are, is fitted on the same.
 The queries are scored once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
 """
 
@@ -115,7 +116,7 @@ def main() -> None:
 
 def show(result: Sweep, job: Any, dashboard: str) -> None:
     plan = result.plan
-    table_console(width=200).print(trial_table(result.trials, result.choice.trial))
+    table_console(width=200).print(trial_table(result.trials, result.choice.trials))
     if job.task == "detection":
         images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} draws"

@@ -24,8 +24,6 @@ from hypdefect.methods import get_method
 Progress = Callable[[int, int], None]
 CHUNK = 5
 """Draws of one Ray task."""
-FINALISTS = 3
-"""Trials that meet the defaults on fresh validation problems."""
 
 
 def _transform(fitting: Any, run: RunConfig, start: Any) -> tuple[Any, Any]:
@@ -68,15 +66,27 @@ def _calibrate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start
     return run, time.process_time() - begun
 
 
+def _answer(fitting: Any, run: RunConfig, setting: Any, numbers: range, start: Any) -> tuple[list[Any] | None, float]:
+    torch.set_num_threads(1)
+    begun = time.process_time()
+    family = _blending(run)
+    assert family is not None
+    try:
+        found = family.answers(run, fitting, setting, numbers, start)
+    except NumericsError:
+        found = None
+    return found, time.process_time() - begun
+
+
 def _settle(
-    runs: Sequence[RunConfig], setting: Any, numbers: range, start: Any, *fittings: Any
+    runs: Sequence[RunConfig], setting: Any, *answered: tuple[list[Any] | None, float]
 ) -> tuple[RunConfig, list[float], float]:
     torch.set_num_threads(1)
     begun = time.process_time()
     family = _blending(runs[0])
     assert family is not None
-    found, scores = family.settle(runs, fittings, setting, numbers, start)
-    return found, scores, time.process_time() - begun
+    found, scores = family.settle(runs, [own for own, _ in answered], setting)
+    return found, scores, time.process_time() - begun + sum(seconds for _, seconds in answered)
 
 
 def _beside(run: RunConfig, *data: Any) -> Any:
@@ -94,8 +104,8 @@ def _blending(run: RunConfig) -> BlendingFamily | None:
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
 _TRANSFORM = ray.remote(_transform).options(num_returns=2)
 _TRANSFORM_REPORTED, _SCORE = ray.remote(_transform_reported), ray.remote(_score)
-_VALIDATE, _CALIBRATE, _SETTLE = ray.remote(_validate), ray.remote(_calibrate), ray.remote(_settle)
-_BESIDE = ray.remote(_beside)
+_VALIDATE, _CALIBRATE, _BESIDE = ray.remote(_validate), ray.remote(_calibrate), ray.remote(_beside)
+_ANSWER, _SETTLE = ray.remote(_answer), ray.remote(_settle)
 
 
 class SharedFeatures:
@@ -178,6 +188,20 @@ def calibrate(
     return [run for run, _ in ray.get(waiting)]
 
 
+def settle(
+    fitting: Any, groups: Sequence[Sequence[RunConfig]], setting: Any, numbers: range, start: Any = None
+) -> list[tuple[RunConfig, list[float]]]:
+    """Of each group of candidates what is taken, and its scores on these validation problems (`BlendingFamily`)."""
+    features = SharedFeatures(fitting, start)
+    waiting = [
+        _SETTLE.remote(
+            runs, setting, *(_ANSWER.remote(features.of(run), run, setting, numbers, features.start) for run in runs)
+        )
+        for runs in groups
+    ]
+    return [(run, scores) for run, scores, _ in ray.get(waiting)]
+
+
 def evaluate(
     fitting: Any,
     reported: Any,
@@ -206,11 +230,10 @@ def select(
 ) -> list[Selected]:
     """Choose a configuration of every entrant at every K on validation problems; each choice is followed by its twin.
 
-    All entrants see the same problems. Where a family blends, the defaults and the FINALISTS best of the others meet on
-    twice as many fresh problems, and what is taken is their blend (`BlendingFamily.settle`). Elsewhere the best counts.
-    The first candidate, the defaults, is left only for a gain beyond one standard error (`evaluation.choose`); a
-    configuration that fails numerically scores 0. Choices and twins have the temperatures at which their answers are
-    likeliest: to the fresh problems, elsewhere to all.
+    All entrants see the same problems. Where a family blends, the candidates are (`BlendingFamily.settle`); elsewhere
+    the best is taken. The first candidate, the defaults, is left only for a gain beyond one standard error
+    (`evaluation.choose`); a configuration that fails numerically scores 0 and is in no blend. Each choice and each twin
+    has the temperatures at which its answers to these problems are likeliest.
 
     Args:
         settings: of each K.
@@ -220,44 +243,33 @@ def select(
     """
     jobs = [(k_shot, entrant) for k_shot in settings for entrant in entrants]
     total = num_tasks(entrants, episodes, twins=twins)
-    done = 0
-
-    def gathered(references: Sequence[ray.ObjectRef]) -> dict[ray.ObjectRef, Any]:
-        nonlocal done
-        before = done
-        done += len(references)
-        return _gathered(references, progress and (lambda now, _: progress(before + now, total)))
-
-    trials: dict[ray.ObjectRef, tuple[int, Entrant, RunConfig]] = {}
-    for k_shot, entrant in jobs:
-        for run in entrant.candidates if _is_tried(entrant, episodes[k_shot]) else ():
-            numbers = range(episodes[k_shot])
-            reference = _VALIDATE.remote(features.of(run), run, settings[k_shot], numbers, features.start)
-            trials[reference] = (k_shot, entrant, run)
-    validated = gathered(list(trials))
-    results = [
-        [(run, *validated[r]) for r, (k, e, run) in trials.items() if k == k_shot and e is entrant]
-        for k_shot, entrant in jobs
-    ]
-    finals: dict[int, ray.ObjectRef] = {}
-    for place, ((k_shot, entrant), tried) in enumerate(zip(jobs, results, strict=True)):
-        if _is_blended(entrant, episodes[k_shot]):
-            runs = finalists(entrant.candidates, [scores for _, scores, _ in tried])
-            seen = [features.of(run) for run in runs]
-            numbers = settling(episodes[k_shot])
-            finals[place] = _SETTLE.remote(runs, settings[k_shot], numbers, features.start, *seen)
-    settled = gathered(list(finals.values()))
+    trials: dict[int, list[ray.ObjectRef]] = {}
+    for place, (k_shot, entrant) in enumerate(jobs):
+        if episodes[k_shot]:
+            task = _ANSWER if _blending(entrant.candidates[0]) else _VALIDATE
+            trials[place] = [
+                task.remote(features.of(run), run, settings[k_shot], range(episodes[k_shot]), features.start)
+                for run in entrant.candidates
+            ]
+    references = [r for own in trials.values() for r in own]
+    _await(references, progress and (lambda done, _: progress(done, total)))
+    settled = {
+        place: _SETTLE.remote(jobs[place][1].candidates, settings[jobs[place][0]], *own)
+        for place, own in trials.items()
+        if _blending(jobs[place][1].candidates[0])
+    }
     selected: list[Selected] = []
-    settled_here: set[int] = set()
-    for place, ((k_shot, entrant), tried) in enumerate(zip(jobs, results, strict=True)):
-        seconds = sum((seconds for *_, seconds in tried), 0.0)
-        if place in finals:
-            config, scores, more = settled[finals[place]]
-            seconds += more
-            settled_here.add(len(selected))
-        else:
-            position = choose([scores for _, scores, _ in tried]) if tried else 0
-            config, scores = entrant.candidates[position], tried[position][1] if tried else [math.nan]
+    calibrated: set[int] = set()
+    for place, (k_shot, entrant) in enumerate(jobs):
+        config, scores, seconds = entrant.candidates[0], [math.nan], 0.0
+        if place in settled:
+            config, scores, seconds = ray.get(settled[place])
+            calibrated.add(len(selected))
+        elif place in trials:
+            results = ray.get(trials[place])
+            position = choose([own for own, _ in results])
+            config, scores = entrant.candidates[position], results[position][0]
+            seconds = sum(spent for _, spent in results)
         choice = Selected(
             config=config,
             features=entrant.features,
@@ -273,51 +285,24 @@ def select(
             selected.append(replace(choice, config=twin, variant=TWIN, validation=math.nan, seconds=0.0))
     fits = {
         place: _CALIBRATE.remote(
-            features.of(one.config),
-            one.config,
-            settings[one.k_shot],
-            settling(episodes[one.k_shot]) if _blending(one.config) else range(episodes[one.k_shot]),
-            features.start,
+            features.of(one.config), one.config, settings[one.k_shot], range(episodes[one.k_shot]), features.start
         )
         for place, one in enumerate(selected)
-        if episodes[one.k_shot] and place not in settled_here
+        if episodes[one.k_shot] and place not in calibrated
     }
-    calibrated = gathered(list(fits.values()))
+    _await(list(fits.values()), progress and (lambda done, _: progress(len(references) + done, total)))
     for place, fit in fits.items():
-        config, seconds = calibrated[fit]
+        config, seconds = ray.get(fit)
         selected[place] = replace(selected[place], config=config, seconds=selected[place].seconds + seconds)
     return selected
 
 
-def finalists(candidates: Sequence[RunConfig], scores: Sequence[Sequence[float]]) -> list[RunConfig]:
-    """The defaults and the FINALISTS best of the others by mean score; none that failed."""
-    means = [float(np.mean(own)) for own in scores]
-    others = sorted((n for n in range(1, len(means)) if means[n]), key=lambda n: -means[n])
-    return [candidates[0], *(candidates[n] for n in others[:FINALISTS])]
-
-
-def settling(episodes: int) -> range:
-    """The problems on which finalists meet: twice as many, and none of those that chose them."""
-    return range(episodes, 3 * episodes)
-
-
-def _is_blended(entrant: Entrant, episodes: int) -> bool:
-    return episodes > 0 and _blending(entrant.candidates[0]) is not None
-
-
-def _is_tried(entrant: Entrant, episodes: int) -> bool:
-    """Whether trials decide anything: a single candidate of a family that blends has nothing to be compared with."""
-    return episodes > 0 and (len(entrant.candidates) > 1 or not _is_blended(entrant, episodes))
-
-
 def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
-    """Tasks of `select` at all K: trials, and what settles or calibrates each choice and each twin."""
-    rows = len(entrants) + sum(twins and has_twin(entrant) for entrant in entrants)
-    return sum(
-        rows + sum(len(entrant.candidates) for entrant in entrants if _is_tried(entrant, n))
-        for n in episodes.values()
-        if n > 0
-    )
+    """Tasks of `select` at all K: a trial of each candidate, and a temperature of what no blend has given one."""
+    trials = sum(len(entrant.candidates) for entrant in entrants)
+    fits = sum(not _blending(entrant.candidates[0]) for entrant in entrants)
+    fits += sum(twins and has_twin(entrant) for entrant in entrants)
+    return sum(n > 0 for n in episodes.values()) * (trials + fits)
 
 
 def has_twin(entrant: Entrant) -> bool:
@@ -401,12 +386,15 @@ def compare(
 
 
 def _gathered(references: Sequence[ray.ObjectRef], progress: Progress | None) -> dict[ray.ObjectRef, Any]:
-    """The value of each reference, fetched as it comes."""
-    values: dict[ray.ObjectRef, Any] = {}
+    """The value of each reference."""
+    _await(references, progress)
+    return dict(zip(references, ray.get(list(references)), strict=True))
+
+
+def _await(references: Sequence[ray.ObjectRef], progress: Progress | None) -> None:
+    """Wait for tasks, and say how many are done."""
     waiting = list(references)
     while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=1)
-        values |= {r: ray.get(r) for r in ready}
+        _, waiting = ray.wait(waiting, num_returns=1)
         if progress is not None:
-            progress(len(values), len(references))
-    return values
+            progress(len(references) - len(waiting), len(references))

@@ -18,7 +18,14 @@ import pyarrow as pa
 
 from hypdefect.config import from_mapping, override, to_mapping
 from hypdefect.distributed.cluster import num_workers
-from hypdefect.distributed.evaluate import SharedFeatures, SharedReported, calibrate, score_selected, validate
+from hypdefect.distributed.evaluate import (
+    SharedFeatures,
+    SharedReported,
+    calibrate,
+    score_selected,
+    settle,
+    validate,
+)
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.tune import SearchConfig, finished, search
 from hypdefect.errors import ConfigError, HypdefectError
@@ -33,7 +40,7 @@ from hypdefect.evaluation import (
     with_parts,
     without_fields,
 )
-from hypdefect.families import Family, get_family
+from hypdefect.families import BlendingFamily, Family, get_family
 from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.families.segmentation import SegmentationPlan
@@ -68,8 +75,8 @@ class SweepConfig:
     """Validation episodes of a full trial, drawn inside the support pool."""
     rungs: int = 4
     """A trial may be stopped after the first, third, ninth and so on of this many shares of its episodes."""
-    finalists: int = 3
-    """The best full trials are compared with the defaults on as many fresh validation episodes; the defaults are left
+    finalists: int = 5
+    """The best full trials meet the defaults on as many fresh validation episodes; these are left, for a blend of all,
     only for a gain beyond one standard error."""
     draws: int = 20
     """Support draws of the final test."""
@@ -103,10 +110,10 @@ class SweepConfig:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What selection gives: the winning trial, its configuration, the one of the plain method, the winner's c = 0 twin
-    if it has one; each at a temperature of its own."""
+    """What selection gives: the trials that are taken, the one that counts most first, and what they make; the plain
+    method's configuration and the c = 0 twin, if there is one. Each has a temperature of its own."""
 
-    trial: TrialResult
+    trials: tuple[TrialResult, ...]
     run: RunConfig
     reference: RunConfig
     twin: RunConfig | None
@@ -295,10 +302,11 @@ def select(
     references: Sequence[RunConfig],
     start: Any,
 ) -> Choice:
-    """The winning trial and the reference, each by `evaluation.choose` on fresh validation episodes.
+    """What is taken of the trials and of the references, each settled on fresh validation episodes.
 
-    Finalists are trials that were never stopped early. The search's own scores do not count again: as the highest of
-    many they flatter whoever has them. On the same fresh episodes temperatures are fitted.
+    Where a family blends it is a blend (`BlendingFamily.settle`), elsewhere the best by `evaluation.choose`. Finalists
+    are trials that were never stopped early. The search's own scores do not count again: as the highest of many they
+    flatter whoever has them. On the same fresh episodes temperatures are fitted.
 
     Args:
         trials: best first. references: their defaults first.
@@ -316,12 +324,18 @@ def select(
     counts = (len(candidates) - 1, len(references), job.episodes)
     logger.info("selection: the defaults, %d finalists and %d references on %d fresh episodes", *counts)
     setting, numbers = family.setting(job), range(job.episodes, 2 * job.episodes)
-    scores = validate(fitting, [*candidates, *references], setting, numbers, start)
-    ours = choose(scores[: len(candidates)])
-    run, reference = candidates[ours], references[choose(scores[len(candidates) :])]
+    if isinstance(family, BlendingFamily):
+        (run, _), (reference, _) = settle(fitting, [candidates, references], setting, numbers, start)
+    else:
+        scores = validate(fitting, [*candidates, *references], setting, numbers, start)
+        run, reference = candidates[choose(scores[: len(candidates)])], references[choose(scores[len(candidates) :])]
+        run, reference = calibrate(fitting, [run, reference], setting, numbers, start)
     twin = family.twin(run, family.transformed(fitting, family.transform_of(run, fitting, start)), start)
-    found = calibrate(fitting, [run, reference, *([] if twin is None else [twin])], setting, numbers, start)
-    return Choice(finalists[ours], found[0], found[1], None if twin is None else found[2])
+    twins = [] if twin is None else calibrate(fitting, [twin], setting, numbers, start)
+    plain = [replace(one, temperature=1.0, support_copies=one.copies(setting.k_shot)) for one in candidates]
+    members = [replace(one, temperature=1.0, support_copies=one.copies(setting.k_shot)) for one in run.blend or (run,)]
+    taken = tuple(finalists[plain.index(member)] for member in members)
+    return Choice(taken, run, reference, twins[0] if twins else None)
 
 
 def score_choice(
@@ -379,7 +393,7 @@ def publish_model(
     level = f"test/{family.METRIC.partition('/')[2]}"
     provenance: dict[str, Any] = plan.provenance() | {
         "sweep": job.name,
-        "trial": choice.trial.number,
+        "trials": [trial.number for trial in choice.trials],
         "setting": to_mapping(setting),
         "fitted_on": list(family.fitted_on(fitting, setting, 0)),
         "metrics": {
@@ -450,7 +464,7 @@ def record(
         "sweep": job.name,
         "task": plan.provenance(),
         "trials": [asdict(t) for t in trials],
-        "selected_trial": choice.trial.number,
+        "selected_trials": [trial.number for trial in choice.trials],
         "selected": to_mapping(choice.run),
         "reference": to_mapping(choice.reference),
         "twin": None if choice.twin is None else to_mapping(choice.twin),

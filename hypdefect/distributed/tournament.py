@@ -66,10 +66,10 @@ class EvaluateConfig(TaskConfig):
     draws: int = 20
     """Random support draws of each partition and K; 5 is the protocol of the papers of HypDFS and MVREC."""
     trials: int = 8
-    """Configurations tried of every method, its defaults first, which are left, for a blend of the best, only for a
-    gain beyond one standard error; 0: the defaults, without validation."""
-    episodes: int = 12
-    """Validation episodes of a trial, drawn inside the support pool; the best trials meet on twice as many others."""
+    """Configurations tried of every method, its defaults first, which are left, for a blend of all, only for a gain
+    beyond one standard error; 0: the defaults, without validation."""
+    episodes: int = 24
+    """Validation episodes of a trial, drawn inside the support pool."""
     seed: int = 0
     transform: TransformConfig = TransformConfig()
     """What every method's first trial does to the features."""
@@ -141,8 +141,7 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     plans = planned(job)
     patches = planned_patches(job, plans) if fixed is None else []
     episodes = validation_episodes(job, plans, fixed=fixed is not None)
-    fewer = validation_episodes(job, patches, fixed=False)  # the pool may be smaller
-    episodes_of_patches = {k: 2 * n for k, n in fewer.items()}  # its choice has no second round
+    episodes_of_patches = validation_episodes(job, patches, fixed=False)  # the pool may be smaller
     kind = "" if job.masks == "oracle" else f"/masks {job.masks}"  # no main run: it would be taken for the set's newest
     names = (f"{study}{kind}" for study in ("main", CEILING))
     run, limit = (ledger.identity(job, plans, protocol=job.protocol, study=name) for name in names)
@@ -351,7 +350,8 @@ def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
         raise ConfigError(f"sweep {job.sweep!r} chose a method of {family}; its own table is its evaluation")
     if winner.pretrained and settings["init"]:
         raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
-    logger.info("%s: trial %d, K = %d", job.sweep, result["selected_trial"], task.k_shot)
+    trials = ", ".join(map(str, result["selected_trials"]))
+    logger.info("%s: trial %s, K = %d", job.sweep, trials, task.k_shot)
     configs = [winner] if winner.name == peer.name else [winner, peer]
     base = {name: getattr(task, name) for name in names}
     return replace(job, **base, shots=(task.k_shot,)), [Entrant(candidates=(config,)) for config in configs]

@@ -101,10 +101,15 @@ class Family(Protocol):
 class BlendingFamily(Family, Protocol):
     """A family whose configurations can answer together: `RunConfig.blend`."""
 
+    def answers(self, run: RunConfig, fitting: Any, setting: Any, numbers: range, start: Any) -> list[Any]:
+        """What a run answers to each of some validation problems."""
+        ...
+
     def settle(
-        self, runs: Sequence[RunConfig], fittings: Sequence[Any], setting: Any, numbers: range, start: Any
+        self, runs: Sequence[RunConfig], answered: Sequence[list[Any] | None], setting: Any
     ) -> tuple[RunConfig, list[float]]:
-        """Of a few finalists, the defaults first, what is taken of them, and its score on each validation problem."""
+        """Of some candidates, the defaults first, what is taken of them by their answers to the same problems (None: it
+        fails numerically), and its score on each problem."""
         ...
 
     def beside(self, data: Sequence[Any]) -> Any:

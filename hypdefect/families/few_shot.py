@@ -39,7 +39,7 @@ from hypdefect.features.transform import (
     part_choices,
 )
 from hypdefect.methods import get_method
-from hypdefect.methods.blended import fitted_weights
+from hypdefect.methods.blended import fitted_weights, shares
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.metrics import calibration_error, chance_calibration_error
@@ -460,67 +460,69 @@ def calibrated(
         NumericsError: logits that are not finite.
     """
     if run.blend:
-        answers = [
-            _answers(member, seen, setting, numbers, start)
-            for member, seen in zip(run.blend, _apart(fitting), strict=True)
-        ]
-        return _blend_of(run.blend, setting.k_shot, answers)
-    return replace(run, temperature=fitted_temperature(_answers(run, fitting, setting, numbers, start)))
-
-
-def settle(
-    runs: Sequence[RunConfig],
-    fittings: Sequence[Fitting],
-    setting: Setting,
-    numbers: range,
-    start: MetaStart | None = None,
-) -> tuple[RunConfig, list[float]]:
-    """Of a few finalists, the defaults first: their blend, unless it does not beat the defaults by a standard error.
-
-    The gain is measured on episodes that did not fit the weights: those of every other episode are fitted on the rest.
-    What is taken then gets its weights, or its temperature, from all of them.
-
-    Args:
-        fittings: what each run sees, behind its transform.
-
-    Returns:
-        The configuration, and its query accuracy on each episode (0: it fails numerically).
-    """
-    answers: dict[int, list[Answer]] = {}
-    for place, (run, seen) in enumerate(zip(runs, fittings, strict=True)):
-        with contextlib.suppress(NumericsError):  # such a finalist takes no part
-            found = _answers(run, seen, setting, numbers, start)
-            fitted_temperature(found)
-            answers[place] = found
-    if not answers:
-        return runs[0], [0.0] * len(numbers)
-    usual = [_accuracy(*one) for one in answers[0]] if 0 in answers else [0.0] * len(numbers)
-    together = _stacked(list(answers.values()))
-    blended = usual
-    if len(numbers) > 1 and list(answers) != [0]:
-        folds = [fitted_weights(together[1 - first :: 2]) for first in (0, 1)]
-        blended = [_accuracy(_sum(folds[n % 2], logits), labels) for n, (logits, labels) in enumerate(together)]
-    if choose([usual, blended]) == 0:
-        return calibrated(runs[0], fittings[0], setting, numbers, start) if 0 in answers else runs[0], usual
-    return _blend_of([runs[place] for place in answers], setting.k_shot, list(answers.values())), blended
+        sides = _apart(fitting)
+        return _blend_of(
+            run.blend,
+            setting.k_shot,
+            [answers(member, seen, setting, numbers, start) for member, seen in zip(run.blend, sides, strict=True)],
+        )
+    return replace(run, temperature=fitted_temperature(answers(run, fitting, setting, numbers, start)))
 
 
 Answer = tuple[Tensor, Tensor]
 """Logits `[Q W]` and labels `[Q]` of a validation episode."""
 
 
-def _answers(
-    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None
+def answers(
+    run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
 ) -> list[Answer]:
-    """Of a run without its temperature."""
-    return list(_validated(replace(run, temperature=1.0), fitting, setting, numbers, start))
+    """To each validation episode, what the run says without its temperature.
+
+    Raises:
+        NumericsError: logits that are not finite.
+    """
+    found = list(_validated(replace(run, temperature=1.0), fitting, setting, numbers, start))
+    if not all(torch.isfinite(logits).all() for logits, _ in found):
+        raise NumericsError(f"logits of {run.name} are not finite")
+    return found
 
 
-def _blend_of(runs: Sequence[RunConfig], k_shot: int, answers: Sequence[list[Answer]]) -> RunConfig:
+def settle(
+    runs: Sequence[RunConfig], answered: Sequence[list[Answer] | None], setting: Setting
+) -> tuple[RunConfig, list[float]]:
+    """Of some candidates, the defaults first: their blend, unless it does not beat the defaults by a standard error.
+
+    The gain is measured on episodes that did not fit the weights: those of every other episode are fitted on the rest.
+    What is taken then gets its weights, or its temperature, from all of them.
+
+    Args:
+        answered: of each run its `answers` to the same episodes; None for one that fails numerically, which takes no
+            part.
+
+    Returns:
+        The configuration, and its query accuracy on each episode; [0.0] where all fail.
+    """
+    sound = {place: own for place, own in enumerate(answered) if own is not None}
+    if not sound:
+        return runs[0], [0.0]
+    together = _stacked(list(sound.values()))
+    usual = [_accuracy(*one) for one in sound[0]] if 0 in sound else [0.0] * len(together)
+    blended = usual
+    if len(together) > 1 and list(sound) != [0]:
+        with contextlib.suppress(NumericsError):  # no candidate says anything of the labels
+            folds = [fitted_weights(together[1 - first :: 2]) for first in (0, 1)]
+            blended = [_accuracy(_sum(folds[n % 2], logits), labels) for n, (logits, labels) in enumerate(together)]
+    if choose([usual, blended]):
+        return _blend_of([runs[place] for place in sound], setting.k_shot, list(sound.values())), blended
+    return replace(runs[0], temperature=fitted_temperature(sound[0])) if 0 in sound else runs[0], usual
+
+
+def _blend_of(runs: Sequence[RunConfig], k_shot: int, answered: Sequence[list[Answer]]) -> RunConfig:
     """The blend whose answers are likeliest; where one run has all the weight, that run at its temperature."""
-    weights = fitted_weights(_stacked(answers))
-    shares = [w * fitted_temperature(own) for w, own in zip(weights, answers, strict=True)]
-    order = sorted((m for m, weight in enumerate(weights) if weight), key=lambda m: -shares[m])
+    together = _stacked(answered)
+    weights = fitted_weights(together)
+    share = shares(together, weights)
+    order = sorted((m for m, weight in enumerate(weights) if weight), key=lambda m: -share[m])
     members = [replace(runs[m], temperature=1 / weights[m]) for m in order]
     if len(members) == 1:
         return members[0]
@@ -528,9 +530,9 @@ def _blend_of(runs: Sequence[RunConfig], k_shot: int, answers: Sequence[list[Ans
     return replace(members[0], temperature=1.0, blend=tuple(members))
 
 
-def _stacked(answers: Sequence[list[Answer]]) -> list[Answer]:
+def _stacked(answered: Sequence[list[Answer]]) -> list[Answer]:
     """Of each episode, logits `[M Q W]` of all members."""
-    return [(torch.stack([logits for logits, _ in own]), own[0][1]) for own in zip(*answers, strict=True)]
+    return [(torch.stack([logits for logits, _ in own]), own[0][1]) for own in zip(*answered, strict=True)]
 
 
 def _sum(weights: Sequence[float], logits: Tensor) -> Tensor:

@@ -19,11 +19,10 @@ from scipy.special import log_softmax, softmax
 from torch import Tensor
 
 from hypdefect.errors import NumericsError
-from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.types import Batch, FewShotClassifier, Needs
 
 LEAST_SHARE = 0.05
-"""Of the sum of all weights, in units of each member's own: a member below it is left out."""
+"""A member with a smaller share of the blend is left out: it costs a fit and changes next to nothing."""
 
 
 class BlendedClassifier:
@@ -71,7 +70,7 @@ def columns(batch: Batch, widths: Sequence[int], number: int) -> Batch:
 def fitted_weights(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]]) -> list[float]:
     """Of each member the factor of its logits, 0 or more, at which the labels, a little smoothed, are likeliest.
 
-    A member whose share of the blend would be below LEAST_SHARE gets 0, and the others are fitted again.
+    A member whose share of the blend (`shares`) would be below LEAST_SHARE gets 0, and the others are fitted again.
 
     Args:
         episodes: logits of all members and labels `[Q]` of the queries of each; Q may differ.
@@ -79,23 +78,38 @@ def fitted_weights(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]]) ->
     Raises:
         NumericsError: logits that are not finite.
 
-    Numerics: float64; a convex problem, solved by L-BFGS-B in units of each member's own fitted factor.
+    Numerics: float64; a convex problem, solved by L-BFGS-B in units of the spread of each member's logits.
     """
-    alone = [1 / fitted_temperature([(logits[m], labels) for logits, labels in episodes]) for m in _members(episodes)]
-    scaled = [(logits.double().numpy() * np.array(alone)[:, None, None], labels.numpy()) for logits, labels in episodes]
-    kept = list(_members(episodes))
-    while True:
-        shares = _likeliest([(logits[kept], labels) for logits, labels in scaled])
-        strong = [m for m, share in zip(kept, shares, strict=True) if share >= LEAST_SHARE * sum(shares)]
-        if len(strong) == len(kept):
+    if not all(torch.isfinite(logits).all() for logits, _ in episodes):
+        raise NumericsError("a blend cannot be fitted: logits of validation queries are not finite")
+    unit = np.array(_spreads(episodes))
+    kept = np.flatnonzero(unit)
+    scaled = [(logits.double().numpy()[kept] / unit[kept, None, None], labels.numpy()) for logits, labels in episodes]
+    chosen = np.arange(len(kept))
+    found = np.zeros(0)
+    while len(chosen):
+        found = _likeliest([(logits[chosen], labels) for logits, labels in scaled])
+        strong = found >= LEAST_SHARE * found.sum()
+        if strong.all() or not found.any():
             break
-        kept = strong
-    factors = dict(zip(kept, shares, strict=True))
-    return [float(factors.get(m, 0.0) * own) for m, own in enumerate(alone)]
+        chosen = chosen[strong]
+    weights = np.zeros(len(unit))
+    weights[kept[chosen]] = found / unit[kept[chosen]]
+    if not weights.any():
+        raise NumericsError("a blend cannot be fitted: no member says anything of the labels")
+    return [float(weight) for weight in weights]
 
 
-def _members(episodes: Sequence[tuple[Tensor, Tensor]]) -> range:
-    return range(len(episodes[0][0]))
+def shares(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]], weights: Sequence[float]) -> list[float]:
+    """How much of the blend's logits is each member's: by weight times spread; their sum is 1."""
+    parts = np.array(weights) * np.array(_spreads(episodes))
+    return [float(part) for part in parts / parts.sum()]
+
+
+def _spreads(episodes: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """Standard deviation of each member's logits over the classes, over all queries."""
+    squares = [(x.double() - x.double().mean(2, keepdim=True)).square().mean(2) for x, _ in episodes]  # M Q each
+    return [float(value) for value in torch.cat(squares, 1).mean(1).sqrt()]
 
 
 def _likeliest(episodes: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
@@ -114,7 +128,4 @@ def _likeliest(episodes: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         return total / len(episodes), slope / len(episodes)
 
     start = np.full(count, 1 / count)
-    found = minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * count)
-    if not np.isfinite(found.x).all() or not found.x.sum() > 0:
-        raise NumericsError("a blend cannot be fitted: no weights at which the labels are likely")
-    return np.asarray(found.x)
+    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * count).x)

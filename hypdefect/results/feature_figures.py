@@ -48,7 +48,7 @@ FLAT = 1e-6
 
 
 def draw_features(album: Album, section: Section, data: TaskConfig, seed: int, find_start: StartFinder) -> None:
-    """What HypDFS makes of the features of draw 0, or a note why it cannot be drawn.
+    """What HypDFS makes of the features of draw 0, or a note why it cannot be drawn; of a blend, what counts most.
 
     On meta-trained features where the evaluation used some and their run is still here, else on plain ones.
 
@@ -60,6 +60,7 @@ def draw_features(album: Album, section: Section, data: TaskConfig, seed: int, f
     names = [display_name(OURS, features) for features in ("meta", "plain")]
     chosen = [config_of(section.main, name, k, partition) for name in names]
     configs = [from_mapping(RunConfig, json.loads(text)) for text in chosen if text is not None]
+    configs = [config.blend[0] if config.blend else config for config in configs]
     if not configs:
         album.notes.append(f"Pictures of the features: HypDFS was not run at K = {k} on partition {partition}.")
         return

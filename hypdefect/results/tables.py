@@ -16,15 +16,16 @@ from hypdefect.results.reading import format_calibration
 from hypdefect.statistics import Interval, interval, paired
 
 
-def trial_table(trials: Sequence[TrialResult], winner: TrialResult, rows: int = 10) -> Table:
-    """The best trials of a search with their parameters; the winner, in bold, is shown wherever it stands."""
+def trial_table(trials: Sequence[TrialResult], winners: Sequence[TrialResult], rows: int = 10) -> Table:
+    """The best trials of a search with their parameters; what was taken, in bold, is shown wherever it stands."""
+    taken = [t.number for t in winners]
     names = sorted({name for t in trials for name in t.params})
     table = Table(title=f"leaderboard: best {min(rows, len(trials))} of {len(trials)} trials (validation, %)")
     for name in ("trial", "value", "rungs", *map(_short, names)):
         table.add_column(name, justify="right")
-    for t in [*trials[:rows], *(t for t in trials[rows:] if t.number == winner.number)]:
+    for t in [*trials[:rows], *(t for t in trials[rows:] if t.number in taken)]:
         cells = [_cell(t.params.get(name)) for name in names]
-        style = "bold" if t.number == winner.number else None
+        style = "bold" if t.number in taken else None
         table.add_row(f"{t.number}", f"{100 * t.value:.2f}", f"{t.rungs}", *cells, style=style)
     return table
 
