@@ -19,7 +19,7 @@ from hypdefect.features.region_shape import SHAPE_DIMS
 from hypdefect.features.spec import FeatureKey, RowKey
 from hypdefect.features.store import FeatureStore
 from hypdefect.features.timm_networks import Backbone
-from hypdefect.features.transform import FeatureTransform, TransformConfig
+from hypdefect.features.transform import FeatureTransform, SideBySide, TransformConfig
 from hypdefect.methods import methods_of
 from hypdefect.predictor import ClassPredictor, Predictor, save_model
 from hypdefect.predictor import row as row_batch
@@ -102,6 +102,30 @@ def fitted(request: pytest.FixtureRequest) -> Fitted:
 @pytest.fixture(scope="module")
 def fitted_prototype() -> Fitted:
     return Fitted("prototype")
+
+
+@pytest.mark.parametrize("method", ["hypdfs", "prototype", "logistic_regression"])
+def test_a_blend_is_published_with_the_transform_of_each_member(method: str, tmp_path: Path) -> None:
+    members = [
+        Fitted(method, transform=TransformConfig(parts="1", centring="supports"), temperature=0.5),
+        Fitted(method, transform=TransformConfig(whitening=0.1), temperature=2.0),
+    ]
+    first = members[0]
+    runs = tuple(replace(one.run, support_copies=0) for one in members)
+    run = replace(runs[0], temperature=1.0, blend=runs)
+    transform = SideBySide.of([one.transform for one in members])
+    model = run.model(transform.dim)
+    model.members = [one.classifier for one in members]
+    first.save(tmp_path, run_config=run, model=model, transform=transform)
+    loaded = Predictor.load(tmp_path)
+    assert isinstance(loaded, ClassPredictor)
+    assert loaded.card.run == run
+    for image, mask in (picture(0, 50), picture(2, 51)):
+        alone = [
+            one.classifier.logits(row_batch(one.transform(one.extractor(image, mask))))[0].double() for one in members
+        ]
+        torch.testing.assert_close(loaded.logits(image, mask), alone[0] + alone[1], atol=1e-9, rtol=1e-9)
+        assert loaded.predict([(image, mask)])[0].label == CLASSES[int((alone[0] + alone[1]).argmax())]
 
 
 def test_loaded_is_equal_to_saved(fitted: Fitted, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_sweep_of_another_family_is_not_evaluated_again(tmp_path: Path, monkey
     for name, job in {"amc": SweepJob(dataset="mtd"), "conditional_patchcore": DetectionJob(dataset="mtd")}.items():
         runs = {"selected": to_mapping(RunConfig(name=name)), "reference": to_mapping(RunConfig(name="patchcore"))}
         write_json(tmp_path / "sweeps" / name / "sweep.json", {"job": to_mapping(job)})
-        write_json(tmp_path / "sweeps" / name / "result.json", runs | {"selected_trial": 0})
+        write_json(tmp_path / "sweeps" / name / "result.json", runs | {"selected_trials": [0]})
         with pytest.raises(ConfigError, match=f"sweep '{name}' chose a method of .*; its own table is its evaluation"):
             of_sweep(EvaluateConfig(sweep=name))
 

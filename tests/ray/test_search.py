@@ -185,7 +185,7 @@ def selected(data: Fitting, trials: list[TrialResult]) -> tuple[Any, dict[str, t
     choice = select(job, get_family("hypdfs"), data, BASE, trials, references, None)
     seen = few_shot.transformed(data, few_shot.transform_of(choice.run, data))
     model = few_shot.fit(choice.run, seen, few_shot.setting(job), 0)
-    return (choice.trial.number, choice.run, choice.reference), model.export()
+    return ([trial.number for trial in choice.trials], choice.run, choice.reference), model.export()
 
 
 @pytest.mark.slow
@@ -201,36 +201,52 @@ def test_a_search_and_a_selection_repeat_themselves(searched: Searched, data: Fi
 
 
 def trial(number: int, value: float, rungs: int = 2, **params: Any) -> TrialResult:
-    point = {"support_copies": 0, "parts": None} | params
-    return TrialResult(
-        number, {"transform.parts": point["parts"], "support_copies": point["support_copies"]}, value, rungs, 1.0
-    )
+    point = {"support_copies": 0, "transform.whitening": 3.0, "transform.parts": None} | params
+    return TrialResult(number, point, value, rungs, 1.0)
 
 
 def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(ray_local: Any, data: Fitting) -> None:
-    """On fresh episodes: one part alone gains there, but by chance; copies gain for sure."""
+    """On fresh episodes: other whitening gains there, but by chance; copies gain for sure, beside the part alone."""
     base, setting, fresh = RunConfig(name="prototype", support_copies=0), SETTING, range(4, 8)
-    defaults, part, copies = trial(0, 0.5), trial(1, 0.99, parts="1"), trial(2, 0.6, support_copies=2)
+    defaults, whitened = trial(0, 0.5), trial(1, 0.99, **{"transform.whitening": 10.0})
+    part, copies = trial(2, 0.7, **{"transform.parts": "1"}), trial(3, 0.6, support_copies=2)
     job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=2, rungs=2)
     seen = few_shot.transformed(data, few_shot.transform_of(base, data))
 
     def chosen(*trials: TrialResult) -> Choice:
         return select(job, get_family("prototype"), data, base, list(trials), [base], None)
 
-    narrow = override(base, part.params)
-    ours, other = validate(data, [base, narrow], setting, fresh)
+    ours, other = validate(data, [base, override(base, whitened.params)], setting, fresh)
     assert np.mean(other) > np.mean(ours)
-    assert chosen(part, defaults).trial == defaults
+    kept = chosen(whitened, defaults)
+    assert kept.trials == (defaults,)
+    assert kept.run == kept.reference == few_shot.calibrated(base, seen, setting, fresh) != base
+    assert kept.twin is None
     found = chosen(part, copies, defaults)
-    assert found.trial == copies
-    run = replace(base, support_copies=2)
-    assert found.run == few_shot.calibrated(run, seen, setting, fresh) != run
-    assert found.reference == few_shot.calibrated(base, seen, setting, fresh) != base
-    assert found.twin is None
+    assert found.trials == (copies, part)
+    assert [(m.support_copies, m.transform.parts) for m in found.run.blend] == [(2, None), (0, "1")]
+    runs = [override(base, t.params) for t in (defaults, part, copies)]
+    answered = [
+        few_shot.answers(r, few_shot.transformed(data, few_shot.transform_of(r, data)), setting, fresh) for r in runs
+    ]
+    assert found.run == few_shot.settle(runs, answered, setting)[0]
     # one that was stopped early is no finalist; the defaults always are
-    assert chosen(replace(defaults, rungs=1), part, replace(copies, rungs=1)).trial.number == 0
+    assert chosen(replace(defaults, rungs=1), replace(part, rungs=1), replace(copies, rungs=1)).trials[0].number == 0
     with pytest.raises(HypdefectError, match="the trial of the defaults did not finish"):
         chosen(part, copies)
+
+
+def test_references_are_settled_as_trials_are(ray_local: Any, data: Fitting) -> None:
+    base = RunConfig(name="prototype", support_copies=0)
+    job = SweepJob(k_shot=SETTING.k_shot, episodes=4, rungs=1)
+    references = [base, override(base, {"transform.parts": "1"}), replace(base, support_copies=2)]
+    choice = select(job, get_family("prototype"), data, base, [trial(0, 0.5)], references, None)
+    answered = [
+        few_shot.answers(r, few_shot.transformed(data, few_shot.transform_of(r, data)), SETTING, range(4, 8))
+        for r in references
+    ]
+    assert choice.reference == few_shot.settle(references, answered, SETTING)[0]
+    assert choice.reference.blend
 
 
 def test_the_twin_of_a_sweep_has_a_temperature_of_its_own(ray_local: Any, data: Fitting) -> None:
@@ -246,7 +262,7 @@ def test_the_twin_of_a_sweep_has_a_temperature_of_its_own(ray_local: Any, data: 
 
 def test_what_may_be_looked_at_holds_no_query(task: tuple[Fitting, Reported]) -> None:
     fitting, reported = task
-    assert {f.name for f in fields(Fitting)} == {"pool", "normals", "block_dims", "shape_dims", "uri_of"}
+    assert {f.name for f in fields(Fitting)} == {"pool", "normals", "block_dims", "shape_dims", "uri_of", "widths"}
     held = {*fitting.pool.image_ids.tolist(), *fitting.pool.table.image_ids.tolist()}
     assert held.isdisjoint(reported.queries.image_ids.tolist())
 

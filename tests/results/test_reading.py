@@ -86,7 +86,7 @@ def test_an_empty_ledger_and_an_unknown_label_say_what_to_do() -> None:
 @pytest.mark.parametrize("winner", [2, 11])
 def test_the_winner_of_a_search_is_shown_wherever_it_stands(winner: int) -> None:
     trials = [TrialResult(n, {"method.curvature": 0.1}, 0.9 - n / 100, 4, 1.0) for n in range(14)]
-    table = trial_table(trials, trials[winner])
+    table = trial_table(trials, [trials[winner]])
     shown = list(table.columns[0].cells)
     assert shown == [str(n) for n in range(10)] + ["11"] * (winner == 11)
     assert [number for number, row in zip(shown, table.rows, strict=True) if row.style == "bold"] == [str(winner)]
