@@ -230,7 +230,7 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     if not plan.imported:
         check(home(), job.model or plan.model_name, job.alias)
     if start is None:  # what was learned belongs to the parts it was trained on
-        space = with_parts(space, plan.searched_parts)
+        space = with_parts(space, plan.searched_parts, "transform.whitening" not in plan.idle_fields)
     space = without_fields(space, plan.idle_fields)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)

@@ -278,12 +278,11 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
     have plain ones, all parts and each alone: what was learned is used as far as it helps on the support pool.
     """
     names = job.of_family("few_shot")
-    whitened = "transform.whitening" not in plan.idle_fields
-    rows = []
+    rows, whitened = [], "transform.whitening" not in plan.idle_fields
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        space = without_fields(with_parts(spaces(name), plan.num_parts, whitened), plan.idle_fields)
+        space = without_fields(with_parts(spaces(name), plan.searched_parts, whitened), plan.idle_fields)
         rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
@@ -297,8 +296,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
         )
         fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
         space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
-        parts = centred_parts(plan.num_parts, whitened=True) if plan.num_parts > 1 else []
-        plain = [{"features": "plain"} | point for point in ({}, *parts)]
+        plain = [{"features": "plain"} | point for point in ({}, *centred_parts(plan.searched_parts, whitened=True))]
         tried = candidates(base, space, job.trials, job.seed, first=plain)
         rows.append(Entrant(candidates=tried))
     return rows

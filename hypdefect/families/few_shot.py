@@ -125,6 +125,10 @@ class TaskPlan(Plan):
         return prompts_of(self.classes, self.config.prompt_template, given)
 
     @property
+    def searched_parts(self) -> int:
+        return self.num_parts if self.key.grid is None else 1
+
+    @property
     def idle_fields(self) -> tuple[str, ...]:
         idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
         idle += [] if self.key.shape_dims and self.uses_mask else ["transform.shape_weight"]
@@ -395,8 +399,8 @@ def _apart(fitting: Fitting) -> list[Fitting]:
 
 
 def references(plan: TaskPlan, config: Any) -> tuple[RunConfig, ...]:
-    """Nearest prototypes, the defaults first: both metrics, three whitenings, with and without copies, each part of
-    imported features."""
+    """Nearest prototypes, the defaults first: both metrics, three whitenings, with and without copies, all parts and
+    each alone, as they are and centred."""
     return tuple(
         RunConfig(
             name="prototype",

@@ -115,8 +115,8 @@ class Plan(ABC):
 
     @property
     def searched_parts(self) -> int:
-        """Parts that a search chooses from: those of imported features; 1 where the blocks are one recipe's."""
-        return self.num_parts if self.imported else 1
+        """Parts that a search chooses from; 1 where a method reads no vectors."""
+        return 1
 
     @property
     def idle_fields(self) -> tuple[str, ...]:

@@ -111,7 +111,7 @@ def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_
 
     # HypDFS takes the origin of its supports by itself, unless told otherwise
     base = RunConfig(name=name, method={"steps": 2, "origin": "features"} if name == "hypdfs" else None)
-    tried = candidates(base, with_parts(get_space(name), plan.searched_parts), 8, seed=0)
+    tried = candidates(base, with_parts(get_space(name), plan.num_parts), 8, seed=0)
     values = [value(config) for config in tried]
     best = tried[int(np.argmax(values))].transform
     assert (best.parts, best.centring) == ("1", "supports")
@@ -124,7 +124,7 @@ def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_pat
     assert with_parts(space, 1) is space
     features, labels = values(parts=1)
     imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
-    assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).searched_parts == 1
+    assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).num_parts == 1
     extended = with_parts(space, 2)
     assert extended.METHOD == space.METHOD
     points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]

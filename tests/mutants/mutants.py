@@ -538,8 +538,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="idle-trials",
         file="hypdefect/distributed/tournament.py",
-        old="plan.num_parts, whitened), plan.idle_fields)",
-        new="plan.num_parts, whitened), ())",
+        old="plan.searched_parts, whitened), plan.idle_fields)",
+        new="plan.searched_parts, whitened), ())",
         tests=("tests/data/test_imported.py",),
         breaks="trials vary what changes nothing of the task's features",
     ),
