@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import cycle
 from types import ModuleType
 from typing import Any, Literal
 
@@ -191,8 +192,7 @@ def choose(scores: Sequence[Sequence[float]]) -> int:
 def with_parts(space: ModuleType, num_parts: int, whitened: bool = False) -> ModuleType:
     """A space that also varies which parts of a feature count and whether rows are centred on the supports.
 
-    Its FIRST points are centred rows of each part alone, without normals those of all parts before, then the space's
-    own. Features of a single part leave a space as it is.
+    Its FIRST points are those of `first_parts`, then the space's own. Features of a single part leave a space as it is.
 
     Args:
         num_parts: parts to choose from. whitened: there are normals, which rows are centred on and whitened by.
@@ -203,16 +203,26 @@ def with_parts(space: ModuleType, num_parts: int, whitened: bool = False) -> Mod
     extended = ModuleType(space.__name__)
     vars(extended).update(
         METHOD=space.METHOD,
-        FIRST=[*centred_parts(num_parts, whitened), *getattr(space, "FIRST", ())],
+        FIRST=[*first_parts(num_parts, whitened), *getattr(space, "FIRST", ())],
         space=partial(_vary_parts, space.space, choices),  # no closure: Ray Tune pickles it by name
     )
     return extended
 
 
-def centred_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
-    """The first points of `with_parts`."""
-    choices = part_choices(num_parts)[whitened:]
-    return [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+PART_WHITENINGS = (3.0, 0.1)
+"""How parts alone are whitened, in turn: with the whitenings of all parts, they know different things (development
+partitions of elpv and MTD, docs/experiments.md)."""
+
+
+def first_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
+    """Centred rows of each part alone; where there is nothing to whiten them by, also of all parts, before."""
+    choices = part_choices(num_parts)
+    if not whitened:
+        return [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+    return [
+        {"transform.parts": choice, "transform.centring": "supports", "transform.whitening": whitening}
+        for choice, whitening in zip(choices[1:], cycle(PART_WHITENINGS), strict=False)
+    ]
 
 
 def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: Any) -> None:

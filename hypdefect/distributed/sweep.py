@@ -75,9 +75,9 @@ class SweepConfig:
     """Validation episodes of a full trial, drawn inside the support pool."""
     rungs: int = 4
     """A trial may be stopped after the first, third, ninth and so on of this many shares of its episodes."""
-    finalists: int = 5
-    """The best full trials meet the defaults on as many fresh validation episodes; these are left, for a blend of all,
-    only for a gain beyond one standard error."""
+    finalists: int = 3
+    """The best full trials, beside what every search tries first, meet the defaults on as many fresh validation
+    episodes; these are left, for a blend of all, only for a gain beyond one standard error."""
     draws: int = 20
     """Support draws of the final test."""
     workers: int = 0
@@ -242,7 +242,8 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
         ready = time.monotonic()
         trials = run_search(job, family, fitting, space, base, start, workers)
         searched = time.monotonic()
-        choice = select(job, family, fitting, base, trials, family.references(plan, job), start)
+        first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())]
+        choice = select(job, family, fitting, base, trials, family.references(plan, job), start, first)
         outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
         entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
         first = outcomes[choice.run.name].scored.draws[0]
@@ -301,12 +302,14 @@ def select(
     trials: list[TrialResult],
     references: Sequence[RunConfig],
     start: Any,
+    first: Sequence[RunConfig] = (),
 ) -> Choice:
     """What is taken of the trials and of the references, each settled on fresh validation episodes.
 
     Where a family blends it is a blend (`BlendingFamily.settle`), elsewhere the best by `evaluation.choose`. Finalists
-    are trials that were never stopped early. The search's own scores do not count again: as the highest of many they
-    flatter whoever has them. On the same fresh episodes temperatures are fitted.
+    are the best trials that were never stopped early; to a blend belongs, too, what was tried `first`, as it was chosen
+    to differ. The search's own scores do not count again: as the highest of many they flatter whoever has them. On the
+    same fresh episodes temperatures are fitted.
 
     Args:
         trials: best first. references: their defaults first.
@@ -318,8 +321,12 @@ def select(
     if base not in runs:
         raise HypdefectError(f"sweep {job.name!r}: the trial of the defaults did not finish; try again with --resume")
     defaults = trials[runs.index(base)]
-    others = [t for t, run in zip(trials, runs, strict=True) if t.rungs == job.rungs and run != base]
-    finalists = [defaults, *others[: job.finalists]]
+    blends = isinstance(family, BlendingFamily)
+    firsts = [t for t, run in zip(trials, runs, strict=True) if blends and run in first and run != base]
+    others = [
+        t for t, run in zip(trials, runs, strict=True) if t.rungs == job.rungs and run != base and t not in firsts
+    ]
+    finalists = [defaults, *firsts, *others[: job.finalists]]
     candidates = [override(base, t.params) for t in finalists]
     counts = (len(candidates) - 1, len(references), job.episodes)
     logger.info("selection: the defaults, %d finalists and %d references on %d fresh episodes", *counts)

@@ -27,7 +27,7 @@ from hypdefect.evaluation import (
     RunConfig,
     Scored,
     candidates,
-    centred_parts,
+    first_parts,
     usual_copies,
     with_parts,
     without_fields,
@@ -296,7 +296,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
         )
         fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
         space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
-        plain = [{"features": "plain"} | point for point in ({}, *centred_parts(plan.searched_parts, whitened=True))]
+        plain = [{"features": "plain"} | point for point in ({}, *first_parts(plan.searched_parts, whitened))]
         tried = candidates(base, space, job.trials, job.seed, first=plain)
         rows.append(Entrant(candidates=tried))
     return rows
