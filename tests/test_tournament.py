@@ -4,17 +4,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hypdefect.config import to_mapping
 from hypdefect.distributed.detection_tournament import EvaluateDetectorsConfig
-from hypdefect.distributed.tournament import EvaluateConfig, of_sweep, planned, planned_patches, validation_episodes
+from hypdefect.distributed.tournament import (
+    EvaluateConfig,
+    entrants,
+    of_sweep,
+    planned,
+    planned_patches,
+    validation_episodes,
+)
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig
+from hypdefect.families.few_shot import MetaStart
 from hypdefect.files import write_json
 from hypdefect.methods import methods_of
 from jobs.sweep import DetectionJob, SweepJob
 from tests.tiny_dataset import make_elpv_tree, make_mtd_tree
 from tests.trees import make_neu_seg_tree
+from tune_spaces import get_space
 
 
 def test_all_methods_are_those_of_vectors_and_of_patches_where_there_are_images() -> None:
@@ -72,6 +82,21 @@ def test_methods_that_need_good_parts_leave_all_where_there_are_none(
     once = job("elpv", "amc")
     plans = planned_patches(once, planned(once))
     assert validation_episodes(once, plans, fixed=False) == {1: 0}  # of one image left no query can be drawn
+
+
+def test_parts_of_an_image_feature_are_tried_beside_meta_trained_ones_too(tmp_path: Path) -> None:
+    job = EvaluateConfig(
+        dataset="mtd", root=make_mtd_tree(tmp_path, per_class=12), methods=("prototype", "hypdfs"), shots=(1,)
+    )
+    (plan,) = planned(job)
+    start = MetaStart(method="hypdfs", projection={"whole": torch.zeros(1, 1)}, core={"x": torch.zeros(1)})
+    *plain, prototype, hypdfs = entrants(job, get_space, start, plan)
+    assert [(e.method, e.features) for e in plain] == [("prototype", "plain"), ("hypdfs", "plain")]
+    for entrant in (*plain, prototype, hypdfs):
+        transforms = [c.transform for c in entrant.candidates if c.features == "plain"]
+        tried = [(t.parts, t.centring, t.whitening) for t in transforms]
+        assert tried[:3] == [(None, "none", 3.0), ("0", "supports", 3.0), ("1", "supports", 0.1)]
+    assert [c.features for c in hypdfs.candidates] == ["meta", *["plain"] * 3, *["meta"] * 4]
 
 
 def test_partitions_of_an_official_split_are_no_repetitions(tmp_path: Path) -> None:

@@ -119,16 +119,25 @@ def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_
     assert values[0] + 0.05 < alone < max(values) - 0.03  # all side by side, the part alone, centred as well
 
 
-def test_nothing_more_is_tried_of_extracted_features_or_of_a_single_part(tmp_path: Path) -> None:
+def test_nothing_more_is_tried_of_a_single_part(tmp_path: Path) -> None:
     space = get_space("hypdfs")
     assert with_parts(space, 1) is space
     features, labels = values(parts=1)
     imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
-    assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).num_parts == 1
+    assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).searched_parts == 1
     extended = with_parts(space, 2)
     assert extended.METHOD == space.METHOD
     points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
     assert points[:3] == [(None, "supports"), ("0", "supports"), ("1", "supports")]
+    assert extended.FIRST[3:] == space.FIRST
+
+
+def test_where_there_are_normals_parts_alone_are_whitened_in_turn() -> None:
+    space = get_space("prototype")
+    extended = with_parts(space, 3, whitened=True)
+    names = ("transform.parts", "transform.centring", "transform.whitening")
+    points = [tuple(point.get(name) for name in names) for point in extended.FIRST]
+    assert points[:3] == [("0", "supports", 3.0), ("1", "supports", 0.1), ("2", "supports", 3.0)]
     assert extended.FIRST[3:] == space.FIRST
 
 

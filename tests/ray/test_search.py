@@ -205,6 +205,9 @@ def trial(number: int, value: float, rungs: int = 2, **params: Any) -> TrialResu
     return TrialResult(number, point, value, rungs, 1.0)
 
 
+POINTS: list[dict[str, Any]] = [{"transform.parts": "1"}, {"transform.whitening": 0.1}]
+
+
 def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(ray_local: Any, data: Fitting) -> None:
     """On fresh episodes: other whitening gains there, but by chance; copies gain for sure, beside the part alone."""
     base, setting, fresh = RunConfig(name="prototype", support_copies=0), SETTING, range(4, 8)
@@ -234,6 +237,24 @@ def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(r
     assert chosen(replace(defaults, rungs=1), replace(part, rungs=1), replace(copies, rungs=1)).trials[0].number == 0
     with pytest.raises(HypdefectError, match="the trial of the defaults did not finish"):
         chosen(part, copies)
+
+
+def test_what_a_search_tries_first_belongs_to_the_blend_though_it_was_stopped_early(
+    ray_local: Any, data: Fitting
+) -> None:
+    base = RunConfig(name="prototype", support_copies=0)
+    job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=1, rungs=2)
+    defaults, copies = trial(0, 0.5), trial(3, 0.6, support_copies=2)
+    part, whitened = (trial(n, 0.1, rungs=1, **point) for n, point in enumerate(POINTS, 1))
+
+    def taken(*first: dict[str, Any]) -> list[int]:
+        points = [override(base, point) for point in first]
+        trials = [copies, defaults, whitened, part]
+        choice = select(job, get_family("prototype"), data, base, trials, [base], None, points)
+        return [t.number for t in choice.trials]
+
+    assert taken(*POINTS)[:2] == [3, 1]
+    assert 1 not in taken(POINTS[1])
 
 
 def test_references_are_settled_as_trials_are(ray_local: Any, data: Fitting) -> None:
