@@ -96,7 +96,7 @@ def test_parts_of_an_image_feature_are_tried_beside_meta_trained_ones_too(tmp_pa
         transforms = [c.transform for c in entrant.candidates if c.features == "plain"]
         tried = [(t.parts, t.centring, t.whitening) for t in transforms]
         assert tried[:3] == [(None, "none", 3.0), ("0", "supports", 3.0), ("1", "supports", 0.1)]
-    assert [c.features for c in hypdfs.candidates] == ["meta", *["plain"] * 3, *["meta"] * 4]
+    assert [c.features for c in hypdfs.candidates[:4]] == ["meta", *["plain"] * 3]
 
 
 def test_partitions_of_an_official_split_are_no_repetitions(tmp_path: Path) -> None:

@@ -69,9 +69,9 @@ MUTANTS: tuple[Mutant, ...] = (
     ),
     Mutant(
         name="sweep-choice",
-        file="hypdefect/distributed/sweep.py",
-        old="ours = choose(scores[: len(candidates)])",
-        new="ours = max(range(len(candidates)), key=lambda i: sum(scores[i]))",
+        file="hypdefect/families/few_shot.py",
+        old="if choose([usual, blended]):",
+        new="if np.mean(blended) > np.mean(usual):",
         tests=("tests/ray/test_search.py",),
         breaks="a sweep leaves the defaults for any gain",
     ),
