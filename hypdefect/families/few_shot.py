@@ -39,7 +39,7 @@ from hypdefect.features.transform import (
     part_choices,
 )
 from hypdefect.methods import get_method
-from hypdefect.methods.blended import fitted_weights, shares
+from hypdefect.methods.blended import fitted_weights, worths
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.metrics import calibration_error, chance_calibration_error
@@ -525,8 +525,8 @@ def _blend_of(runs: Sequence[RunConfig], k_shot: int, answered: Sequence[list[An
     """The blend whose answers are likeliest; where one run has all the weight, that run at its temperature."""
     together = _stacked(answered)
     weights = fitted_weights(together)
-    share = shares(together, weights)
-    order = sorted((m for m, weight in enumerate(weights) if weight), key=lambda m: -share[m])
+    worth = worths(together, weights)
+    order = sorted((m for m, weight in enumerate(weights) if weight), key=lambda m: -worth[m])
     members = [replace(runs[m], temperature=1 / weights[m]) for m in order]
     if len(members) == 1:
         return members[0]

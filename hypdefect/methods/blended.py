@@ -21,8 +21,8 @@ from torch import Tensor
 from hypdefect.errors import NumericsError
 from hypdefect.types import Batch, FewShotClassifier, Needs
 
-LEAST_SHARE = 0.05
-"""A member with a smaller share of the blend is left out: it costs a fit and changes next to nothing."""
+LEAST_WORTH = 1e-3
+"""A member that lowers the loss by less, in nats a query, is left out: it costs a fit and changes next to nothing."""
 
 
 class BlendedClassifier:
@@ -70,62 +70,86 @@ def columns(batch: Batch, widths: Sequence[int], number: int) -> Batch:
 def fitted_weights(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]]) -> list[float]:
     """Of each member the factor of its logits, 0 or more, at which the labels, a little smoothed, are likeliest.
 
-    A member whose share of the blend (`shares`) would be below LEAST_SHARE gets 0, and the others are fitted again.
+    As long as a member's worth (`worths`) is below LEAST_WORTH, the least gets 0, and the others are fitted again.
 
     Args:
         episodes: logits of all members and labels `[Q]` of the queries of each; Q may differ.
 
     Raises:
-        NumericsError: logits that are not finite.
+        NumericsError: logits that are not finite; no member says anything of the labels.
 
     Numerics: float64; a convex problem, solved by L-BFGS-B in units of the spread of each member's logits.
     """
     if not all(torch.isfinite(logits).all() for logits, _ in episodes):
         raise NumericsError("a blend cannot be fitted: logits of validation queries are not finite")
     unit = np.array(_spreads(episodes))
-    kept = np.flatnonzero(unit)
-    scaled = [(logits.double().numpy()[kept] / unit[kept, None, None], labels.numpy()) for logits, labels in episodes]
-    chosen = np.arange(len(kept))
-    found = np.zeros(0)
-    while len(chosen):
-        found = _likeliest([(logits[chosen], labels) for logits, labels in scaled])
-        strong = found >= LEAST_SHARE * found.sum()
-        if strong.all() or not found.any():
-            break
-        chosen = chosen[strong]
-    weights = np.zeros(len(unit))
-    weights[kept[chosen]] = found / unit[kept[chosen]]
-    if not weights.any():
-        raise NumericsError("a blend cannot be fitted: no member says anything of the labels")
-    return [float(weight) for weight in weights]
+    weights, kept = np.zeros(len(unit)), np.flatnonzero(unit)
+    while len(kept):
+        scaled = _plain(episodes, kept, 1 / unit[kept])
+        found = _likeliest(scaled)
+        if not found.all():
+            kept = kept[found > 0]
+            continue
+        worth = _worths(scaled, found)
+        if worth.min() >= LEAST_WORTH or len(kept) == 1:
+            weights[kept] = found / unit[kept]
+            return [float(weight) for weight in weights]
+        kept = np.delete(kept, worth.argmin())
+    raise NumericsError("a blend cannot be fitted: no member says anything of the labels")
 
 
-def shares(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]], weights: Sequence[float]) -> list[float]:
-    """How much of the blend's logits is each member's: by weight times spread; their sum is 1."""
-    parts = np.array(weights) * np.array(_spreads(episodes))
-    return [float(part) for part in parts / parts.sum()]
+def worths(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]], weights: Sequence[float]) -> list[float]:
+    """By how much each member lowers the blend's loss, in nats a query, beside the others as they are weighted."""
+    return [float(worth) for worth in _worths(_plain(episodes, np.arange(len(weights))), np.array(weights))]
+
+
+Answers = Sequence[tuple[np.ndarray, np.ndarray]]
+"""Logits `[M Q W]` and wanted probabilities `[Q W]` of each episode."""
+
+
+def _plain(episodes: Sequence[tuple[Tensor, Tensor]], kept: np.ndarray, factors: np.ndarray | None = None) -> Answers:
+    """The members that are kept, their logits times factors."""
+    smoothing = 1 / (1 + sum(len(labels) for _, labels in episodes))
+    answers = []
+    for logits, labels in episodes:
+        ways = logits.shape[2]
+        wanted = (1 - smoothing) * np.eye(ways)[labels.numpy()] + smoothing / ways
+        own = logits.double().numpy()[kept]
+        answers.append((own if factors is None else own * factors[:, None, None], wanted))
+    return answers
+
+
+def _loss(answers: Answers, weights: np.ndarray) -> float:
+    """The mean over episodes of the mean over queries, as `tempered.likelihood_loss`."""
+    blended = [(log_softmax(np.tensordot(weights, logits, 1), axis=1), wanted) for logits, wanted in answers]
+    return -float(np.mean([(wanted * found).sum() / len(wanted) for found, wanted in blended]))
+
+
+def _worths(answers: Answers, weights: np.ndarray) -> np.ndarray:
+    whole = _loss(answers, weights)
+    without = weights * (1 - np.eye(len(weights)))
+    return np.array([_loss(answers, others) - whole for others in without])
+
+
+def _likeliest(answers: Answers) -> np.ndarray:
+    count = len(answers[0][0])
+
+    def slope(weights: np.ndarray) -> np.ndarray:
+        slopes = [
+            np.tensordot(logits, softmax(np.tensordot(weights, logits, 1), axis=1) - wanted, 2) / len(wanted)
+            for logits, wanted in answers
+        ]
+        return np.mean(slopes, 0)
+
+    start = np.full(count, 1 / count)
+    return np.asarray(
+        minimize(
+            lambda weights: _loss(answers, weights), start, jac=slope, method="L-BFGS-B", bounds=[(0.0, None)] * count
+        ).x
+    )
 
 
 def _spreads(episodes: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """Standard deviation of each member's logits over the classes, over all queries."""
     squares = [(x.double() - x.double().mean(2, keepdim=True)).square().mean(2) for x, _ in episodes]  # M Q each
     return [float(value) for value in torch.cat(squares, 1).mean(1).sqrt()]
-
-
-def _likeliest(episodes: Sequence[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-    count = len(episodes[0][0])
-    smoothing = 1 / (1 + sum(len(labels) for _, labels in episodes))
-
-    def loss(shares: np.ndarray) -> tuple[float, np.ndarray]:
-        total, slope = 0.0, np.zeros(count)
-        for logits, labels in episodes:
-            blended = np.tensordot(shares, logits, 1)  # Q W
-            ways = blended.shape[1]
-            wanted = np.full(blended.shape, smoothing / ways)
-            wanted[np.arange(len(labels)), labels] += 1 - smoothing
-            total -= float((wanted * log_softmax(blended, axis=1)).sum()) / len(labels)
-            slope += np.tensordot(logits, softmax(blended, axis=1) - wanted, 2) / len(labels)
-        return total / len(episodes), slope / len(episodes)
-
-    start = np.full(count, 1 / count)
-    return np.asarray(minimize(loss, start, jac=True, method="L-BFGS-B", bounds=[(0.0, None)] * count).x)

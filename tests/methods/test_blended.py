@@ -17,7 +17,7 @@ from hypdefect.families.episodes import LabelledFeatures, build_episode
 from hypdefect.families.few_shot import Fitting, Reported, Setting
 from hypdefect.features.spec import FeatureTable
 from hypdefect.features.transform import SideBySide, TransformConfig
-from hypdefect.methods.blended import BlendedClassifier, columns, fitted_weights
+from hypdefect.methods.blended import BlendedClassifier, columns, fitted_weights, worths
 from hypdefect.methods.tempered import fitted_temperature, likelihood_loss
 from hypdefect.types import VIEWS
 from tests.toy_features import unit
@@ -60,6 +60,30 @@ def test_a_member_counts_as_much_whatever_the_scale_of_its_logits(scale: float) 
     factors = torch.tensor([1.0, scale], dtype=torch.float64)[:, None, None]
     first, second = fitted_weights([(factors * x, y) for x, y in episodes])
     assert [first, second * scale] == pytest.approx(fitted_weights(episodes), rel=1e-3)
+
+
+def test_a_member_that_speaks_rarely_and_loudly_drives_no_other_out() -> None:
+    """Its weight, in units of its own spread, is many times that of the member which the blend lives of."""
+    episodes = []
+    for logits, labels in drawn(1.0, 0.0):
+        quiet = torch.zeros_like(logits[1])
+        quiet[::25] = 10 * torch.eye(3, dtype=torch.float64)[labels[::25]]
+        quiet[1::5] = 0.01 * torch.eye(3, dtype=torch.float64)[labels[1::5]]
+        episodes.append((torch.stack([logits[0], quiet, 0 * quiet]), labels))
+    found = fitted_weights(episodes)
+    assert found[0] == pytest.approx(1.0, rel=0.2)
+    assert found[1] > 100
+    assert found[2] == 0
+    assert worths(episodes, found)[0] > 0.1
+
+
+def test_what_lowers_the_loss_by_next_to_nothing_is_left_out() -> None:
+    episodes = drawn(1.0, 0.02)
+    kept, left = fitted_weights(episodes)
+    alone = fitted_weights([(x[:1], y) for x, y in episodes])
+    assert (kept, left) == (pytest.approx(alone[0], rel=1e-4), 0)
+    loss, without = (likelihood_loss(blended(episodes, w), 1.0, 1 / 1801) for w in ([1.0, 0.5], [1.0, 0.0]))
+    assert worths(episodes, [1.0, 0.5])[1] == pytest.approx(without - loss, rel=1e-9)
 
 
 def test_a_single_member_gets_its_temperature() -> None:
