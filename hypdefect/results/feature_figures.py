@@ -60,7 +60,8 @@ def draw_features(album: Album, section: Section, data: TaskConfig, seed: int, f
     names = [display_name(OURS, features) for features in ("meta", "plain")]
     chosen = [config_of(section.main, name, k, partition) for name in names]
     configs = [from_mapping(RunConfig, json.loads(text)) for text in chosen if text is not None]
-    configs = [config.blend[0] if config.blend else config for config in configs]
+    members = {(config.blend or (config,))[0]: len(config.blend) for config in configs}
+    configs = list(members)
     if not configs:
         album.notes.append(f"Pictures of the features: HypDFS was not run at K = {k} on partition {partition}.")
         return
@@ -77,6 +78,7 @@ def draw_features(album: Album, section: Section, data: TaskConfig, seed: int, f
         album.notes.append(f"Pictures of the features: {reason}")
         return
     where = f"{config.features.replace('meta', 'meta-trained')} features, partition {partition}, draw 0, K = {k}"
+    where += f", the first of a blend of {members[config]}" if members[config] else ""
     _draw_points(album, points, families_of(plan), f"{where[0].upper()}{where[1:]}.")
 
 

@@ -62,9 +62,9 @@ def test_the_fitted_disk_shows_distances_no_worse_than_a_given_one(tmp_path: Pat
     assert len(list(tmp_path.glob("*.png"))) == 2
 
 
-def section_of(dataset: str, split: str) -> Section:
+def section_of(dataset: str, split: str, run: RunConfig = QUICK) -> Section:
     """A task of which HypDFS was run at K = 2."""
-    config = json.dumps(to_mapping(QUICK))
+    config = json.dumps(to_mapping(run))
     rows = [
         row(dataset=dataset, label="set", split=split, method="hypdfs", k_shot=2, draw=draw, method_config=config)
         for draw in range(2)
@@ -97,6 +97,16 @@ def test_features_of_an_official_split_are_drawn(tmp_path: Path, monkeypatch: py
     names = [picture.path.name.removeprefix("set-official-tiny_random-") for picture in album.pictures]
     assert names == ["tsne.png", "disk.png", "radius.png"]
     assert all(picture.path.is_file() for picture in album.pictures)
+
+
+def test_of_a_blend_the_member_that_counts_most_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    import_split_set(tmp_path)
+    other = replace(QUICK, transform=TransformConfig(centring="supports"))
+    alone = [picture.path.read_bytes() for picture in draw(section_of("imported:made", "official"), tmp_path).pictures]
+    album = draw(section_of("imported:made", "official", replace(other, blend=(QUICK, other))), tmp_path)
+    assert "draw 0, K = 2, the first of a blend of 2." in album.pictures[0].caption
+    assert [picture.path.read_bytes() for picture in album.pictures] == alone
 
 
 @pytest.mark.parametrize("split", ["grouped", "random"])
