@@ -348,8 +348,8 @@ def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
         raise ConfigError(f"sweep {job.sweep!r} chose a method of {family}; its own table is its evaluation")
     if winner.pretrained and settings["init"]:
         raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
-    trials = ", ".join(map(str, result["selected_trials"]))
-    logger.info("%s: trial %s, K = %d", job.sweep, trials, task.k_shot)
+    trials = result.get("selected_trials") or [result["selected_trial"]]  # its name while one was chosen
+    logger.info("%s: trial %s, K = %d", job.sweep, ", ".join(map(str, trials)), task.k_shot)
     configs = [winner] if winner.name == peer.name else [winner, peer]
     base = {name: getattr(task, name) for name in names}
     return replace(job, **base, shots=(task.k_shot,)), [Entrant(candidates=(config,)) for config in configs]
