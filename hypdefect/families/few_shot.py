@@ -458,10 +458,11 @@ def _validated(
 def calibrated(
     run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
 ) -> RunConfig:
-    """The run at the temperature at which the query labels of these validation episodes are likeliest.
+    """The run at the temperature at which the query labels of these validation episodes are likeliest; a blend with its
+    weights anew, without members that get none.
 
     Raises:
-        NumericsError: logits that are not finite.
+        NumericsError: logits that are not finite, or a blend that says nothing of the labels.
     """
     if run.blend:
         sides = _apart(fitting)
