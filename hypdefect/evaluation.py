@@ -14,7 +14,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from hypdefect.config import from_mapping, override
 from hypdefect.errors import ConfigError
-from hypdefect.features.transform import CENTRINGS, TransformConfig, part_choices
+from hypdefect.features.transform import CENTRINGS, WHITENINGS, TransformConfig, part_choices
 from hypdefect.methods import build, get_method
 from hypdefect.methods.blended import BlendedClassifier
 from hypdefect.methods.centred import CentredClassifier
@@ -47,7 +47,7 @@ class RunConfig:
     """Divides the logits of whatever method; fitted for likelihood on validation problems (`Family.calibrated`)."""
     blend: tuple["RunConfig", ...] = ()
     """Configurations of the same method whose logits are summed (`methods.blended`), each with its own temperature and
-    copies; the other fields are then those of the first, which counts most."""
+    copies. The fields above are then those of the first, which counts most, but for the temperature, which is 1."""
 
     def __post_init__(self) -> None:
         config = get_method(self.name).config
@@ -57,6 +57,8 @@ class RunConfig:
             raise ConfigError(f"support_copies must not be negative, got {self.support_copies}")
         if not 0 < self.temperature < math.inf:
             raise ConfigError(f"temperature must be positive and finite, got {self.temperature}")
+        if self.blend and self.temperature != 1:
+            raise ConfigError(f"the members of a blend have temperatures, it has none; got {self.temperature}")
         if any(member.name != self.name or member.blend or member.support_copies is None for member in self.blend):
             raise ConfigError(
                 f"a blend holds configurations of {self.name}, each with its support_copies, and no blends"
@@ -100,7 +102,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Entrant:
-    """One row of a comparison: configurations of one method, of which validation chooses one.
+    """One row of a comparison: configurations of one method, of which validation makes one.
 
     `variant` tells entrants with the same method and features apart.
     """
@@ -204,7 +206,7 @@ def with_parts(space: ModuleType, num_parts: int, whitened: bool = False) -> Mod
     vars(extended).update(
         METHOD=space.METHOD,
         FIRST=[*first_parts(num_parts, whitened), *getattr(space, "FIRST", ())],
-        space=partial(_vary_parts, space.space, choices),  # no closure: Ray Tune pickles it by name
+        space=partial(_vary_parts, space.space, choices, whitened),  # no closure: Ray Tune pickles it by name
     )
     return extended
 
@@ -215,7 +217,10 @@ partitions of elpv and MTD, docs/experiments.md)."""
 
 
 def first_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
-    """Centred rows of each part alone; where there is nothing to whiten them by, also of all parts, before."""
+    """Centred rows of each part alone; where there is nothing to whiten them by, also of all parts, before. None of a
+    single part."""
+    if num_parts < 2:
+        return []
     choices = part_choices(num_parts)
     if not whitened:
         return [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
@@ -225,9 +230,11 @@ def first_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
     ]
 
 
-def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], trial: Any) -> None:
+def _vary_parts(vary: Callable[[Any], None], choices: list[str | None], whitened: bool, trial: Any) -> None:
     """`trial` is one of optuna, or of those who only read what is suggested."""
     vary(trial)
+    if whitened:  # most spaces do: the same suggestion again is the same value
+        trial.suggest_categorical("transform.whitening", WHITENINGS)
     trial.suggest_categorical("transform.parts", choices)
     trial.suggest_categorical("transform.centring", CENTRINGS)
 

@@ -229,14 +229,17 @@ class Predictor(ABC):
             raise ArtifactError(f"{_tensors(folder)} cannot be read: {error}") from error
         transform_type = SideBySide if card.run.blend else kind.transform_type
         transform: Any = transform_type(card.block_dims, _below("transform.", tensors))
-        given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
+        try:
+            given, expected = (card.block_dims, transform.shape_dims), dims_of(spec, card.recipe)
+        except KeyError as error:
+            raise ArtifactError(f"{folder}: its tensors hold no transform of a blend: {error}") from error
         if given != expected:
             raise ArtifactError(f"{folder}: blocks {_blocks(*given)} do not fit {card.backbone}, {_blocks(*expected)}")
-        with without_weights():  # every tensor of the model is in its folder
-            model = card.run.model(kind.size_of(card, transform))
         try:
+            with without_weights():  # every tensor of the model is in its folder
+                model = card.run.model(kind.size_of(card, transform))
             model.restore(_below("method.", tensors))
-        except (KeyError, RuntimeError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise ArtifactError(f"{folder}: its tensors do not fit method {card.run.name!r}: {error}") from error
         extractor = extractor_for(spec, card.recipe, device, needs=model.needs)
         predictor = kind(card, extractor, transform, model, source if isinstance(source, ModelEntry) else None)

@@ -52,6 +52,25 @@ def test_a_sweep_of_another_family_is_not_evaluated_again(tmp_path: Path, monkey
             of_sweep(EvaluateConfig(sweep=name))
 
 
+def test_a_sweep_of_which_some_member_was_trained_is_not_evaluated_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    scratch = RunConfig(pretrained=False, support_copies=0)
+    learned, projected = replace(scratch, pretrained=True), replace(scratch, features="meta")
+    runs = {name: replace(scratch, blend=(scratch, one)) for name, one in (("a", learned), ("b", projected))}
+    for name, run in runs.items():
+        values = {"selected": to_mapping(run), "reference": to_mapping(RunConfig(name="prototype"))}
+        job = to_mapping(SweepJob(dataset="mtd")) | {"init": "runs/meta"}
+        write_json(tmp_path / "sweeps" / name / "sweep.json", {"job": job})
+        write_json(tmp_path / "sweeps" / name / "result.json", values | {"selected_trials": [0, 1]})
+        with pytest.raises(ConfigError, match=f"sweep '{name}' started from runs/meta; its own table"):
+            of_sweep(EvaluateConfig(sweep=name))
+    write_json(tmp_path / "sweeps" / "b" / "sweep.json", {"job": job | {"init": None}})
+    _, (ours, _) = of_sweep(EvaluateConfig(sweep="b"))
+    assert ours.candidates == (runs["b"],)
+
+
 def test_methods_that_need_good_parts_leave_all_where_there_are_none(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

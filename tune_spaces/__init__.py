@@ -10,6 +10,7 @@ from types import ModuleType
 import optuna
 
 from hypdefect.errors import ConfigError
+from hypdefect.features.transform import WHITENINGS
 
 
 def get_space(name: str) -> ModuleType:
@@ -30,6 +31,6 @@ FIRST_FEATURES: list[dict[str, object]] = [{"transform.whitening": None}, {"tran
 
 def of_features(trial: optuna.Trial) -> None:
     """What every method varies of its features."""
-    trial.suggest_categorical("transform.whitening", [None, 3.0, 0.1])
+    trial.suggest_categorical("transform.whitening", WHITENINGS)
     trial.suggest_categorical("support_copies", [None, 0])
     trial.suggest_categorical("transform.shape_weight", [0.05, 0.1, 0.15])

@@ -1,7 +1,7 @@
 """Validation and draws on the reported images as Ray tasks: the same results for any number of workers.
 
-`validate`, `calibrate` and `select` are handed what may be looked at. Only `score_selected` and `evaluate` see the
-reported images.
+`validate`, `calibrate`, `settle` and `select` are handed what may be looked at. Only `score_selected` and `evaluate`
+see the reported images.
 """
 
 import contextlib
@@ -117,25 +117,20 @@ class SharedFeatures:
         self.made: dict[Any, Any] = {}
 
     def of(self, run: RunConfig) -> ray.ObjectRef:
-        """What may be looked at as the run sees it."""
-        key = seen_by(run)
-        if key not in self.made:
-            if run.blend:
-                self.made[key] = _BESIDE.remote(run, *map(self.of, run.blend)), None
-            else:
-                made: Any = _TRANSFORM.remote(self.raw, run, self.start)
-                self.made[key] = made
-        return self.made[key][0]
+        """What may be looked at as the run sees it; what a blend sees is put together anew, and not kept."""
+        if run.blend:
+            return _BESIDE.remote(run, *map(self.of, run.blend))
+        return self._made(run)[0]
 
     def transform_of(self, run: RunConfig) -> ray.ObjectRef:
         """The transform of a run that is no blend."""
-        self.of(run)
-        return self.made[seen_by(run)][1]
+        return self._made(run)[1]
 
-
-def seen_by(run: RunConfig) -> Any:
-    """What tells the features of two runs apart."""
-    return tuple(map(seen_by, run.blend)) or (get_method(run.name).family, run.transform, run.features)
+    def _made(self, run: RunConfig) -> Any:
+        key = (get_method(run.name).family, run.transform, run.features)
+        if key not in self.made:
+            self.made[key] = _TRANSFORM.remote(self.raw, run, self.start)
+        return self.made[key]
 
 
 class SharedReported:
@@ -144,17 +139,16 @@ class SharedReported:
     def __init__(self, reported: Any, features: SharedFeatures) -> None:
         self.features = features
         self.raw: ray.ObjectRef = ray.put(reported)
-        self.made: dict[Any, ray.ObjectRef] = {}
+        self.made: dict[ray.ObjectRef, ray.ObjectRef] = {}
 
     def of(self, run: RunConfig) -> ray.ObjectRef:
         """The reported images as the run sees them."""
-        key = seen_by(run)
-        if key not in self.made:
-            if run.blend:
-                self.made[key] = _BESIDE.remote(run, *map(self.of, run.blend))
-            else:
-                self.made[key] = _TRANSFORM_REPORTED.remote(self.raw, run, self.features.transform_of(run))
-        return self.made[key]
+        if run.blend:
+            return _BESIDE.remote(run, *map(self.of, run.blend))
+        transform = self.features.transform_of(run)
+        if transform not in self.made:
+            self.made[transform] = _TRANSFORM_REPORTED.remote(self.raw, run, transform)
+        return self.made[transform]
 
     def draws(
         self, run: RunConfig, setting: Any, draws: int, start: ray.ObjectRef | None = None
@@ -232,8 +226,8 @@ def select(
 
     All entrants see the same problems. Where a family blends, the candidates are (`BlendingFamily.settle`); elsewhere
     the best is taken. The first candidate, the defaults, is left only for a gain beyond one standard error
-    (`evaluation.choose`); a configuration that fails numerically scores 0 and is in no blend. Each choice and each twin
-    has the temperatures at which its answers to these problems are likeliest.
+    (`evaluation.choose`). A configuration that fails numerically is in no blend, and elsewhere scores 0. Each choice
+    and each twin has the temperatures at which its answers to these problems are likeliest.
 
     Args:
         settings: of each K.

@@ -44,7 +44,7 @@ from hypdefect.families import BlendingFamily, Family, get_family
 from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.families.segmentation import SegmentationPlan
-from hypdefect.features.transform import FeatureTransform
+from hypdefect.features.transform import FeatureTransform, SideBySide
 from hypdefect.files import home, write_json, write_table
 from hypdefect.predictor import save_model
 from hypdefect.progress import progress
@@ -242,8 +242,7 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
         ready = time.monotonic()
         trials = run_search(job, family, fitting, space, base, start, workers)
         searched = time.monotonic()
-        tried_first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())]
-        choice = select(job, family, fitting, base, trials, family.references(plan, job), start, tried_first)
+        choice = select(job, family, fitting, space, base, trials, family.references(plan, job), start)
         outcomes = score_choice(job, family, plan, fitting, reported, choice, start)
         entry = None if plan.imported else publish_model(job, family, plan, fitting, choice, start, outcomes)
         first = outcomes[choice.run.name].scored.draws[0]
@@ -298,18 +297,18 @@ def select(
     job: Any,
     family: Family,
     fitting: Any,
+    space: ModuleType,
     base: RunConfig,
     trials: list[TrialResult],
     references: Sequence[RunConfig],
     start: Any,
-    first: Sequence[RunConfig] = (),
 ) -> Choice:
     """What is taken of the trials and of the references, each settled on fresh validation episodes.
 
     Where a family blends it is a blend (`BlendingFamily.settle`), elsewhere the best by `evaluation.choose`. Finalists
-    are the best trials that were never stopped early; to a blend belongs, too, what was tried `first`, as it was chosen
-    to differ. The search's own scores do not count again: as the highest of many they flatter whoever has them. On the
-    same fresh episodes temperatures are fitted.
+    are the best trials that were never stopped early; to a blend belong, too, the FIRST of the space, which differ. The
+    search's own scores do not count again: as the highest of many they flatter whoever has them. On the same fresh
+    episodes temperatures are fitted.
 
     Args:
         trials: best first. references: their defaults first.
@@ -321,11 +320,13 @@ def select(
     if base not in runs:
         raise HypdefectError(f"sweep {job.name!r}: the trial of the defaults did not finish; try again with --resume")
     defaults = trials[runs.index(base)]
-    blends = isinstance(family, BlendingFamily)
-    firsts = [t for t, run in zip(trials, runs, strict=True) if blends and run in first and run != base]
-    others = [
-        t for t, run in zip(trials, runs, strict=True) if t.rungs == job.rungs and run != base and t not in firsts
-    ]
+    first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())]
+    if not isinstance(family, BlendingFamily):
+        first = []
+    distinct = {run: t for t, run in zip(reversed(trials), reversed(runs), strict=True)}  # of equal ones the best
+    distinct = {run: distinct[run] for run in dict.fromkeys(runs) if run != base}
+    firsts = [t for run, t in distinct.items() if run in first]
+    others = [t for run, t in distinct.items() if t.rungs == job.rungs and run not in first]
     finalists = [defaults, *firsts, *others[: job.finalists]]
     candidates = [override(base, t.params) for t in finalists]
     counts = (len(candidates) - 1, len(references), job.episodes)
@@ -339,10 +340,14 @@ def select(
         run, reference = calibrate(fitting, [run, reference], setting, numbers, start)
     twin = family.twin(run, family.transformed(fitting, family.transform_of(run, fitting, start)), start)
     twins = [] if twin is None else calibrate(fitting, [twin], setting, numbers, start)
-    plain = [replace(one, temperature=1.0, support_copies=one.copies(setting.k_shot)) for one in candidates]
-    members = [replace(one, temperature=1.0, support_copies=one.copies(setting.k_shot)) for one in run.blend or (run,)]
-    taken = tuple(finalists[plain.index(member)] for member in members)
+    of_run = {untempered(one, setting.k_shot): t for one, t in zip(candidates[::-1], finalists[::-1], strict=True)}
+    taken = tuple(of_run[untempered(one, setting.k_shot)] for one in run.blend or (run,))
     return Choice(taken, run, reference, twins[0] if twins else None)
+
+
+def untempered(run: RunConfig, k_shot: int) -> RunConfig:
+    """A run without what settling it adds."""
+    return replace(run, temperature=1.0, support_copies=run.copies(k_shot))
 
 
 def score_choice(
@@ -410,7 +415,7 @@ def publish_model(
             f"{level}_of_this_fit": outcome.scored.draws[0].metrics[metric],
             "test/episode/draws": job.draws,
         },
-        "init": str(job.init) if job.init and run.pretrained else None,
+        "init": str(job.init) if job.init and any(one.pretrained for one in run.blend or (run,)) else None,
     }
     details = family.details(run, fitting, setting, 0, model)
     return publish_fitted(plan, run, model, transform, provenance, details, job.alias, job.model)
@@ -420,7 +425,7 @@ def publish_fitted(
     plan: Plan,
     run: RunConfig,
     model: Any,
-    transform: FeatureTransform,
+    transform: FeatureTransform | SideBySide,
     provenance: dict[str, Any],
     details: dict[str, Any],
     alias: str,

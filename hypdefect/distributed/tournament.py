@@ -346,7 +346,7 @@ def of_sweep(job: EvaluateConfig) -> tuple[EvaluateConfig, list[Entrant]]:
     )
     if (family := get_method(winner.name).family) != "few_shot":
         raise ConfigError(f"sweep {job.sweep!r} chose a method of {family}; its own table is its evaluation")
-    if winner.pretrained and settings["init"]:
+    if settings["init"] and any(run.pretrained or run.features == "meta" for run in winner.blend or (winner,)):
         raise ConfigError(f"sweep {job.sweep!r} started from {settings['init']}; its own table is its evaluation")
     trials = result.get("selected_trials") or [result["selected_trial"]]  # its name while one was chosen
     logger.info("%s: trial %s, K = %d", job.sweep, ", ".join(map(str, trials)), task.k_shot)

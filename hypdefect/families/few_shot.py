@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -355,9 +355,8 @@ def transformed(data: Reported, transform: FeatureTransform | SideBySide) -> Rep
 def transformed(data: Fitting | Reported, transform: FeatureTransform | SideBySide) -> Fitting | Reported:
     """The same images with transformed features; normals are not needed behind a transform."""
     if isinstance(transform, SideBySide):
-        if isinstance(data, Reported):
-            return beside([transformed(data, member) for member in transform.members])
-        return beside([transformed(data, member) for member in transform.members])
+        seen: list[Any] = [transformed(data, member) for member in transform.members]
+        return cast(Fitting | Reported, beside(seen))
     if isinstance(data, Reported):
         return Reported(queries=_behind(data.queries, transform))
     return replace(data, pool=_behind(data.pool, transform), normals=None)
@@ -498,16 +497,20 @@ def settle(
     """Of some candidates, the defaults first: their blend, unless it does not beat the defaults by a standard error.
 
     The gain is measured on episodes that did not fit the weights: those of every other episode are fitted on the rest.
-    What is taken then gets its weights, or its temperature, from all of them.
+    They have other supports, but mostly the same queries. What is taken then gets its weights, or its temperature, from
+    all of them.
 
     Args:
-        answered: of each run its `answers` to the same episodes; None for one that fails numerically, which takes no
-            part.
+        answered: of each run its `answers` to the same episodes; None for one that fails numerically. Such a run takes
+            no part, nor does one that answers as an earlier one does.
 
     Returns:
         The configuration, and its query accuracy on each episode; [0.0] where all fail.
     """
-    sound = {place: own for place, own in enumerate(answered) if own is not None}
+    sound: dict[int, list[Answer]] = {}
+    for place, own in enumerate(answered):
+        if own is not None and not any(_alike(own, other) for other in sound.values()):
+            sound[place] = own
     if not sound:
         return runs[0], [0.0]
     together = _stacked(list(sound.values()))
@@ -533,6 +536,10 @@ def _blend_of(runs: Sequence[RunConfig], k_shot: int, answered: Sequence[list[An
         return members[0]
     members = [replace(member, support_copies=member.copies(k_shot)) for member in members]
     return replace(members[0], temperature=1.0, blend=tuple(members))
+
+
+def _alike(answers: list[Answer], others: list[Answer]) -> bool:
+    return all(torch.equal(one, other) for (one, _), (other, _) in zip(answers, others, strict=True))
 
 
 def _stacked(answered: Sequence[list[Answer]]) -> list[Answer]:

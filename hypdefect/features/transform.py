@@ -22,6 +22,8 @@ from hypdefect.types import VIEWS
 
 Centring = Literal["none", "supports"]
 CENTRINGS: tuple[Centring, ...] = ("none", "supports")
+WHITENINGS: list[float | None] = [None, 3.0, 0.1]
+"""What a search tries."""
 FEWEST_NORMALS = 10
 """Normal images that centring and whitening need; fewer are not used."""
 

@@ -9,20 +9,21 @@ Shapes: N rows, D features of one view, M members, Q queries, W ways (classes).
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from scipy.optimize import minimize
-from scipy.special import log_softmax, softmax
+from scipy.special import log_softmax
 from torch import Tensor
 
 from hypdefect.errors import NumericsError
 from hypdefect.types import Batch, FewShotClassifier, Needs
 
 LEAST_WORTH = 1e-3
-"""A member that lowers the loss by less, in nats a query, is left out: it costs a fit and changes next to nothing."""
+"""A member that lowers the loss by less, in nats a query, beside the others as they are weighted, is left out: it costs
+a fit and changes next to nothing."""
 
 
 class BlendedClassifier:
@@ -103,50 +104,48 @@ def worths(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]], weights: S
     return [float(worth) for worth in _worths(_plain(episodes, np.arange(len(weights))), np.array(weights))]
 
 
-Answers = Sequence[tuple[np.ndarray, np.ndarray]]
-"""Logits `[M Q W]` and wanted probabilities `[Q W]` of each episode."""
+@dataclass(frozen=True, slots=True)
+class _Answers:
+    """All episodes in a row, N queries: logits `[M N W]`, wanted probabilities `[N W]`, how much each query counts."""
+
+    logits: np.ndarray
+    wanted: np.ndarray
+    counts: np.ndarray
+
+    def probabilities(self, weights: np.ndarray) -> np.ndarray:
+        return np.asarray(log_softmax(np.tensordot(weights, self.logits, 1), axis=1))
+
+    def loss(self, weights: np.ndarray) -> float:
+        """The mean over episodes of the mean over queries, as `tempered.likelihood_loss`."""
+        return -float(((self.wanted * self.probabilities(weights)).sum(1) * self.counts).sum())
+
+    def loss_and_slope(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
+        logs = self.probabilities(weights)
+        loss = -float(((self.wanted * logs).sum(1) * self.counts).sum())
+        return loss, np.tensordot(self.logits, (np.exp(logs) - self.wanted) * self.counts[:, None], 2)
 
 
-def _plain(episodes: Sequence[tuple[Tensor, Tensor]], kept: np.ndarray, factors: np.ndarray | None = None) -> Answers:
+def _plain(episodes: Sequence[tuple[Tensor, Tensor]], kept: np.ndarray, factors: np.ndarray | None = None) -> _Answers:
     """The members that are kept, their logits times factors."""
-    smoothing = 1 / (1 + sum(len(labels) for _, labels in episodes))
-    answers = []
-    for logits, labels in episodes:
-        ways = logits.shape[2]
-        wanted = (1 - smoothing) * np.eye(ways)[labels.numpy()] + smoothing / ways
-        own = logits.double().numpy()[kept]
-        answers.append((own if factors is None else own * factors[:, None, None], wanted))
-    return answers
+    lengths = [len(labels) for _, labels in episodes]
+    smoothing = 1 / (1 + sum(lengths))
+    logits = torch.cat([x.double() for x, _ in episodes], 1).numpy()[kept]
+    ways = logits.shape[2]
+    wanted = (1 - smoothing) * np.eye(ways)[torch.cat([y for _, y in episodes]).numpy()] + smoothing / ways
+    counts = np.repeat([1 / (len(lengths) * n) for n in lengths], lengths)
+    return _Answers(logits if factors is None else logits * factors[:, None, None], wanted, counts)
 
 
-def _loss(answers: Answers, weights: np.ndarray) -> float:
-    """The mean over episodes of the mean over queries, as `tempered.likelihood_loss`."""
-    blended = [(log_softmax(np.tensordot(weights, logits, 1), axis=1), wanted) for logits, wanted in answers]
-    return -float(np.mean([(wanted * found).sum() / len(wanted) for found, wanted in blended]))
+def _worths(answers: _Answers, weights: np.ndarray) -> np.ndarray:
+    whole = answers.loss(weights)
+    return np.array([answers.loss(others) - whole for others in weights * (1 - np.eye(len(weights)))])
 
 
-def _worths(answers: Answers, weights: np.ndarray) -> np.ndarray:
-    whole = _loss(answers, weights)
-    without = weights * (1 - np.eye(len(weights)))
-    return np.array([_loss(answers, others) - whole for others in without])
-
-
-def _likeliest(answers: Answers) -> np.ndarray:
-    count = len(answers[0][0])
-
-    def slope(weights: np.ndarray) -> np.ndarray:
-        slopes = [
-            np.tensordot(logits, softmax(np.tensordot(weights, logits, 1), axis=1) - wanted, 2) / len(wanted)
-            for logits, wanted in answers
-        ]
-        return np.mean(slopes, 0)
-
-    start = np.full(count, 1 / count)
-    return np.asarray(
-        minimize(
-            lambda weights: _loss(answers, weights), start, jac=slope, method="L-BFGS-B", bounds=[(0.0, None)] * count
-        ).x
-    )
+def _likeliest(answers: _Answers) -> np.ndarray:
+    count = len(answers.logits)
+    bounds = [(0.0, None)] * count
+    found = minimize(answers.loss_and_slope, np.full(count, 1 / count), jac=True, method="L-BFGS-B", bounds=bounds)
+    return np.asarray(found.x)
 
 
 def _spreads(episodes: Sequence[tuple[Tensor, Tensor]]) -> list[float]:

@@ -14,7 +14,7 @@ from hypdefect.errors import ConfigError, NumericsError
 from hypdefect.evaluation import RunConfig, choose
 from hypdefect.families import few_shot
 from hypdefect.families.episodes import LabelledFeatures, build_episode
-from hypdefect.families.few_shot import Fitting, Reported, Setting
+from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
 from hypdefect.features.spec import FeatureTable
 from hypdefect.features.transform import SideBySide, TransformConfig
 from hypdefect.methods import blended as blended_module
@@ -218,11 +218,37 @@ def test_a_blend_is_written_and_read_as_any_configuration() -> None:
     run = blend(part("1", "hypdfs", support_copies=2, temperature=0.5), part(None, "hypdfs", support_copies=0))
     assert from_mapping(RunConfig, json.loads(json.dumps(to_mapping(run)))) == run
     alone = part("1", support_copies=2)
+    with pytest.raises(ConfigError, match="the members of a blend have temperatures, it has none; got 2"):
+        replace(alone, temperature=2.0, blend=(alone, alone))
     for members in [(alone, part("1", "hypdfs", support_copies=0)), (alone, part("1")), (alone, blend(alone, alone))]:
         with pytest.raises(
             ConfigError, match="a blend holds configurations of prototype, each with its support_copies"
         ):
             replace(alone, blend=members)
+
+
+def test_each_member_starts_from_what_training_gave_to_it() -> None:
+    """One member on a projection and with trained weights, one on plain features, from scratch."""
+    fitting, reported = parts_task()
+    generator = torch.Generator().manual_seed(0)
+    projection = {view: torch.randn(18, 5, generator=generator) for view in VIEWS}
+    mean = {view: torch.randn(18, generator=generator) / 10 for view in VIEWS}
+    learned = replace(part(None, "hypdfs", support_copies=0), features="meta")
+    core = {k: v + 0.3 * torch.randn(v.shape, generator=generator) for k, v in learned.model(5).trained().items()}
+    start = MetaStart(method="hypdfs", projection=projection, core=core, mean=mean)
+    members = (learned, part("0", "hypdfs", support_copies=0), replace(learned, pretrained=False))
+    weights = start.weights(blend(*members))
+    assert [own is None for own in weights] == [False, True, True]
+
+    def scored(run: RunConfig) -> Any:
+        transform = few_shot.transform_of(run, fitting, start)
+        sides = few_shot.transformed(fitting, transform), few_shot.transformed(reported, transform)
+        return few_shot.score(run, *sides, SETTING, 0, start)
+
+    alone = [np.log(scored(member).probabilities.astype(np.float64)) for member in members]
+    assert not np.allclose(alone[0], alone[2], atol=1e-3)
+    expected = torch.from_numpy(sum(alone)).softmax(1).numpy()
+    np.testing.assert_allclose(scored(blend(*members)).probabilities, expected, atol=1e-5)
 
 
 def test_the_twin_of_a_blend_is_the_blend_of_the_twins() -> None:
@@ -298,6 +324,14 @@ def test_the_defaults_stay_where_the_others_add_nothing() -> None:
     alone, _ = few_shot.settle(runs[1::-1], [[(0 * x, y) for x, y in noise], both], SETTING)
     assert replace(alone, temperature=found.temperature) == found
     assert alone.temperature == pytest.approx(found.temperature, rel=1e-3)
+
+
+def test_a_trial_that_answers_as_another_does_is_in_no_blend() -> None:
+    fitting, _ = parts_task()
+    runs = [part("0"), part("1"), replace(part("1"), transform=TransformConfig(parts="1", whitening=None)), part("0")]
+    found, scores = settled(fitting, runs, range(6))  # without normals nothing is whitened
+    assert (found, scores) == settled(fitting, runs[:2], range(6))
+    assert len(found.blend) == 2
 
 
 def test_finalists_that_fail_take_no_part() -> None:

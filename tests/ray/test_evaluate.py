@@ -126,6 +126,16 @@ def entrants() -> list[Entrant]:
     ]
 
 
+def test_members_of_a_blend_see_their_own_features(ray_local: Any, task: Task) -> None:
+    cosine = CONFIGS["prototype"]
+    parts = [override(cosine, {"transform.parts": number}) for number in ("0", "1")]
+    tried = [Entrant(candidates=(parts[0], parts[1], replace(cosine, support_copies=2)))]
+    (scored,) = compare(*task, tried, {3: setting_of(3)}, 2, episodes=6)
+    assert len({member.transform for member in scored.config.blend}) > 1
+    for number, draw in enumerate(scored.draws):
+        assert_same(draw, in_process(task, scored.config, 3, number))
+
+
 def compared(task: Task, **changes: Any) -> list[Scored]:
     settings = {k: setting_of(k) for k in (1, 3)}
     return compare(*task, entrants(), settings, 2, **{"episodes": 6} | changes)

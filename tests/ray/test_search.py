@@ -182,7 +182,7 @@ def selected(data: Fitting, trials: list[TrialResult]) -> tuple[Any, dict[str, t
     """What a sweep chooses and publishes."""
     job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=3, rungs=1)
     references = [RunConfig(name="prototype", method={"metric": metric}) for metric in ("cosine", "euclidean")]
-    choice = select(job, get_family("hypdfs"), data, BASE, trials, references, None)
+    choice = select(job, get_family("hypdfs"), data, NO_FIRST, BASE, trials, references, None)
     seen = few_shot.transformed(data, few_shot.transform_of(choice.run, data))
     model = few_shot.fit(choice.run, seen, few_shot.setting(job), 0)
     return ([trial.number for trial in choice.trials], choice.run, choice.reference), model.export()
@@ -205,6 +205,7 @@ def trial(number: int, value: float, rungs: int = 2, **params: Any) -> TrialResu
     return TrialResult(number, point, value, rungs, 1.0)
 
 
+NO_FIRST = as_space(lambda trial: None, "prototype")
 POINTS: list[dict[str, Any]] = [{"transform.parts": "1"}, {"transform.whitening": 0.1}]
 
 
@@ -217,7 +218,7 @@ def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(r
     seen = few_shot.transformed(data, few_shot.transform_of(base, data))
 
     def chosen(*trials: TrialResult) -> Choice:
-        return select(job, get_family("prototype"), data, base, list(trials), [base], None)
+        return select(job, get_family("prototype"), data, NO_FIRST, base, list(trials), [base], None)
 
     ours, other = validate(data, [base, override(base, whitened.params)], setting, fresh)
     assert np.mean(other) > np.mean(ours)
@@ -225,7 +226,7 @@ def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(r
     assert kept.trials == (defaults,)
     assert kept.run == kept.reference == few_shot.calibrated(base, seen, setting, fresh) != base
     assert kept.twin is None
-    found = chosen(part, copies, defaults)
+    found = chosen(part, copies, replace(part, number=9), defaults)  # the same point again takes no place
     assert found.trials == (copies, part)
     assert [(m.support_copies, m.transform.parts) for m in found.run.blend] == [(2, None), (0, "1")]
     runs = [override(base, t.params) for t in (defaults, part, copies)]
@@ -248,9 +249,10 @@ def test_what_a_search_tries_first_belongs_to_the_blend_though_it_was_stopped_ea
     part, whitened = (trial(n, 0.1, rungs=1, **point) for n, point in enumerate(POINTS, 1))
 
     def taken(*first: dict[str, Any]) -> list[int]:
-        points = [override(base, point) for point in first]
+        space = as_space(informative_space, "prototype")
+        space.FIRST = list(first)
         trials = [copies, defaults, whitened, part]
-        choice = select(job, get_family("prototype"), data, base, trials, [base], None, points)
+        choice = select(job, get_family("prototype"), data, space, base, trials, [base], None)
         return [t.number for t in choice.trials]
 
     assert taken(*POINTS)[:2] == [3, 1]
@@ -261,7 +263,7 @@ def test_references_are_settled_as_trials_are(ray_local: Any, data: Fitting) -> 
     base = RunConfig(name="prototype", support_copies=0)
     job = SweepJob(k_shot=SETTING.k_shot, episodes=4, rungs=1)
     references = [base, override(base, {"transform.parts": "1"}), replace(base, support_copies=2)]
-    choice = select(job, get_family("prototype"), data, base, [trial(0, 0.5)], references, None)
+    choice = select(job, get_family("prototype"), data, NO_FIRST, base, [trial(0, 0.5)], references, None)
     answered = [
         few_shot.answers(r, few_shot.transformed(data, few_shot.transform_of(r, data)), SETTING, range(4, 8))
         for r in references
@@ -273,7 +275,7 @@ def test_references_are_settled_as_trials_are(ray_local: Any, data: Fitting) -> 
 def test_the_twin_of_a_sweep_has_a_temperature_of_its_own(ray_local: Any, data: Fitting) -> None:
     job = SweepJob(k_shot=SETTING.k_shot, episodes=3, rungs=1)
     only = TrialResult(0, {"support_copies": None}, 0.5, 1, 1.0)
-    choice = select(job, get_family("hypdfs"), data, BASE, [only], [RunConfig(name="prototype")], None)
+    choice = select(job, get_family("hypdfs"), data, NO_FIRST, BASE, [only], [RunConfig(name="prototype")], None)
     seen = few_shot.transformed(data, few_shot.transform_of(BASE, data))
     flat = few_shot.twin(BASE, seen)
     assert flat is not None
