@@ -570,8 +570,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="blend-firsts",
         file="hypdefect/distributed/sweep.py",
-        old="blends and run in first",
-        new="not blends and run in first",
+        old="for run, t in distinct.items() if run in first]",
+        new="for run, t in distinct.items() if run in ()]",
         tests=("tests/ray/test_search.py",),
         breaks="a sweep's blend lacks the parts that the search stopped early",
     ),
