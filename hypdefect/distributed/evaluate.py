@@ -69,8 +69,7 @@ def _calibrate(fitting: Any, run: RunConfig, setting: Any, numbers: range, start
 def _answer(fitting: Any, run: RunConfig, setting: Any, numbers: range, start: Any) -> tuple[list[Any] | None, float]:
     torch.set_num_threads(1)
     begun = time.process_time()
-    family = _blending(run)
-    assert family is not None
+    family: Any = get_family(run.name)
     try:
         found = family.answers(run, fitting, setting, numbers, start)
     except NumericsError:
@@ -83,22 +82,18 @@ def _settle(
 ) -> tuple[RunConfig, list[float], float]:
     torch.set_num_threads(1)
     begun = time.process_time()
-    family = _blending(runs[0])
-    assert family is not None
+    family: Any = get_family(runs[0].name)
     found, scores = family.settle(runs, [own for own, _ in answered], setting)
     return found, scores, time.process_time() - begun + sum(seconds for _, seconds in answered)
 
 
 def _beside(run: RunConfig, *data: Any) -> Any:
-    family = _blending(run)
-    assert family is not None
+    family: Any = get_family(run.name)
     return family.beside(data)
 
 
-def _blending(run: RunConfig) -> BlendingFamily | None:
-    """The run's family where its configurations can be blended."""
-    family = get_family(run.name)
-    return family if isinstance(family, BlendingFamily) else None
+def _blends(method: str) -> bool:
+    return isinstance(get_family(method), BlendingFamily)
 
 
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
@@ -240,7 +235,7 @@ def select(
     trials: dict[int, list[ray.ObjectRef]] = {}
     for place, (k_shot, entrant) in enumerate(jobs):
         if episodes[k_shot]:
-            task = _ANSWER if _blending(entrant.candidates[0]) else _VALIDATE
+            task = _ANSWER if _blends(entrant.method) else _VALIDATE
             trials[place] = [
                 task.remote(features.of(run), run, settings[k_shot], range(episodes[k_shot]), features.start)
                 for run in entrant.candidates
@@ -250,15 +245,13 @@ def select(
     settled = {
         place: _SETTLE.remote(jobs[place][1].candidates, settings[jobs[place][0]], *own)
         for place, own in trials.items()
-        if _blending(jobs[place][1].candidates[0])
+        if _blends(jobs[place][1].method)
     }
     selected: list[Selected] = []
-    calibrated: set[int] = set()
     for place, (k_shot, entrant) in enumerate(jobs):
         config, scores, seconds = entrant.candidates[0], [math.nan], 0.0
         if place in settled:
             config, scores, seconds = ray.get(settled[place])
-            calibrated.add(len(selected))
         elif place in trials:
             results = ray.get(trials[place])
             position = choose([own for own, _ in results])
@@ -282,7 +275,7 @@ def select(
             features.of(one.config), one.config, settings[one.k_shot], range(episodes[one.k_shot]), features.start
         )
         for place, one in enumerate(selected)
-        if episodes[one.k_shot] and place not in calibrated
+        if episodes[one.k_shot] and (one.variant == TWIN or not _blends(one.config.name))
     }
     _await(list(fits.values()), progress and (lambda done, _: progress(len(references) + done, total)))
     for place, fit in fits.items():
@@ -294,7 +287,7 @@ def select(
 def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
     """Tasks of `select` at all K: a trial of each candidate, and a temperature of what no blend has given one."""
     trials = sum(len(entrant.candidates) for entrant in entrants)
-    fits = sum(not _blending(entrant.candidates[0]) for entrant in entrants)
+    fits = sum(not _blends(entrant.method) for entrant in entrants)
     fits += sum(twins and has_twin(entrant) for entrant in entrants)
     return sum(n > 0 for n in episodes.values()) * (trials + fits)
 

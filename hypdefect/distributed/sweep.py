@@ -230,7 +230,7 @@ def sweep(job: Any, space: ModuleType, base: RunConfig, start: Any = None) -> Sw
     if not plan.imported:
         check(home(), job.model or plan.model_name, job.alias)
     if start is None:  # what was learned belongs to the parts it was trained on
-        space = with_parts(space, plan.searched_parts, "transform.whitening" not in plan.idle_fields)
+        space = with_parts(space, plan.searched_parts, plan.whitened)
     space = without_fields(space, plan.idle_fields)
     workers = num_workers(job.workers)
     fill(plan, workers=workers)
@@ -320,19 +320,19 @@ def select(
     if base not in runs:
         raise HypdefectError(f"sweep {job.name!r}: the trial of the defaults did not finish; try again with --resume")
     defaults = trials[runs.index(base)]
-    first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())]
-    if not isinstance(family, BlendingFamily):
-        first = []
-    distinct = {run: t for t, run in zip(reversed(trials), reversed(runs), strict=True)}  # of equal ones the best
-    distinct = {run: distinct[run] for run in dict.fromkeys(runs) if run != base}
-    firsts = [t for run, t in distinct.items() if run in first]
-    others = [t for run, t in distinct.items() if t.rungs == job.rungs and run not in first]
-    finalists = [defaults, *firsts, *others[: job.finalists]]
-    candidates = [override(base, t.params) for t in finalists]
+    blends = isinstance(family, BlendingFamily)
+    first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())] if blends else []
+    of_run: dict[RunConfig, TrialResult] = {}
+    for run, trial in zip(runs, trials, strict=True):
+        of_run.setdefault(run, trial)  # of equal ones the best
+    del of_run[base]
+    full = [run for run, trial in of_run.items() if trial.rungs == job.rungs and run not in first]
+    candidates = [base, *(run for run in of_run if run in first), *full[: job.finalists]]
+    finalists = [defaults, *(of_run[run] for run in candidates[1:])]
     counts = (len(candidates) - 1, len(references), job.episodes)
     logger.info("selection: the defaults, %d finalists and %d references on %d fresh episodes", *counts)
     setting, numbers = family.setting(job), range(job.episodes, 2 * job.episodes)
-    if isinstance(family, BlendingFamily):
+    if blends:
         (run, _), (reference, _) = settle(fitting, [candidates, references], setting, numbers, start)
     else:
         scores = validate(fitting, [*candidates, *references], setting, numbers, start)
@@ -340,8 +340,8 @@ def select(
         run, reference = calibrate(fitting, [run, reference], setting, numbers, start)
     twin = family.twin(run, family.transformed(fitting, family.transform_of(run, fitting, start)), start)
     twins = [] if twin is None else calibrate(fitting, [twin], setting, numbers, start)
-    of_run = {untempered(one, setting.k_shot): t for one, t in zip(candidates[::-1], finalists[::-1], strict=True)}
-    taken = tuple(of_run[untempered(one, setting.k_shot)] for one in run.blend or (run,))
+    tried = [untempered(one, setting.k_shot) for one in candidates]
+    taken = tuple(finalists[tried.index(untempered(one, setting.k_shot))] for one in run.blend or (run,))
     return Choice(taken, run, reference, twins[0] if twins else None)
 
 

@@ -1,7 +1,7 @@
 """Which few-shot method is best: all of them on the same features, validation episodes, draws and queries.
 
 Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
-partition and K anew; the queries are scored with what won there (`distributed.evaluate.select`). All draws go into the
+partition and K anew; the queries are scored with what comes of it (`distributed.evaluate.select`). All draws go into the
 ledger.
 """
 
@@ -278,11 +278,11 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
     have plain ones, all parts and each alone: what was learned is used as far as it helps on the support pool.
     """
     names = job.of_family("few_shot")
-    rows, whitened = [], "transform.whitening" not in plan.idle_fields
+    rows = []
     for name in names:
         method = job.method if name == "hypdfs" else None
         base = RunConfig(name=name, method=method, transform=job.transform, support_copies=job.support_copies)
-        space = without_fields(with_parts(spaces(name), plan.searched_parts, whitened), plan.idle_fields)
+        space = without_fields(with_parts(spaces(name), plan.searched_parts, plan.whitened), plan.idle_fields)
         rows.append(Entrant(candidates=candidates(base, space, job.trials, job.seed)))
     for name in names if start and start.projection else ():
         learned = name == "hypdfs" and bool(start and start.core)
@@ -296,7 +296,7 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
         )
         fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
         space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
-        plain = [{"features": "plain"} | point for point in ({}, *first_parts(plan.searched_parts, whitened))]
+        plain = [{"features": "plain"} | point for point in ({}, *first_parts(plan.searched_parts, plan.whitened))]
         tried = candidates(base, space, job.trials, job.seed, first=plain)
         rows.append(Entrant(candidates=tried))
     return rows

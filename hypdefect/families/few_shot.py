@@ -39,7 +39,7 @@ from hypdefect.features.transform import (
     part_choices,
 )
 from hypdefect.methods import get_method
-from hypdefect.methods.blended import fitted_weights, worths
+from hypdefect.methods.blended import fitted_weights, ranges, worths
 from hypdefect.methods.centred import centred, row_means
 from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.metrics import calibration_error, chance_calibration_error
@@ -129,8 +129,12 @@ class TaskPlan(Plan):
         return self.num_parts if self.key.grid is None else 1
 
     @property
+    def whitened(self) -> bool:
+        return len(self.normal_ids) >= FEWEST_NORMALS
+
+    @property
     def idle_fields(self) -> tuple[str, ...]:
-        idle = [] if len(self.normal_ids) >= FEWEST_NORMALS else ["transform.whitening"]
+        idle = [] if self.whitened else ["transform.whitening"]
         idle += [] if self.key.shape_dims and self.uses_mask else ["transform.shape_weight"]
         return (*idle, "method.prototype_scale" if self.prompts else "method.text_share")  # text stands for prototypes
 
@@ -387,12 +391,12 @@ def _beside(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
 
 def _apart(fitting: Fitting) -> list[Fitting]:
     """What each member sees of features side by side."""
-    stops = np.cumsum(fitting.widths)
     pools = []
-    for start, stop in zip(stops - fitting.widths, stops, strict=True):
+    for number in range(len(fitting.widths)):
         table, text = fitting.pool.table, fitting.pool.text
-        views = {view: x[..., start:stop] for view, x in table.views.items()}
-        text = None if text is None else text[:, 2 * start : 2 * stop]
+        of_view, of_text = ranges(fitting.widths, number)
+        views = {view: x[..., of_view] for view, x in table.views.items()}
+        text = None if text is None else text[:, of_text]
         pools.append(replace(fitting.pool, table=replace(table, views=views), text=text))
     return [replace(fitting, pool=pool, widths=()) for pool in pools]
 
@@ -424,9 +428,8 @@ def twin(run: RunConfig, fitting: Fitting, start: MetaStart | None = None) -> Ru
     if flat_twin is None:
         return None
     if run.blend:
-        twins = [twin(member, seen, start) for member, seen in zip(run.blend, _apart(fitting), strict=True)]
-        members = tuple(one for one in twins if one is not None)
-        return replace(members[0], temperature=1.0, blend=members)
+        twins: list[Any] = [twin(member, seen, start) for member, seen in zip(run.blend, _apart(fitting), strict=True)]
+        return replace(twins[0], temperature=1.0, blend=tuple(twins))
     batch = fitting.pool.batch(np.arange(len(fitting.pool)))
     if run.transform.centring == "supports":  # the pool lies round its mean as a task's rows round theirs
         batch = centred(batch, row_means(batch))

@@ -119,6 +119,11 @@ class Plan(ABC):
         return 1
 
     @property
+    def whitened(self) -> bool:
+        """Whether there are normals enough to centre and whiten features by."""
+        return False
+
+    @property
     def idle_fields(self) -> tuple[str, ...]:
         """Fields of a run that change nothing of this task's features: trials do not vary them."""
         return ()

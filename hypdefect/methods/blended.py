@@ -61,11 +61,17 @@ class BlendedClassifier:
 
 
 def columns(batch: Batch, widths: Sequence[int], number: int) -> Batch:
-    """What a member reads of rows side by side; class text, where there is any, is of both views side by side."""
+    """What a member reads of rows side by side."""
+    of_view, of_text = ranges(widths, number)
+    text = None if batch.text is None else batch.text[:, of_text]
+    return replace(batch, views={view: x[..., of_view] for view, x in batch.views.items()}, text=text)
+
+
+def ranges(widths: Sequence[int], number: int) -> tuple[slice, slice]:
+    """Which numbers of a view, and of a class's text, which has both views side by side, are a member's."""
     start = sum(widths[:number])
     stop = start + widths[number]
-    text = batch.text if batch.text is None else batch.text[:, 2 * start : 2 * stop]
-    return replace(batch, views={view: x[..., start:stop] for view, x in batch.views.items()}, text=text)
+    return slice(start, stop), slice(2 * start, 2 * stop)
 
 
 def fitted_weights(episodes: Sequence[tuple[Float[Tensor, "M Q W"], Tensor]]) -> list[float]:
@@ -112,17 +118,11 @@ class _Answers:
     wanted: np.ndarray
     counts: np.ndarray
 
-    def probabilities(self, weights: np.ndarray) -> np.ndarray:
-        return np.asarray(log_softmax(np.tensordot(weights, self.logits, 1), axis=1))
-
-    def loss(self, weights: np.ndarray) -> float:
-        """The mean over episodes of the mean over queries, as `tempered.likelihood_loss`."""
-        return -float(((self.wanted * self.probabilities(weights)).sum(1) * self.counts).sum())
-
     def loss_and_slope(self, weights: np.ndarray) -> tuple[float, np.ndarray]:
-        logs = self.probabilities(weights)
-        loss = -float(((self.wanted * logs).sum(1) * self.counts).sum())
-        return loss, np.tensordot(self.logits, (np.exp(logs) - self.wanted) * self.counts[:, None], 2)
+        """The loss is the mean over episodes of the mean over queries, as `tempered.likelihood_loss`."""
+        log_probabilities = log_softmax(np.tensordot(weights, self.logits, 1), axis=1)
+        loss = -float(((self.wanted * log_probabilities).sum(1) * self.counts).sum())
+        return loss, np.tensordot(self.logits, (np.exp(log_probabilities) - self.wanted) * self.counts[:, None], 2)
 
 
 def _plain(episodes: Sequence[tuple[Tensor, Tensor]], kept: np.ndarray, factors: np.ndarray | None = None) -> _Answers:
@@ -137,8 +137,8 @@ def _plain(episodes: Sequence[tuple[Tensor, Tensor]], kept: np.ndarray, factors:
 
 
 def _worths(answers: _Answers, weights: np.ndarray) -> np.ndarray:
-    whole = answers.loss(weights)
-    return np.array([answers.loss(others) - whole for others in weights * (1 - np.eye(len(weights)))])
+    whole, *without = (answers.loss_and_slope(w)[0] for w in (weights, *weights * (1 - np.eye(len(weights)))))
+    return np.array(without) - whole
 
 
 def _likeliest(answers: _Answers) -> np.ndarray:

@@ -49,7 +49,7 @@ class Row:
     fit_seconds: float
     predict_seconds: float
     validation: float
-    """Mean validation score by which its configuration was chosen; NaN where none was run."""
+    """Mean validation score of what was taken, of a blend on episodes that did not weigh it; NaN where none was run."""
     draws: int
     confusion: np.ndarray
     """`[W, W]` counts summed over draws, rows are the true classes; empty where a family has no classes."""

@@ -41,7 +41,7 @@ SCHEMA = pa.schema(
         ("variant", pa.string()),  # what tells rows of one method apart: "", "c = 0 twin", "no adapter" ...
         ("features", pa.string()),  # plain, meta (meta-trained projection)
         ("method_config", pa.string()),  # JSON of the RunConfig that was used on this partition
-        ("validation", pa.float64()),  # mean validation score by which it was chosen; NaN: nothing was validated
+        ("validation", pa.float64()),  # mean validation score of what was taken; NaN: nothing was validated
         ("k_shot", pa.int32()),  # 0 where a family knows no shots
         ("partition", pa.int32()),
         ("draw", pa.int32()),
