@@ -1,8 +1,8 @@
 """Which few-shot method is best: all of them on the same features, validation episodes, draws and queries.
 
 Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
-partition and K anew; the queries are scored with what comes of it (`distributed.evaluate.select`). All draws go into the
-ledger.
+partition and K anew; the queries are scored with what comes of it (`distributed.evaluate.select`). All draws go into
+the ledger.
 """
 
 import json
