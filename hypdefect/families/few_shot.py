@@ -41,7 +41,7 @@ from hypdefect.features.transform import (
 from hypdefect.methods import get_method
 from hypdefect.methods.blended import fitted_weights, ranges, worths
 from hypdefect.methods.centred import centred, row_means
-from hypdefect.methods.tempered import fitted_temperature
+from hypdefect.methods.tempered import fitted_temperature, likelihood_loss
 from hypdefect.metrics import calibration_error, chance_calibration_error
 from hypdefect.predictor import ClassPredictor as Predictor
 from hypdefect.types import EpisodeSpec, FewShotClassifier, SplitKind
@@ -499,9 +499,9 @@ def settle(
 ) -> tuple[RunConfig, list[float]]:
     """Of some candidates, the defaults first: their blend, unless it does not beat the defaults by a standard error.
 
-    The gain is measured on episodes that did not fit the weights: those of every other episode are fitted on the rest.
-    They have other supports, but mostly the same queries. What is taken then gets its weights, or its temperature, from
-    all of them.
+    The gain is in likelihood, on episodes that fitted neither weights nor temperature: every other one is answered with
+    those of the rest, which have other supports, but mostly the same queries. Of a small pool an episode has a dozen
+    queries, too few for accuracy to show a gain. What is taken then gets its weights, or its temperature, from all.
 
     Args:
         answered: of each run its `answers` to the same episodes; None for one that fails numerically. Such a run takes
@@ -517,15 +517,32 @@ def settle(
     if not sound:
         return runs[0], [0.0]
     together = _stacked(list(sound.values()))
-    usual = [_accuracy(*one) for one in sound[0]] if 0 in sound else [0.0] * len(together)
-    blended = usual
     if len(together) > 1 and list(sound) != [0]:
         with contextlib.suppress(NumericsError):  # no candidate says anything of the labels
-            folds = [fitted_weights(together[1 - first :: 2]) for first in (0, 1)]
-            blended = [_accuracy(_sum(folds[n % 2], logits), labels) for n, (logits, labels) in enumerate(together)]
-    if choose([usual, blended]):
-        return _blend_of([runs[place] for place in sound], setting.k_shot, list(sound.values())), blended
-    return replace(runs[0], temperature=fitted_temperature(sound[0])) if 0 in sound else runs[0], usual
+            blended = _weighted(together)
+            if 0 not in sound or choose([_likelihoods(_tempered(sound[0])), _likelihoods(blended)]):
+                taken = _blend_of([runs[place] for place in sound], setting.k_shot, list(sound.values()))
+                return taken, [_accuracy(*one) for one in blended]
+    if 0 not in sound:
+        return runs[0], [0.0] * len(together)
+    return replace(runs[0], temperature=fitted_temperature(sound[0])), [_accuracy(*one) for one in sound[0]]
+
+
+def _weighted(episodes: list[Answer]) -> list[Answer]:
+    """The blend's answers to each episode, its weights from every other one."""
+    weights = [fitted_weights(episodes[1 - first :: 2]) for first in (0, 1)]
+    return [(_sum(weights[n % 2], logits), labels) for n, (logits, labels) in enumerate(episodes)]
+
+
+def _tempered(episodes: list[Answer]) -> list[Answer]:
+    """The same of a single run and its temperature."""
+    temperatures = [fitted_temperature(episodes[1 - first :: 2]) for first in (0, 1)]
+    return [(logits / temperatures[n % 2], labels) for n, (logits, labels) in enumerate(episodes)]
+
+
+def _likelihoods(episodes: list[Answer]) -> list[float]:
+    """Mean log likelihood of each episode's labels."""
+    return [-likelihood_loss([one], 1.0) for one in episodes]
 
 
 def _blend_of(runs: Sequence[RunConfig], k_shot: int, answered: Sequence[list[Answer]]) -> RunConfig:

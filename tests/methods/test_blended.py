@@ -326,6 +326,31 @@ def test_the_defaults_stay_where_the_others_add_nothing() -> None:
     assert alone.temperature == pytest.approx(found.temperature, rel=1e-3)
 
 
+def drawn_answers(seed: int, *strengths: float) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Of trials that know the labels this well, and are wrong in other places: 12 episodes of 8 queries."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(8) % 4
+    truth = torch.eye(4)[labels]
+    return [[(s * truth + torch.randn(8, 4, generator=generator), labels) for _ in range(12)] for s in strengths]
+
+
+def test_a_gain_that_accuracy_is_too_coarse_to_show_is_taken() -> None:
+    answered = drawn_answers(2, 1.0, 1.0)
+    found, scores = few_shot.settle([part("0"), part("1")], answered, SETTING)
+    usual = [float((logits.argmax(1) == labels).double().mean()) for logits, labels in answered[0]]
+    assert np.mean(scores) > np.mean(usual)
+    assert choose([usual, scores]) == 0
+    assert [member.transform.parts for member in found.blend] == ["0", "1"]
+
+
+def test_a_gain_in_likelihood_that_may_be_chance_is_not_taken() -> None:
+    """Of these three draws the labels are a little likelier under the blend, by less than a standard error."""
+    for seed in (2, 4, 9):
+        answered = drawn_answers(seed, 1.0, 0.2)
+        found, _ = few_shot.settle([part("0"), part("1")], answered, SETTING)
+        assert found == replace(part("0"), temperature=fitted_temperature(answered[0]))
+
+
 def test_a_trial_that_answers_as_another_does_is_in_no_blend() -> None:
     fitting, _ = parts_task()
     runs = [part("0"), part("1"), replace(part("1"), transform=TransformConfig(parts="1", whitening=None)), part("0")]

@@ -70,10 +70,10 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="sweep-choice",
         file="hypdefect/families/few_shot.py",
-        old="if choose([usual, blended]):",
-        new="if np.mean(blended) > np.mean(usual):",
-        tests=("tests/ray/test_search.py",),
-        breaks="a sweep leaves the defaults for any gain",
+        old="choose([_likelihoods(_tempered(sound[0])), _likelihoods(blended)]):",
+        new="sum(_likelihoods(_tempered(sound[0]))) < sum(_likelihoods(blended)):",
+        tests=("tests/methods/test_blended.py",),
+        breaks="a blend is taken for any gain",
     ),
     Mutant(
         name="searched-parts",
@@ -554,8 +554,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="blend-folds",
         file="hypdefect/families/few_shot.py",
-        old="fitted_weights(together[1 - first :: 2])",
-        new="fitted_weights(together)",
+        old="fitted_weights(episodes[1 - first :: 2])",
+        new="fitted_weights(episodes)",
         tests=("tests/methods/test_blended.py",),
         breaks="a blend is judged on the episodes that gave its weights",
     ),

@@ -115,12 +115,12 @@ def test_metrics_of_a_draw_agree_with_its_predictions(task: Task) -> None:
 
 
 def entrants() -> list[Entrant]:
-    """The second candidate of the first diverges, that of the next gains by chance, that of the third for sure."""
+    """The second candidate of the first diverges, that of the next makes no label likelier, that of the third does."""
     broken = override(CONFIGS["curved"], {"method.contrast_temperature": 1e-310})
     cosine = CONFIGS["prototype"]
     return [
         Entrant(candidates=(CONFIGS["curved"], broken)),
-        Entrant(candidates=(cosine, override(cosine, {"transform.whitening": None, "method.metric": "euclidean"}))),
+        Entrant(candidates=(cosine, override(cosine, {"transform.centring": "supports"}))),
         Entrant(candidates=(cosine, replace(cosine, support_copies=2)), variant="copies"),
         Entrant(candidates=(override(CONFIGS["curved"], {"method.adapter": False}),), variant="no adapter"),
     ]

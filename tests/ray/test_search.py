@@ -209,10 +209,10 @@ NO_FIRST = as_space(lambda trial: None, "prototype")
 POINTS: list[dict[str, Any]] = [{"transform.parts": "1"}, {"transform.whitening": 0.1}]
 
 
-def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(ray_local: Any, data: Fitting) -> None:
-    """On fresh episodes: other whitening gains there, but by chance; copies gain for sure, beside the part alone."""
+def test_a_sweep_leaves_the_defaults_for_a_gain_on_fresh_episodes_alone(ray_local: Any, data: Fitting) -> None:
+    """Whitening that led in the search gains nothing there; copies do, beside the part alone."""
     base, setting, fresh = RunConfig(name="prototype", support_copies=0), SETTING, range(4, 8)
-    defaults, whitened = trial(0, 0.5), trial(1, 0.99, **{"transform.whitening": 10.0})
+    defaults, whitened = trial(0, 0.5), trial(1, 0.99, **{"transform.whitening": 1.0})
     part, copies = trial(2, 0.7, **{"transform.parts": "1"}), trial(3, 0.6, support_copies=2)
     job = SweepJob(k_shot=SETTING.k_shot, episodes=4, finalists=2, rungs=2)
     seen = few_shot.transformed(data, few_shot.transform_of(base, data))
@@ -221,7 +221,7 @@ def test_a_sweep_leaves_the_defaults_only_for_a_gain_beyond_one_standard_error(r
         return select(job, get_family("prototype"), data, NO_FIRST, base, list(trials), [base], None)
 
     ours, other = validate(data, [base, override(base, whitened.params)], setting, fresh)
-    assert np.mean(other) > np.mean(ours)
+    assert np.mean(other) < np.mean(ours)
     kept = chosen(whitened, defaults)
     assert kept.trials == (defaults,)
     assert kept.run == kept.reference == few_shot.calibrated(base, seen, setting, fresh) != base
