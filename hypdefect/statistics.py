@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
+from scipy import special, stats
 
 from hypdefect.errors import DataError
 
@@ -62,6 +62,20 @@ def interval(values: Sequence[float]) -> Interval:
     std = float(x.std(ddof=1))
     half = float(special.stdtrit(len(x) - 1, 0.975)) * std / len(x) ** 0.5
     return Interval(float(x.mean()), std, half, len(x))
+
+
+def over_queries(accuracy: float, queries: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of an accuracy that was measured on so many queries: what other ones could have read.
+
+    Of a mean over draws, which share their queries, it is at least as wide as it should be.
+
+    Raises:
+        DataError: no queries.
+    """
+    if queries < 1:
+        raise DataError(f"an interval over queries needs at least one, got {queries}")
+    found = stats.binomtest(round(accuracy * queries), queries).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
 
 
 def clustered_interval(values: Sequence[float], clusters: Sequence[int]) -> Interval:

@@ -117,6 +117,7 @@ def main() -> None:
 def show(result: Sweep, job: Any, dashboard: str) -> None:
     plan = result.plan
     table_console(width=200).print(trial_table(result.trials, result.choice.trials))
+    queries = 0
     if job.task == "detection":
         images = f"{len(plan.tested_ids)} normals and {len(plan.defect_ids)} defects"
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} draws"
@@ -126,8 +127,9 @@ def show(result: Sweep, job: Any, dashboard: str) -> None:
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} seeds"
     else:
         task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"
-        title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"
-    table_console(140).print(outcome_table(title, result.outcomes, result.metric))
+        queries = len(plan.partition.query)
+        title = f"test accuracy, %: {task}, {queries} queries, {job.draws} draws"
+    table_console(140).print(outcome_table(title, result.outcomes, result.metric, queries))
     print(f"times: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in result.seconds.items())}")
     for name in ("sweep.png", "pictures.png"):
         if (result.folder / name).exists():

@@ -10,7 +10,7 @@ from scipy import stats
 
 from hypdefect.errors import DataError
 from hypdefect.metrics import calibration_error, chance_calibration_error
-from hypdefect.statistics import Interval, clustered_interval, holm, interval, paired, paired_p
+from hypdefect.statistics import Interval, clustered_interval, holm, interval, over_queries, paired, paired_p
 
 VALUES = st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=40).filter(lambda x: np.std(x) > 1e-3)
 
@@ -43,6 +43,16 @@ def test_percent_reads_like_a_results_table() -> None:
 def test_values_that_are_no_sample_are_refused(values: list[float]) -> None:
     with pytest.raises(DataError, match="finite values"):
         interval(values)
+
+
+def test_few_queries_leave_an_accuracy_open_that_no_draw_changes() -> None:
+    """Wilson's interval, by its formula."""
+    z, n, p = 1.959964, 24, 23 / 24
+    middle, half = (p + z**2 / (2 * n)), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
+    assert over_queries(p, n) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
+    assert over_queries(1.0, 24)[0] < 0.9
+    with pytest.raises(DataError, match="at least one"):
+        over_queries(0.5, 0)
 
 
 def test_clusters_count_not_their_members() -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from hypdefect.evaluation import TrialResult
 from hypdefect.results.comparison import Claims, Difference, Row, best_euclidean, claims, leaderboard, paired_to
 from hypdefect.results.reading import format_calibration
-from hypdefect.statistics import Interval, interval, paired
+from hypdefect.statistics import Interval, interval, over_queries, paired
 
 
 def trial_table(trials: Sequence[TrialResult], winners: Sequence[TrialResult], rows: int = 10) -> Table:
@@ -61,13 +61,14 @@ BESIDE = {
 """What a table shows beside a family's metric, where it was measured."""
 
 
-def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table:
+def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str, queries: int = 0) -> Table:
     """The test of a sweep, the reference last: the metric, its spread, its difference to the reference, time to fit.
 
     Args:
         outcomes: `distributed.sweep.Outcome` by name.
+        queries: images that an accuracy was measured on; a caption says what other ones could have read. 0: none.
     """
-    *_, reference = outcomes
+    first, *_, reference = outcomes
     beside = [name for name in BESIDE.get(metric, ()) if name in outcomes[reference].intervals]
     table = Table(title=title)
     columns = ["method", f"{SHOWN.get(metric, metric)} (mean ± 95 %)", "std"]
@@ -83,6 +84,11 @@ def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str) -> Table
             *(outcome.intervals[name].percent() for name in beside),
             "" if name == reference else signed(outcome.ahead),
             f"{outcome.intervals['fit_seconds'].mean:.3f}",
+        )
+    if queries:
+        low, high = over_queries(outcomes[first].intervals[metric].mean, queries)
+        table.caption = (
+            f"± is over other supports. On other images {first} could read {100 * low:.1f} to {100 * high:.1f}."
         )
     return table
 

@@ -190,6 +190,7 @@ def test_sweep(user: User, which: str, request: pytest.FixtureRequest) -> None:
     assert len(result["trials"]) == 3
     assert set(result["selected_trials"]) <= {t["number"] for t in result["trials"]}
     assert set(result["test"]) == {"hypdfs", "hypdfs, c = 0 twin", "prototype"}
+    assert "On other images hypdfs could read" in done.stdout
     for name, own in result["test"].items():
         accuracy = own["acc"]
         assert len(own["draws"]) == 3
