@@ -22,6 +22,7 @@ Deviations. Those with a field in brackets can be undone; docs/experiments.md sa
   move anything. Penalties on hyperplanes, adapter and ODE keep them near where they start.
 - The covariance is that of the rows round their prototypes, shared between the classes in part, and not diagonal
   (`covariance="diagonal"`): its factor are the rows themselves.
+- Synthetic points count as one image more of each class, however many there are (`synthesis_weight` over K).
 - The margin counts in units of the class's own spread: a length of 1 means nothing where points lie 3 to 6 apart.
 - W is shared by the two views, which makes whole and crop comparable in L_cl.
 - Real and synthetic features are stacked along the sample axis: along channels a query would lack its synthetic half.
@@ -89,7 +90,8 @@ class HypDFSConfig:
     n_syn: int = 8
     """Synthetic points a class, drawn once a task."""
     synthesis_weight: float = 1.0
-    """Weight of the synthetic points' cross-entropy beside that of the real ones."""
+    """Weight of the synthetic points' cross-entropy, over K, beside that of the real rows: they count as one image more
+    of each class. Many images need them less. In meta-training, whose queries are real, it is not over K."""
     noise_scale: float = 1.0
     """Multiplies the standard deviation of the wrapped normal; at 0 every synthetic point is a mean, and L_s is 0."""
     shrinkage: float = 0.5
@@ -392,6 +394,7 @@ class HypDFS(nn.Module):
             tangents = self.tangents(support, core)
             moments = self.moments(core, tangents, labels, n_way)
             noise = Noise.draw(moments, config.n_syn, generator)
+        shots = len(set(support.image_ids)) / n_way
         f = tangents.flatten(1)
         head: Hyperplanes | Tensor = torch.zeros(n_way, f.shape[1], dtype=f.dtype, device=device, requires_grad=True)
         if config.head == "hyperplanes":
@@ -402,7 +405,7 @@ class HypDFS(nn.Module):
 
         def objective() -> LossTerms:
             now = self.moments(core, tangents, labels, n_way) if config.learn_curvature else moments
-            terms = self.terms(core, tangents, labels, now, noise, head)
+            terms = self.terms(core, tangents, labels, now, noise, head, shots=shots)
             size = (head.free_WE if isinstance(head, Hyperplanes) else head).square().sum()
             held = sum((weight * (p - p0).square().sum() for p, p0, weight in start), torch.zeros_like(size))
             return LossTerms(terms.total + (config.penalty / len(tangents) * size + held) / 2, terms.parts)
@@ -711,11 +714,13 @@ class HypDFS(nn.Module):
         noise: Noise,
         head: Hyperplanes | Float[Tensor, "W E"],
         queries: tuple[Float[Tensor, "Q V D"], Int[Tensor, "Q"]] | None = None,
+        shots: float = 1.0,
     ) -> LossTerms:
         """L = L_ce + alpha L_s + beta L_cl (eq. 10). With `queries`, their cross-entropy replaces the support's own.
 
         Args:
             head: what classes are scored by: hyperplanes, or centres moved by these offsets.
+            shots: images a class beside which the synthetic points count as `synthesis_weight` of one.
         """
         config, n_way = self.config, len(moments.mu_WPE)
         evolved = self.evolve(core, moments)
@@ -738,8 +743,8 @@ class HypDFS(nn.Module):
         cross_entropy = F.cross_entropy(scores[: len(targets)], targets)
         if config.synthesis:
             ways = torch.arange(n_way, device=labels.device).repeat_interleave(config.n_syn)
-            synthetic = config.synthesis_weight * F.cross_entropy(scores[len(targets) :], ways)
-            cross_entropy = (cross_entropy + synthetic) / (1 + config.synthesis_weight)
+            weight = config.synthesis_weight / shots
+            cross_entropy = (cross_entropy + weight * F.cross_entropy(scores[len(targets) :], ways)) / (1 + weight)
         if config.loss == "hdcl" and config.beta:
             both = geometry.expmap0(adapted if queries is None else self.adapted(core, tangents), self.c(core))
             contrast = whole_crop_contrast(

@@ -464,6 +464,29 @@ def test_every_combination_of_two_options_fits_and_stays_finite(case: dict[str, 
         assert all(torch.isfinite(p.grad).all() for p in model.core.parameters() if p.grad is not None)
 
 
+def test_synthetic_points_count_as_one_image_more_of_each_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = hypdfs(synthesis_weight=1.0, alpha=0.0, beta=0.0), toy_batch()
+    stood = begun(model, batch)
+    with_one, with_three = (terms_of(model, *stood, batch, shots=shots).parts["ce"] for shots in (1.0, 3.0))
+    synthetic = hypdfs(synthesis_weight=1e9, alpha=0.0, beta=0.0)
+    alone = terms_of(synthetic, *stood, batch).parts["ce"]
+    real = 2 * with_one - alone
+    assert with_three == pytest.approx((3 * real + alone) / 4, rel=1e-6)
+
+    seen: list[float] = []
+    usual = HypDFS.terms
+
+    def listened(self: HypDFS, *args: Any, shots: float = 1.0, **given: Any) -> LossTerms:
+        seen.append(shots)
+        return usual(self, *args, shots=shots, **given)
+
+    monkeypatch.setattr(HypDFS, "terms", listened)
+    for k_shot in (1, 4):  # images, and not their copies
+        twice = toy_batch(k_shot=k_shot).select(torch.arange(3 * k_shot).repeat(2))
+        hypdfs().adapt(replace(twice, aug_index=torch.arange(2).repeat_interleave(3 * k_shot)), N_WAY)
+    assert set(seen) == {1.0, 4.0}
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
@@ -483,6 +506,8 @@ def test_no_option_is_without_effect(name: str, value: Any) -> None:
         base |= {"alpha": 1.0, "margin": 0.5}
     if name in ("match_radius", "temperature"):
         base |= {"head": "centers"}
+    if name == "ode_steps":  # more steps solve the same equation more exactly
+        base |= {"synthesis_weight": 4.0}
     dim = WIDE if name == "axes" else DIM
     found = logits_of(dim=dim, **base | {name: value})
     assert (found - logits_of(dim=dim, **base)).abs().max() > 1e-6

@@ -552,6 +552,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="a sweep's trials vary what changes nothing of the task's features",
     ),
     Mutant(
+        name="synthesis-by-shots",
+        file="hypdefect/methods/hypdfs.py",
+        old="now, noise, head, shots=shots)",
+        new="now, noise, head)",
+        tests=("tests/methods/test_hypdfs.py",),
+        breaks="synthetic points weigh as much beside five images as beside one",
+    ),
+    Mutant(
         name="blend-folds",
         file="hypdefect/families/few_shot.py",
         old="fitted_weights(episodes[1 - first :: 2])",
