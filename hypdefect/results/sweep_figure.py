@@ -59,7 +59,8 @@ def _history(axes: Axes, trials: Sequence[TrialResult], metric: str) -> None:
     axes.step([t.number for t in full], best, where="post", color=ORANGE, label="best of all episodes so far")
     values = [100 * t.value for t in ordered]
     low = max(min(values), np.quantile(values, 0.5) - 4 * (max(values) - np.quantile(values, 0.5)) - 1)
-    axes.set_ylim(low - 0.5, max(values) + 0.5)
+    high = max(values) + 0.5
+    axes.set_ylim(low - 0.5 - 0.45 * (high - low), high)  # room for the legend
     axes.set(title="search (validation episodes)", xlabel="trial", ylabel=f"{LABELS.get(metric, metric)}, %")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="lower right", frameon=False)
