@@ -7,10 +7,10 @@ python jobs/evaluate.py --dataset mtd --draws 5: the protocol of the papers of H
 python jobs/evaluate.py --sweep NAME: the configuration a sweep selected, on that sweep's own task
 
 Every method is tuned by the same number of trials on the same episodes drawn inside the support pool, for each
-partition and K anew, and answers with the blend of its trials. The defaults are left for that only for a gain beyond
-one standard error of the paired difference. How much each trial counts, and how sure the answers are, is fitted on
-the same episodes. Of AMC one trial is chosen. The queries are scored once, at the end. All draws go into the ledger
-(hypdefect/results/ledger.py).
+partition and K anew, and answers with the blend of its trials. The defaults are left for that only where labels are
+likelier by more than one standard error of the paired difference. How much each trial counts, and how sure the answers
+are, is fitted on the same episodes. Of AMC one trial is chosen. The queries are scored once, at the end. All draws go
+into the ledger (hypdefect/results/ledger.py).
 
 python jobs/evaluate.py --task detection --dataset mtd --partitions 5: detectors, split by part and at random
 
