@@ -57,6 +57,8 @@ class SegmenterConfig:
     rare: float = 0.3
     """Of a class that a share f < `rare` of the images shows, the images come sqrt(rare / f) times an epoch (repeat
     factor sampling; Gupta et al., CVPR 2019); 0: every image comes once."""
+    mirrored: bool = False
+    """Answer with the mean of the shares of the image and of two mirrored ones: three times the time."""
     regions: Literal["validated", "whole", "pixels"] = "validated"
     """Not in the papers. whole: a connected region is one defect and gets one name (`name_regions`); pixels: each
     location is named by itself; validated: what the trained network does better on the images of validation."""
@@ -118,10 +120,16 @@ class TrainedSegmenter(nn.Module, ABC):
         if not self.trained:
             raise RuntimeError(f"{type(self).__name__}.logits needs a trained network")
         pixels = batch.views["pixels"]
-        scores = self.scores(pixels)
+        scores = self.mirrored_scores(pixels) if self.config.mirrored else self.scores(pixels)
         if self.whole_regions:
             scores = name_regions(scores)
         return nn.functional.interpolate(scores, size=pixels.shape[2:], mode="bilinear", align_corners=False)
+
+    def mirrored_scores(self, pixels: Float[Tensor, "N 3 H W"]) -> Float[Tensor, "N K h w"]:
+        """Logits of the mean share over the images, the same upside down, and left to right."""
+        turned = [self.scores(pixels.flip(axis)).flip(axis) for axis in (2, 3)]
+        shares = torch.stack([self.scores(pixels), *turned]).float().log_softmax(2)
+        return shares.logsumexp(0)
 
     def finish(self) -> None:
         """Training is over."""

@@ -105,6 +105,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "stem and first stages": {"frozen": 0},
     "depthwise filters": {"depthwise": True},
     "regions named as wholes": {"regions": "whole"},
+    "mirrored": {"mirrored": True},
 }
 
 
@@ -155,6 +156,18 @@ def test_scales_that_nobody_reads_are_not_rebuilt() -> None:
         rebuilt = model.parts(marked(1).views["pixels"])[2]
         trained = [auto.net[0].weight.requires_grad for auto in model.autoencoders]
         assert (len(rebuilt), trained) == (number, [i < number for i in range(4)])
+
+
+def test_mirrored_answers_are_the_mean_share_of_three() -> None:
+    model = trained(PLAIN, steps=6)[0]
+    pixels = marked(2, seed=77).views["pixels"]
+    with torch.no_grad():
+        once = model.scores(pixels).softmax(1)
+        others = [model.scores(pixels.flip(axis)).flip(axis).softmax(1) for axis in (2, 3)]
+        found = model.mirrored_scores(pixels).softmax(1)
+    expected = torch.stack([once, *others]).mean(0)
+    assert (found - expected).abs().max() < 1e-5
+    assert (once - expected).abs().max() > 1e-2
 
 
 def test_a_region_is_named_as_a_whole_by_its_mean_share() -> None:
