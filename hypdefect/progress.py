@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -31,7 +32,14 @@ def progress(label: str, every_s: float = 5.0) -> Iterator[Advance]:
     yield lines(label, every_s)
 
 
-def lines(label: str, every_s: float = 5.0, quick: bool = True) -> Advance:
+@runtime_checkable
+class Line(Protocol):
+    """Called with (done, total), and what else there is to say."""
+
+    def __call__(self, done: int, total: int, more: str = "") -> None: ...
+
+
+def lines(label: str, every_s: float = 5.0, quick: bool = True) -> Line:
     """Log every few seconds how far some work is, and how long the rest takes at the pace since the first call.
 
     Args:
@@ -40,7 +48,7 @@ def lines(label: str, every_s: float = 5.0, quick: bool = True) -> Advance:
     begun = last = time.monotonic()
     first: tuple[int, float] | None = None
 
-    def line(done: int, total: int) -> None:
+    def line(done: int, total: int, more: str = "") -> None:
         nonlocal first, last
         now = time.monotonic()
         first = first or (done, now)
@@ -48,6 +56,6 @@ def lines(label: str, every_s: float = 5.0, quick: bool = True) -> Advance:
             last = now
             pace = (now - first[1]) / (done - first[0]) if done > first[0] else None
             left = f", {pace * (total - done):.0f} s left" if pace is not None and done < total else ""
-            logger.info("%s: %d/%d (%.0f s%s)", label, done, total, now - begun, left)
+            logger.info("%s: %d/%d (%.0f s%s)%s", label, done, total, now - begun, left, more)
 
     return line

@@ -19,6 +19,7 @@ published. A run that was stopped continues from its last checkpoint when the sa
 """
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -202,6 +203,8 @@ def show_test(result: Trained, images: str, alias: str, options: JobOptions) -> 
     title = f"test, %: {plan.label}, {plan.split} split {plan.config.partition}, {images}"
     table_console().print(metrics_table(title, result.scored.draws[0].metrics))
     print(loss_line(result.losses, result.seconds["training"]))
+    if math.isfinite(result.scored.validation):
+        print(f"the weights that were kept read {result.scored.validation:.4f} on validation")
     print(f"picture: {result.folder / 'pictures.png'}")
     print(f"serve it: make serve MODEL={result.entry.name}@{alias}")
     if options.json is not None:

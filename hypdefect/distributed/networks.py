@@ -1,6 +1,7 @@
 """Networks of a detector or a segmenter, trained by Ray Train on one draw, then tested and published."""
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ def train_networks(
     count = (name, training.config.steps, len(training.files), workers)
     logger.info("training %s: %d steps on %d images, %d workers", *count)
     ready = time.monotonic()
-    model, losses = train(training, workers=workers, name=name, folder=home() / "train")
+    model, losses, validation = train(training, workers=workers, name=name, folder=home() / "train")
     trained = time.monotonic()
     fitted = family.finished(model, fitting, setting, 0)
     score = family.score_model(fitted, fitting, reported, setting, 0, trained - ready)
@@ -102,7 +103,7 @@ def train_networks(
         features="plain",
         variant="",
         k_shot=0,
-        validation=float("nan"),
+        validation=validation,
         seconds=trained - ready,
         draws=(score,),
     )
@@ -121,5 +122,6 @@ def train_networks(
     draw(plan, entry, score, folder / "pictures.png")
     seconds = {"features": ready - begun, "training": trained - ready, "test": tested - trained}
     record = {"task": about, "losses": losses, "seconds": seconds, "test": score.metrics}
+    record |= {"validation": validation} if math.isfinite(validation) else {}
     write_json(folder / "record.json", record | {"model": f"{entry.name}:{entry.version}"})
     return Trained(folder, plan, losses, scored, entry, seconds)

@@ -21,7 +21,15 @@ from hypdefect.config import digest
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.files import home
 from hypdefect.progress import lines
-from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
+from hypdefect.training import (
+    TrainConfig,
+    Training,
+    ValidatedTraining,
+    checkpoint_losses,
+    checkpoint_validation,
+    fit,
+    load_checkpoint,
+)
 
 DDP_SETTINGS = {
     "gradient_as_bucket_view": True,  # no copy
@@ -99,11 +107,12 @@ def run_folder(name: str, settings: dict[str, Any]) -> Path:
 
 def train(
     training: Training, *, workers: int, name: str, folder: Path, max_failures: int = 2
-) -> tuple[nn.Module, list[float]]:
+) -> tuple[nn.Module, list[float], float]:
     """Train a model; a run of a known name continues from its last checkpoint.
 
     Returns:
-        The trained model, and the loss of every step since the run was first started, whatever interrupted it.
+        The trained model, the loss of every step since the run was first started, whatever interrupted it, and the
+        validation of the weights that were kept, NaN where there is none.
 
     Raises:
         ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
@@ -136,22 +145,23 @@ def train(
     model = training.model()
     with checkpoint.as_directory() as finished:
         load_checkpoint(Path(finished), model)
-        return model, checkpoint_losses(Path(finished))
+        return model, checkpoint_losses(Path(finished)), checkpoint_validation(Path(finished))
 
 
 @contextmanager
 def told(folder: Path, steps: int, what: str) -> Iterator[None]:
-    """Say how far a run is, by its checkpoints, as long as it goes on."""
+    """Say how far a run is, and how well it validated, by its checkpoints, as long as it goes on."""
     advance, over = lines(what), threading.Event()
 
     def watch() -> None:
         told = 0
         while not over.wait(2.0):
             with contextlib.suppress(OSError, json.JSONDecodeError):  # old checkpoints go, new ones are being written
-                done = [int(json.loads(path.read_text())["step"]) for path in folder.glob("*/state.json")]
-                if done and max(done) > told:
-                    told = max(done)
-                    advance(told, steps)
+                states = [json.loads(path.read_text()) for path in folder.glob("*/state.json")]
+                last = max(states, key=lambda state: int(state["step"]), default=None)
+                if last and last["step"] > told:
+                    told, best = last["step"], last.get("best")
+                    advance(told, steps, f", best validation {best['value']:.4f}" if best else "")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

@@ -28,7 +28,6 @@ from hypdefect.images.pasted_textures import PERLIN, pasted
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
 from hypdefect.images.regions import EIGHT
 from hypdefect.methods.fpn import TrainedSegmenter
-from hypdefect.methods.pyramid import STRIDES
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.training import TrainConfig
 from hypdefect.types import Batch, Segmenter
@@ -96,7 +95,7 @@ class SegmenterTraining:
     epoch: tuple[int, ...]
     """Numbers of the images of an epoch (`epoch_of`)."""
     side: int
-    """S; early images may be smaller (`SegmenterConfig.early_side`)."""
+    """S."""
     report_every: int = REPORT_EVERY
     patience: int = 0
 
@@ -136,23 +135,16 @@ class SegmenterTraining:
         method: Any = self.run.method
         generator = torch.Generator().manual_seed(method.seed * 1_000_003 + number)
         chosen = [self.epoch[i] for i in in_epochs(number, method.images, len(self.epoch), method.seed)]
-        side = self._side_at(number // method.items_per_step, method)
-        pieces = [self._piece(i, side, method, generator) for i in chosen]
+        pieces = [self._piece(i, method, generator) for i in chosen]
         return batch_of([self.learned.image_ids[i] for i in chosen], pieces)
 
-    def _side_at(self, step: int, method: Any) -> int:
-        """Of the images of a step: a multiple of the coarsest stride where it is an early one."""
-        if step >= method.early_steps * method.steps:
-            return self.side
-        return min(self.side, max(1, round(method.early_side * self.side / STRIDES[-1])) * STRIDES[-1])
-
-    def _piece(self, number: int, side: int, method: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def _piece(self, number: int, method: Any, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         image, target = self._with_pasted(*self.learned.read(number), method, generator)
         share, y, x, mirror, turns = torch.rand(5, generator=generator).tolist()
         height, width = (max(1, round(n * (method.smallest + (1 - method.smallest) * share))) for n in target.shape)
         top, left = round(y * (target.shape[0] - height)), round(x * (target.shape[1] - width))
         part = np.s_[top : top + height, left : left + width]
-        pixels, marked = sized(image[part], target[part], side)
+        pixels, marked = sized(image[part], target[part], self.side)
         if mirror < 0.5:
             pixels, marked = pixels.flip(2), marked.flip(1)
         quarter = int(4 * turns)

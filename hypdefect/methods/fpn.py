@@ -35,7 +35,7 @@ class SegmenterConfig:
     depthwise: bool = False
     """Whether depthwise filters of the other stages are trained: on a CPU a quarter more time a step, and no gain on
     NEU-Seg."""
-    steps: int = 6000
+    steps: int = 4000
     items_per_step: int = 2
     images: int = 2
     """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's steps have 8
@@ -45,11 +45,6 @@ class SegmenterConfig:
     weight_decay: float = 1e-4
     jitter: float = 0.25
     """Chance that an image's brightness, contrast and saturation are changed."""
-    early_steps: float = 0.5
-    """Share of the steps, from the first, that see smaller images: a network learns as much from them in less time
-    (progressive learning; Tan & Le, EfficientNetV2, ICML 2021)."""
-    early_side: float = 0.625
-    """Their side, as a share of the others': 160 pixels of 256."""
     smallest: float = 1.0
     """Least side of the piece of an image that is learned from, as a share of the image's; 1: the whole image."""
     pasted: float = 0.0
@@ -67,8 +62,8 @@ class SegmenterConfig:
     def __post_init__(self) -> None:
         require_positive(self, "width", "steps", "items_per_step", "images", "lr")
         require_at_least(self, 0, "weight_decay", "frozen")
-        require_share(self, "early_steps", "early_side", "jitter", "smallest", "pasted", "rare")
-        require_positive(self, "early_side", "smallest")
+        require_share(self, "jitter", "smallest", "pasted", "rare")
+        require_positive(self, "smallest")
         if rest := self.width % GROUPS:
             near = f"{self.width - rest} or {self.width - rest + GROUPS}" if self.width > GROUPS else f"{GROUPS}"
             raise ConfigError(f"method.width must be a multiple of {GROUPS}, got {self.width}; take {near}")

@@ -12,7 +12,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from hypdefect.config import override
 from hypdefect.datasets.ingest import ingest
 from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ArtifactError, ConfigError, DataError
@@ -195,25 +194,6 @@ def test_an_item_depends_on_its_number_and_turns_the_target_with_the_image(task:
                     grey = pixels.mean(0)
                     gaps.append(float((grey[marked].mean() - grey[~marked].mean()).abs()))
     assert np.mean(there) > 1.5 * np.mean(turned)
-
-
-def test_images_of_the_first_half_of_the_steps_are_smaller_and_show_the_same(task: Any) -> None:
-    _, fitting, _ = task
-    run = RunConfig(name="fpn", method=TINY | {"items_per_step": 2})
-    training = segmentation.training_of(run, fitting, Setting(), 0)
-    sides = [training.item(number).views["pixels"].shape[-1] for number in range(12)]
-    assert sides == [32] * 6 + [64] * 6  # 0.625 of 64 pixels is 1.25 of the coarsest stride
-    last = training.item(5)
-    assert last.targets is not None
-    assert last.targets.shape == (2, 32, 32)
-    never = segmentation.training_of(override(run, {"method.early_steps": 0.0}), fitting, Setting(), 0).item(5)
-    large = segmentation.training_of(override(run, {"method.early_side": 1.0}), fitting, Setting(), 0).item(5)
-    assert torch.equal(never.views["pixels"], large.views["pixels"])
-    assert never.targets is not None
-    assert never.targets.shape == (2, 64, 64)
-    half = torch.nn.functional.avg_pool2d(never.views["pixels"], 2)
-    assert (half - last.views["pixels"]).abs().mean() < 0.02
-    assert never.image_ids == last.image_ids
 
 
 def blank(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -398,8 +398,6 @@ def test_the_loss_is_cross_entropy_and_dice_of_the_classes_that_are_there() -> N
         ({"width": 20}, "method.width must be a multiple of 8, got 20; take 16 or 24"),
         ({"width": 4}, "method.width must be a multiple of 8, got 4; take 8"),
         ({"smallest": 0.0}, "method.smallest must be positive"),
-        ({"early_side": 0.0}, "method.early_side must be positive"),
-        ({"early_steps": 1.5}, "method.early_steps"),
         ({"frozen": 40}, "method.frozen must be below the"),
     ],
 )

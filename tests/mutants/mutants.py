@@ -316,14 +316,6 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="images of rare classes come as often as others",
     ),
     Mutant(
-        name="early-sides",
-        file="hypdefect/families/segmentation_training.py",
-        old="number // method.items_per_step",
-        new="number",
-        tests=("tests/families/test_segmentation.py",),
-        breaks="images stay small for a quarter of the steps where a step has two items",
-    ),
-    Mutant(
         name="whole-regions",
         file="hypdefect/methods/fpn.py",
         old="1 + means.argmax(0)",

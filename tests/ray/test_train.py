@@ -1,6 +1,7 @@
 """Meta-training with Ray Train: the same run for any number of workers, however often it is interrupted."""
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -73,10 +74,13 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
-    model, losses = train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path)
+    model, losses, validation = train(
+        EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path
+    )
     killer.join()
     assert len(killed) == 1
     assert_same(model, losses, expected)
+    assert math.isnan(validation)
 
 
 def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
@@ -110,8 +114,9 @@ def test_workers_are_told_absolute_places(ray_local: Any, tmp_path: Path, monkey
 def test_how_far_a_run_is_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "checkpoint_1").mkdir()
     with caplog.at_level("INFO", "hypdefect"), told(tmp_path, 8, "training x"):
-        (tmp_path / "checkpoint_1" / "state.json").write_text('{"step": 8}')
+        (tmp_path / "checkpoint_1" / "state.json").write_text('{"step": 8, "best": {"value": 0.5, "reports": 0}}')
         end = time.monotonic() + 30
         while not caplog.messages and time.monotonic() < end:
             time.sleep(0.05)
     assert caplog.messages[0].startswith("training x: 8/8 ")
+    assert caplog.messages[0].endswith(", best validation 0.5000")
