@@ -104,7 +104,7 @@ class Validation(Protocol):
         ...
 
     def value(self, seen: Float[Tensor, "_"]) -> float:
-        """Of all shares together; more is better."""
+        """Of all shares together, in [0, 1]; more is better."""
         ...
 
 

@@ -43,8 +43,7 @@ _DAMAGED = (
     zlib.error,
     lzma.LZMAError,
     EOFError,
-    NotImplementedError,  # a compression method zipfile does not know
-    RuntimeError,  # an encrypted member
+    RuntimeError,  # an encrypted member, or a compression that zipfile does not know
     ValueError,
     OverflowError,
 )

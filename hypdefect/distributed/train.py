@@ -161,7 +161,7 @@ def told(folder: Path, steps: int, what: str) -> Iterator[None]:
                 last = max(states, key=lambda state: int(state["step"]), default=None)
                 if last and last["step"] > told:
                     told, best = last["step"], last.get("best")
-                    advance(told, steps, f", best validation {best['value']:.4f}" if best else "")
+                    advance(told, steps, f", best validation {100 * best['value']:.2f} %" if best else "")
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()

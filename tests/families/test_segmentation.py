@@ -1,6 +1,7 @@
 """Segmentation: images are parted without leaks, targets are put together, training gives what it saw best."""
 
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from hypdefect.images import regions
 from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, Segmentation, save_model, segmentation_of
-from hypdefect.training import fit
+from hypdefect.training import checkpoint_validation, fit
 from tests.tiny_dataset import READER_TREES, make_mtd_tree
 
 TINY = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 6, "lr": 3e-3}
@@ -322,14 +323,23 @@ def test_textures_are_read_only_where_something_is_painted(
         segmentation.training_of(RunConfig(name="hadnet", method=TINY), fitting, Setting(), 0).model()
 
 
-def test_a_network_ends_at_the_weights_that_validate_best(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_ends_at_the_weights_that_validate_best(
+    task: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, fitting, _ = task
     run = RunConfig(name="hadnet", method=TINY | {"steps": 24, "lr": 3e-4})
     training = segmentation.training_of(run, fitting, Setting(), 0, report_every=4)
     model: Any = training.model()
     values: list[float] = []
-    fit(model, training.item, training.config, lambda m, write: values.append(m["val"]), validation=training)
+
+    def keep(metrics: dict[str, float], write: Callable[[Path], None] | None) -> None:
+        values.append(metrics["val"])
+        assert write is not None
+        write(tmp_path)
+
+    fit(model, training.item, training.config, keep, validation=training)
     assert training.value(training.seen(model, slice(None))) == pytest.approx(max(values))
+    assert checkpoint_validation(tmp_path) == max(values)
     assert values[-1] < max(values)
     monkeypatch.setattr(segmentation, "training_of", lambda *args: training)
     fitted: Any = segmentation.fit(run, fitting, Setting(), 0)

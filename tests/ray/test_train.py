@@ -119,4 +119,4 @@ def test_how_far_a_run_is_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         while not caplog.messages and time.monotonic() < end:
             time.sleep(0.05)
     assert caplog.messages[0].startswith("training x: 8/8 ")
-    assert caplog.messages[0].endswith(", best validation 0.5000")
+    assert caplog.messages[0].endswith(", best validation 50.00 %")
