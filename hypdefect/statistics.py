@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special, stats
+from scipy import special
 
 from hypdefect.errors import DataError
 
@@ -67,15 +67,18 @@ def interval(values: Sequence[float]) -> Interval:
 def over_queries(accuracy: float, queries: int) -> tuple[float, float]:
     """Wilson's 95 % interval of an accuracy that was measured on so many queries: what other ones could have read.
 
-    Of a mean over draws, which share their queries, it is at least as wide as it should be.
+    Of a mean over draws, which share their queries, it is at least as wide as it should be. Queries of one part are
+    alike: it is the parts that count.
 
     Raises:
         DataError: no queries.
     """
     if queries < 1:
         raise DataError(f"an interval over queries needs at least one, got {queries}")
-    found = stats.binomtest(round(accuracy * queries), queries).proportion_ci(method="wilson")
-    return float(found.low), float(found.high)
+    z = float(special.ndtri(0.975))
+    weight = z**2 / queries
+    half = (weight * (accuracy * (1 - accuracy) + weight / 4)) ** 0.5
+    return (accuracy + weight / 2 - half) / (1 + weight), (accuracy + weight / 2 + half) / (1 + weight)
 
 
 def clustered_interval(values: Sequence[float], clusters: Sequence[int]) -> Interval:

@@ -339,17 +339,6 @@ def checkpoint_losses(folder: Path) -> list[float]:
         return [float(x) for x in _state(folder)["losses"]]
 
 
-def checkpoint_validation(folder: Path) -> float:
-    """The best validation up to a checkpoint, NaN where there was none.
-
-    Raises:
-        ArtifactError: the folder holds no complete checkpoint.
-    """
-    with readable(folder):
-        best = _state(folder).get("best")
-        return math.nan if best is None else float(best["value"])
-
-
 def _state(folder: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((folder / "state.json").read_text())
     return state

@@ -127,8 +127,8 @@ def show(result: Sweep, job: Any, dashboard: str) -> None:
         title = f"test, %: {plan.label}, {plan.split} split {job.partition}, {images}, {job.draws} seeds"
     else:
         task = f"{plan.label}, {len(plan.classes)}-way {job.k_shot}-shot, {plan.split} split {job.partition}"
-        queries = len(plan.partition.query)
-        title = f"test accuracy, %: {task}, {queries} queries, {job.draws} draws"
+        queries = plan.independent_queries
+        title = f"test accuracy, %: {task}, {len(plan.partition.query)} queries, {job.draws} draws"
     table_console(140).print(outcome_table(title, result.outcomes, result.metric, queries))
     print(f"times: {', '.join(f'{name} {seconds:.0f} s' for name, seconds in result.seconds.items())}")
     for name in ("sweep.png", "pictures.png"):

@@ -204,7 +204,7 @@ def show_test(result: Trained, images: str, alias: str, options: JobOptions) -> 
     table_console().print(metrics_table(title, result.scored.draws[0].metrics))
     print(loss_line(result.losses, result.seconds["training"]))
     if math.isfinite(result.scored.validation):
-        print(f"validation of the weights that were kept: {100 * result.scored.validation:.2f} %")
+        print(f"validation of what is published: {100 * result.scored.validation:.2f} %")
     print(f"picture: {result.folder / 'pictures.png'}")
     print(f"serve it: make serve MODEL={result.entry.name}@{alias}")
     if options.json is not None:

@@ -46,11 +46,13 @@ def test_values_that_are_no_sample_are_refused(values: list[float]) -> None:
 
 
 def test_few_queries_leave_an_accuracy_open_that_no_draw_changes() -> None:
-    """Wilson's interval, by its formula."""
-    z, n, p = 1.959964, 24, 23 / 24
-    middle, half = (p + z**2 / (2 * n)), z * (p * (1 - p) / n + z**2 / (4 * n**2)) ** 0.5
-    assert over_queries(p, n) == pytest.approx(((middle - half) / (1 + z**2 / n), (middle + half) / (1 + z**2 / n)))
-    assert over_queries(1.0, 24)[0] < 0.9
+    """Wilson's interval, as scipy has it for whole numbers of hits; a mean over draws lies between two of them."""
+    bounds = [stats.binomtest(hits, 24).proportion_ci(method="wilson") for hits in (22, 23, 24)]
+    for hits, wilson in zip((22, 23, 24), bounds, strict=True):
+        assert over_queries(hits / 24, 24) == pytest.approx((wilson.low, wilson.high))
+    low, high = over_queries(22.5 / 24, 24)
+    assert bounds[0].low + 0.01 < low < bounds[1].low - 0.01
+    assert bounds[0].high + 0.005 < high < bounds[1].high - 0.005
     with pytest.raises(DataError, match="at least one"):
         over_queries(0.5, 0)
 

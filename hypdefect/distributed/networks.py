@@ -94,9 +94,9 @@ def train_networks(
     count = (name, training.config.steps, len(training.files), workers)
     logger.info("training %s: %d steps on %d images, %d workers", *count)
     ready = time.monotonic()
-    model, losses, validation = train(training, workers=workers, name=name, folder=home() / "train")
+    model, losses = train(training, workers=workers, name=name, folder=home() / "train")
     trained = time.monotonic()
-    fitted = family.finished(model, fitting, setting, 0)
+    fitted, validation = family.finished(run, model, fitting, setting, 0)
     score = family.score_model(fitted, fitting, reported, setting, 0, trained - ready)
     scored = Scored(
         config=run,

@@ -116,7 +116,7 @@ def trained_run(
     pool, steps = training.pool, training.config.steps
     logger.info("training %s: at most %d steps on %d classes, %d images", folder.name, steps, pool.n_way, len(pool))
     begun = time.monotonic()
-    model, losses, _ = train(training, workers=config.workers, name=folder.name, folder=home() / "train")
+    model, losses = train(training, workers=config.workers, name=folder.name, folder=home() / "train")
     if isinstance(training, AMCTraining):
         training.finish(cast(AMC, model))
     record = {"task": plan.provenance(), "losses": losses, "seconds": time.monotonic() - begun}

@@ -21,15 +21,7 @@ from hypdefect.config import digest
 from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.files import home
 from hypdefect.progress import lines
-from hypdefect.training import (
-    TrainConfig,
-    Training,
-    ValidatedTraining,
-    checkpoint_losses,
-    checkpoint_validation,
-    fit,
-    load_checkpoint,
-)
+from hypdefect.training import TrainConfig, Training, ValidatedTraining, checkpoint_losses, fit, load_checkpoint
 
 DDP_SETTINGS = {
     "gradient_as_bucket_view": True,  # no copy
@@ -107,12 +99,11 @@ def run_folder(name: str, settings: dict[str, Any]) -> Path:
 
 def train(
     training: Training, *, workers: int, name: str, folder: Path, max_failures: int = 2
-) -> tuple[nn.Module, list[float], float]:
+) -> tuple[nn.Module, list[float]]:
     """Train a model; a run of a known name continues from its last checkpoint.
 
     Returns:
-        The trained model, the loss of every step since the run was first started, whatever interrupted it, and the
-        validation of the weights that were kept, NaN where there is none.
+        The trained model, and the loss of every step since the run was first started, whatever interrupted it.
 
     Raises:
         ConfigError: more workers than the cluster has CPUs, or B is no multiple of them.
@@ -145,7 +136,7 @@ def train(
     model = training.model()
     with checkpoint.as_directory() as finished:
         load_checkpoint(Path(finished), model)
-        return model, checkpoint_losses(Path(finished)), checkpoint_validation(Path(finished))
+        return model, checkpoint_losses(Path(finished))
 
 
 @contextmanager

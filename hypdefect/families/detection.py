@@ -447,7 +447,7 @@ def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: 
         training = training_of(run, fitting, setting, number)
         trained: Any = training.model()
         train_in_process(trained, training.item, training.config, lambda metrics, write: None)
-        return finished(trained, fitting, setting, number)
+        return finished(run, trained, fitting, setting, number)[0]
     model.fit(normals.seen_by(model), _painted_on(fitting, normals).seen_by(model))
     return model
 
@@ -482,11 +482,13 @@ def _trained_on(fitting: Fitting, setting: Setting, number: int) -> tuple[Images
     return normals.select(trained), normals.select(scaling)
 
 
-def finished(model: Any, fitting: Fitting, setting: Setting, number: int) -> AnomalyDetector:
-    """A trained detector, fitted on those of the draw's normals that it was not trained on."""
+def finished(
+    run: RunConfig, model: Any, fitting: Fitting, setting: Setting, number: int
+) -> tuple[AnomalyDetector, float]:
+    """A trained detector, fitted on those of the draw's normals that it was not trained on; nothing validates it."""
     model.eval()
     model.fit(_trained_on(fitting, setting, number)[1].seen_by(model))
-    return cast(AnomalyDetector, model)
+    return cast(AnomalyDetector, model), math.nan
 
 
 def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:

@@ -129,6 +129,14 @@ class TaskPlan(Plan):
         return self.num_parts if self.key.grid is None else 1
 
     @property
+    def independent_queries(self) -> int:
+        """Queries, or in a grouped split their parts, as images of one part are alike."""
+        queries = set(self.partition.query)
+        columns = (self.manifest[c].to_pylist() for c in ("image_id", "group_id"))
+        parts = {group or i for i, group in zip(*columns, strict=True) if i in queries}
+        return len(parts if self.partition.kind == "grouped" else queries)
+
+    @property
     def whitened(self) -> bool:
         return len(self.normal_ids) >= FEWEST_NORMALS
 

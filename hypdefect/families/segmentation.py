@@ -331,15 +331,16 @@ def validation_scores(
 ) -> Iterator[float]:
     """Mean IoU of the defect classes on the images that are not learned from; each problem has another seed."""
     for number in numbers:
-        model = fit(run, fitting, setting, number, start)
-        yield measured(model, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
+        yield _fitted(run, fitting, setting, number)[1]
 
 
 def training_of(
     run: RunConfig, fitting: Fitting, setting: Setting, number: int, report_every: int = REPORT_EVERY
 ) -> SegmenterTraining:
-    """How the network of a draw is trained, by this process or by Ray Train."""
-    seeded = replace(run, method=replace(run.method, seed=run.method.seed + 1000 * setting.seed + number))
+    """How the network of a draw is trained, by this process or by Ray Train; whether it will answer with mirrored
+    images, too, is no part of that."""
+    seed = run.method.seed + 1000 * setting.seed + number
+    seeded = replace(run, method=replace(run.method, seed=seed, mirrored=False))
     return SegmenterTraining(
         run=seeded,
         classes=fitting.classes,
@@ -354,23 +355,32 @@ def training_of(
 
 def fit(run: RunConfig, fitting: Fitting, setting: Setting, number: int, start: Any = None) -> Segmenter:
     """The network of a draw, trained in this process; it ends at the weights that validated best."""
+    return _fitted(run, fitting, setting, number)[0]
+
+
+def _fitted(run: RunConfig, fitting: Fitting, setting: Setting, number: int) -> tuple[Segmenter, float]:
     training = training_of(run, fitting, setting, number)
     model = training.model()
     train_in_process(model, training.item, training.config, lambda metrics, write: None, validation=training)
-    return finished(model, fitting, setting, number)
+    return finished(run, model, fitting, setting, number)
 
 
-def finished(model: nn.Module, fitting: Fitting, setting: Setting, number: int) -> Segmenter:
-    """A trained network, ready to answer; whether it names regions as wholes is chosen on the images of validation."""
+def finished(
+    run: RunConfig, model: nn.Module, fitting: Fitting, setting: Setting, number: int
+) -> tuple[Segmenter, float]:
+    """A trained network, ready to answer, and its mean IoU of the defect classes on the images of validation, which
+    choose whether it names regions as wholes."""
     segmenter = cast(TrainedSegmenter, model)
+    segmenter.config = replace(segmenter.config, mirrored=run.method.mirrored)
     segmenter.finish()
-    if segmenter.config.regions == "validated":
-        values = []
-        for whole in (False, True):
-            segmenter.whole_regions.fill_(whole)
-            values.append(measured(segmenter, fitting.validated, fitting.classes, fitting.side).compute()["miou"])
-        segmenter.whole_regions.fill_(values[1] > values[0])
-    return cast(Segmenter, segmenter)
+    regions = segmenter.config.regions
+    values = {}
+    for whole in (False, True) if regions == "validated" else (regions == "whole",):
+        segmenter.whole_regions.fill_(whole)
+        values[whole] = measured(segmenter, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
+    best = max(values, key=lambda whole: values[whole])  # of equal ones pixels, which come first
+    segmenter.whole_regions.fill_(best)
+    return cast(Segmenter, segmenter), values[best]
 
 
 def fitted_on(fitting: Fitting, setting: Setting, number: int) -> tuple[str, ...]:

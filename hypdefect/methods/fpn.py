@@ -53,7 +53,8 @@ class SegmenterConfig:
     """Of a class that a share f < `rare` of the images shows, the images come sqrt(rare / f) times an epoch (repeat
     factor sampling; Gupta et al., CVPR 2019); 0: every image comes once."""
     mirrored: bool = False
-    """Answer with the mean of the shares of the image and of two mirrored ones: three times the time."""
+    """Answer with the mean of the shares of the image and of two mirrored ones: three times the time. Training stays
+    what it is: a finished run is published anew."""
     regions: Literal["validated", "whole", "pixels"] = "validated"
     """Not in the papers. whole: a connected region is one defect and gets one name (`name_regions`); pixels: each
     location is named by itself; validated: what the trained network does better on the images of validation."""

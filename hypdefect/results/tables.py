@@ -66,7 +66,7 @@ def outcome_table(title: str, outcomes: Mapping[str, Any], metric: str, queries:
 
     Args:
         outcomes: `distributed.sweep.Outcome` by name.
-        queries: images that an accuracy was measured on; a caption says what other ones could have read. 0: none.
+        queries: independent ones that an accuracy was measured on; a caption says what others could have read. 0: none.
     """
     first, *_, reference = outcomes
     beside = [name for name in BESIDE.get(metric, ()) if name in outcomes[reference].intervals]

@@ -102,6 +102,14 @@ def test_no_image_is_on_two_sides(mtd: pa.Table, split: Any, partition: int) -> 
         assert not {rows[i]["group_id"] for i in pool} & {rows[i]["group_id"] for i in queries}
 
 
+def test_queries_of_one_part_count_once_in_a_grouped_split(mtd: pa.Table) -> None:
+    groups = dict(zip(mtd["image_id"].to_pylist(), mtd["group_id"].to_pylist(), strict=True))
+    random, grouped = (few_shot.plan(config(split=split), mtd) for split in ("random", "grouped"))
+    assert random.independent_queries == len(random.partition.query)
+    assert grouped.independent_queries == len({groups[i] or i for i in grouped.partition.query})
+    assert grouped.independent_queries < len(grouped.partition.query)
+
+
 def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> None:
     whole, capped = (few_shot.plan(config(pool_per_class=n), mtd) for n in (0, 2))
     rows = rows_of(mtd)

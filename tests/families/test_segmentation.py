@@ -28,7 +28,7 @@ from hypdefect.images import regions
 from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, Segmentation, save_model, segmentation_of
-from hypdefect.training import checkpoint_validation, fit
+from hypdefect.training import fit
 from tests.tiny_dataset import READER_TREES, make_mtd_tree
 
 TINY = {"network": "tiny_random", "width": 16, "images": 2, "items_per_step": 1, "steps": 6, "lr": 3e-3}
@@ -339,7 +339,6 @@ def test_a_network_ends_at_the_weights_that_validate_best(
 
     fit(model, training.item, training.config, keep, validation=training)
     assert training.value(training.seen(model, slice(None))) == pytest.approx(max(values))
-    assert checkpoint_validation(tmp_path) == max(values)
     assert values[-1] < max(values)
     monkeypatch.setattr(segmentation, "training_of", lambda *args: training)
     fitted: Any = segmentation.fit(run, fitting, Setting(), 0)
@@ -374,7 +373,8 @@ def test_regions_are_named_as_wholes_where_that_validates_better(task: Any) -> N
         }
         models = {r: run.model(len(fitting.classes)) for r, run in runs.items()}
         for name, model in models.items():
-            segmentation.finished(model, fitting, Setting(), 0)
+            _, validation = segmentation.finished(runs[name], model, fitting, Setting(), 0)
+            assert validation == measured(model, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
             assert name == "validated" or model.whole_regions == (name == "whole")
         value = {
             r: measured(m, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
@@ -386,6 +386,25 @@ def test_regions_are_named_as_wholes_where_that_validates_better(task: Any) -> N
         kept.restore(models["validated"].export())
         assert torch.equal(kept.whole_regions, models["validated"].whole_regions)
     assert chosen == {False, True}
+
+
+def test_a_network_is_trained_alike_whether_it_answers_with_mirrored_images_or_not(task: Any) -> None:
+    _, fitting, _ = task
+    once, thrice = (RunConfig(name="fpn", method=TINY | {"mirrored": mirrored}) for mirrored in (False, True))
+    trainings = [segmentation.training_of(run, fitting, Setting(), 0) for run in (once, thrice)]
+    assert trainings[0] == trainings[1]
+    batch = trainings[0].item(0)
+    answers = []
+    for run in (once, thrice):
+        model: Any
+        model, validation = segmentation.finished(run, trainings[0].model(), fitting, Setting(), 0)
+        assert model.config.mirrored == run.method.mirrored
+        assert validation == measured(model, fitting.validated, fitting.classes, fitting.side).compute()["miou"]
+        published = run.model(len(fitting.classes))
+        published.restore(model.export())
+        answers.append(model.logits(batch))
+        assert torch.equal(published.logits(batch), answers[-1])
+    assert not torch.allclose(*answers)
 
 
 def test_draws_have_other_seeds_and_the_published_model_answers_alike(

@@ -347,6 +347,14 @@ def test_a_gain_in_likelihood_that_may_be_chance_is_not_taken() -> None:
     """Of these three draws the labels are a little likelier under the blend, by less than a standard error."""
     for seed in (2, 4, 9):
         answered = drawn_answers(seed, 1.0, 0.2)
+        both = [(torch.stack([a, b]).double(), labels) for (a, labels), (b, _) in zip(*answered, strict=True)]
+        lost = [0.0, 0.0]
+        for half in (0, 1):  # answered with the weights, or the temperature, of the other half
+            weights = torch.tensor(fitted_weights(both[1 - half :: 2]), dtype=torch.float64)
+            blend = [(torch.tensordot(weights, logits, 1), labels) for logits, labels in both[half::2]]
+            lost[0] += likelihood_loss(answered[0][half::2], fitted_temperature(answered[0][1 - half :: 2]))
+            lost[1] += likelihood_loss(blend, 1.0)
+        assert lost[1] < lost[0]
         found, _ = few_shot.settle([part("0"), part("1")], answered, SETTING)
         assert found == replace(part("0"), temperature=fitted_temperature(answered[0]))
 

@@ -243,7 +243,8 @@ WITH_TEXT = {("clip_protonet", "method.text_share"): "it mixes the text prototyp
 TO_ITS_END = {"hypdfs": {"steps": 100, "synthesis_weight": 3.0}}
 """A fit that stops early moves by up to 4e-3 with any change, as small as it is; one to its end by 2e-4.
 
-Three shots divide the weight of the synthetic points by three; the default of one would hide what acts on them.
+Three shots divide the weight of the synthetic points by three. The default of one would hide what acts on them: at
+three shots and more a search moves answers by them little, by 7e-4 here over all of `alpha`'s range.
 """
 
 

@@ -65,7 +65,7 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(ray_local: A
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
     model: Any
-    model, losses, _ = train(training, workers=2, name="run", folder=tmp_path)
+    model, losses = train(training, workers=2, name="run", folder=tmp_path)
     killer.join()
     training.finish(model)
     assert len(killed) == 1

@@ -80,8 +80,8 @@ def test_a_segmenter_is_trained_by_two_workers_one_of_them_killed_published_and_
     result = train_networks(job, run, workers=2, **options)
     killer.join()
     assert len(killed) == 1
-    value = training.value(training.seen(alone, slice(None)))  # it ended at the weights that were kept
-    assert result.scored.validation == pytest.approx(value, abs=1e-3)
+    _, value = segmentation.finished(run, alone, fitting, Setting(), 0)  # it ended at the weights that were kept
+    assert result.scored.validation == pytest.approx(value, abs=1e-2)  # a pixel more is 1e-3
     assert json.loads((result.folder / "record.json").read_text())["validation"] == result.scored.validation
     assert result.losses == pytest.approx(losses, rel=1e-3)  # they begin at 565, and rounding grows with the steps
     weights = Predictor.load(result.entry).model.state_dict()

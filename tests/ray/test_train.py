@@ -1,7 +1,6 @@
 """Meta-training with Ray Train: the same run for any number of workers, however often it is interrupted."""
 
 import contextlib
-import math
 import os
 import threading
 import time
@@ -74,13 +73,10 @@ def test_two_workers_one_of_them_killed_learn_what_one_process_does(
     killed: list[int] = []
     killer = threading.Thread(target=kill_one_worker, args=(tmp_path, killed))
     killer.start()
-    model, losses, validation = train(
-        EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path
-    )
+    model, losses = train(EpisodicTraining(pool=pool, config=config), workers=2, name="run", folder=tmp_path)
     killer.join()
     assert len(killed) == 1
     assert_same(model, losses, expected)
-    assert math.isnan(validation)
 
 
 def test_what_cannot_run_is_refused_at_once(ray_local: Any, pool: LabelledFeatures, tmp_path: Path) -> None:
