@@ -36,10 +36,17 @@ class SweepJob(TaskConfig, SweepConfig):
     task: Literal["few_shot", "detection", "segmentation"] = "few_shot"
     """few_shot: which defect is it? detection: is it good, and where not? segmentation: which pixels are which defect?
     (--task detection --help lists its flags)"""
+    publish_shots: int | None = None
+    """After the test, learn what is published from so many images of each class, queries among them, or as many as the
+    smallest class has; default: from the K supports of the first draw, as it was tested."""
 
     def __post_init__(self) -> None:
         TaskConfig.__post_init__(self)
         SweepConfig.__post_init__(self)
+        if self.publish_shots is not None and self.publish_shots < self.k_shot:
+            raise ConfigError(f"publish_shots must be at least k_shot={self.k_shot}, got {self.publish_shots}")
+        if self.publish_shots is not None and self.dataset.startswith("imported:"):
+            raise ConfigError("nothing is published of imported features: leave out publish_shots")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ from hypdefect.evaluation import (
     with_parts,
     without_fields,
 )
-from hypdefect.families import BlendingFamily, Family, get_family
+from hypdefect.families import BlendingFamily, Family, few_shot, get_family
 from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.families.segmentation import SegmentationPlan
@@ -397,12 +397,22 @@ def publish_model(
     start: Any,
     outcomes: dict[str, Outcome],
 ) -> ModelEntry:
-    """Fit the winner on draw 0 again and store it as the next version of the model."""
+    """Fit the winner on draw 0 again, or on what the job has it learn after the test, and store it as the next version
+    of the model."""
     run, setting = choice.run, family.setting(job)
     transform = family.transform_of(run, fitting, start)
-    model = family.fit(run, family.transformed(fitting, transform), setting, 0, start)
+    seen = family.transformed(fitting, transform)
     outcome, metric = outcomes[run.name], metric_name(family.METRIC)
     level = f"test/{family.METRIC.partition('/')[2]}"
+    of_this_fit = {f"{level}_of_this_fit": outcome.scored.draws[0].metrics[metric]}
+    if shots := getattr(job, "publish_shots", None):
+        run = replace(run, support_copies=run.copies(setting.k_shot))  # as it was validated
+        wider, setting = few_shot.after_the_test(plan, setting, shots)
+        fill(wider)
+        fitting, _ = family.load(wider, home())
+        logger.info("publishing what %d images of each class teach, queries among them", setting.k_shot)
+        seen, of_this_fit = family.transformed(fitting, transform), {}
+    model = family.fit(run, seen, setting, 0, start)
     provenance: dict[str, Any] = plan.provenance() | {
         "sweep": job.name,
         "trials": [trial.number for trial in choice.trials],
@@ -412,9 +422,9 @@ def publish_model(
             level: outcome.intervals[metric].mean,
             f"{level}_low": outcome.intervals[metric].low,
             f"{level}_high": outcome.intervals[metric].high,
-            f"{level}_of_this_fit": outcome.scored.draws[0].metrics[metric],
             "test/episode/draws": job.draws,
-        },
+        }
+        | of_this_fit,
         "init": str(job.init) if job.init and any(one.pretrained for one in run.blend or (run,)) else None,
     }
     details = family.details(run, fitting, setting, 0, model)

@@ -156,6 +156,9 @@ class TaskPlan(Plan):
         }
 
 
+P = TypeVar("P", bound=TaskPlan)
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fitting:
     """What may be looked at: the support pool and the normals. There is no query in it."""
@@ -299,6 +302,19 @@ def plan(config: TaskConfig, manifest: pa.Table, imported: Imported | None = Non
             "patches, such as --backbone patchcore_lite0"
         )
     return task
+
+
+def after_the_test(plan: P, setting: Setting, shots: int) -> tuple[P, Setting]:
+    """What a last fit learns from: `shots` images of each class, or as many as the smallest class has, of the support
+    pool and the queries together."""
+    labelled = {*plan.pool_ids, *plan.partition.query}
+    members: dict[str, list[str]] = {name: [] for name in plan.classes}
+    for image_id, name in zip(plan.manifest["image_id"].to_pylist(), plan.manifest["defect"].to_pylist(), strict=True):
+        if image_id in labelled:
+            members[name].append(image_id)
+    fewest = min(shots, *map(len, members.values()))
+    pool = [i for own in members.values() for i in shuffled(own, setting.seed)[:fewest]]
+    return replace(plan, pool_ids=tuple(sorted(pool))), replace(setting, k_shot=fewest, supports="pool")
 
 
 def load(plan: TaskPlan, home: Path) -> tuple[Fitting, Reported]:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -108,6 +109,19 @@ def test_queries_of_one_part_count_once_in_a_grouped_split(mtd: pa.Table) -> Non
     assert random.independent_queries == len(random.partition.query)
     assert grouped.independent_queries == len({groups[i] or i for i in grouped.partition.query})
     assert grouped.independent_queries < len(grouped.partition.query)
+
+
+def test_after_the_test_as_many_images_of_each_class_are_learned_from(mtd: pa.Table) -> None:
+    rows, tested = rows_of(mtd), few_shot.plan(config(split="grouped"), mtd)
+    setting = few_shot.Setting(k_shot=1, split="grouped", seed=3)
+    sizes = Counter(rows[i]["defect"] for i in (*tested.pool_ids, *tested.partition.query))
+    for shots, expected in ((2, 2), (100, min(sizes.values()))):
+        plan, wider = few_shot.after_the_test(tested, setting, shots)
+        assert Counter(rows[i]["defect"] for i in plan.pool_ids) == dict.fromkeys(tested.classes, expected)
+        assert wider == replace(setting, k_shot=expected, supports="pool")
+        assert plan == replace(tested, pool_ids=plan.pool_ids)
+    assert set(plan.pool_ids) & set(tested.partition.query)
+    assert not set(plan.pool_ids) & set(tested.normal_ids)
 
 
 def test_the_pool_is_capped_by_class_and_the_queries_are_not(mtd: pa.Table) -> None:

@@ -31,16 +31,20 @@ from hypdefect.errors import ConfigError, HypdefectError
 from hypdefect.evaluation import RunConfig, TrialResult, with_parts
 from hypdefect.families import few_shot, get_family
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.features.extract import RecipeConfig
 from hypdefect.features.imported import import_features
 from hypdefect.files import write_json
+from hypdefect.predictor import Predictor
 from hypdefect.types import VIEWS
 from jobs.sweep import SweepJob
 from tests.ray.search_script import BASE, NAME, SETTING, as_space, make_task, small_space
+from tests.tiny_dataset import make_folder_tree
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 REPOSITORY = Path(hypdefect.__file__).parents[1]
 SPACES = sorted(p.stem for p in Path(tune_spaces.__file__).parent.glob("[a-z]*.py"))
 SMALL_SPACE = as_space(small_space)
+SMALL_RECIPE = RecipeConfig(whole_size=64, window=48, crop_size=64)
 
 
 @pytest.fixture(scope="module")
@@ -405,6 +409,30 @@ def test_a_sweep_varies_nothing_that_changes_nothing(ray_local: Any, hypdefect_h
     job = SweepJob(dataset="imported:plain", space="prototype", k_shot=1, name="plain", **settings)
     result = sweep(named(job), tune_spaces.get_space("prototype"), RunConfig(name="prototype"))
     assert [set(trial.params) for trial in result.trials] == [{"support_copies", "method.metric"}] * 3
+
+
+def test_what_is_published_may_learn_from_all_that_is_labelled(
+    ray_local: Any, hypdefect_home: Path, tmp_path: Path
+) -> None:
+    tree = make_folder_tree(tmp_path / "own", classes=2, per_class=6, with_good=False)
+    next((tree / "dent").glob("*.png")).unlink()
+    settings: dict[str, Any] = {"trials": 2, "episodes": 2, "rungs": 1, "finalists": 1, "draws": 2, "workers": 1}
+    settings |= {"dataset": "folder", "root": tree, "backbone": "tiny_random", "recipe": SMALL_RECIPE}
+    job = named(SweepJob(**settings, space="prototype", k_shot=1, name="all", publish_shots=100))
+    result = sweep(job, tune_spaces.get_space("prototype"), RunConfig(name="prototype"))
+    assert result.entry is not None
+    predictor = Predictor.load(result.entry)
+    about = predictor.card.provenance
+    assert len(set(about["fitted_on"])) == 10  # the smallest class has five images
+    assert set(about["fitted_on"]) & set(result.plan.partition.query)
+    assert "test/episode/acc_of_this_fit" not in about["metrics"]  # no image is left to measure it on
+    plan, setting = few_shot.after_the_test(result.plan, few_shot.setting(job), 100)
+    fitting, _ = few_shot.load(plan, hypdefect_home)
+    run = replace(result.choice.run, support_copies=result.choice.run.copies(1))  # as many as were validated
+    expected = few_shot.fit(run, few_shot.transformed(fitting, predictor.transform), setting, 0).export()
+    assert predictor.model.export().keys() == expected.keys()
+    for name, value in predictor.model.export().items():
+        torch.testing.assert_close(value, expected[name])
 
 
 @pytest.mark.parametrize("address", ["", "10.0.0.1:6379"])
