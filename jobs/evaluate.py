@@ -10,7 +10,8 @@ Every method is tuned by the same number of trials on the same episodes drawn in
 partition and K anew, and answers with the blend of its trials. The defaults are left for that only where labels are
 likelier by more than one standard error of the paired difference. How much each trial counts, and how sure the answers
 are, is fitted on the same episodes. Of AMC one trial is chosen. The queries are scored once, at the end. All draws go
-into the ledger (hypdefect/results/ledger.py).
+into the ledger (hypdefect/results/ledger.py). A comparison that was killed goes on with the partitions that are missing
+when the same command is given again.
 
 python jobs/evaluate.py --task detection --dataset mtd --partitions 5: detectors, split by part and at random
 

@@ -9,9 +9,12 @@ python jobs/sweep.py --task detection --dataset mtd: is a tile good, and where n
 python jobs/sweep.py --task segmentation --dataset neu_seg: which pixels are which defect? Learned from masks
 
 Selection sees only episodes drawn inside the support pool: the best trials meet the defaults again on fresh ones, and
-what is taken is their blend, if it beats the defaults by more than one standard error of the paired difference. How
-much each trial counts, and how sure the answers are, is fitted on the same.
-The queries are scored once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
+what is taken is their blend, where it makes the labels likelier by more than one standard error of the paired
+difference. How much each trial counts, and how sure the answers are, is fitted on the same. The queries are scored
+once, at the end. Of detectors, selection sees normal images and pseudo-defects that lie on them.
+
+python jobs/sweep.py --dataset folder --root my_images --k-shot 1 --publish-shots 5: tested at K = 1, then published as
+learned from up to five images of each class, those of the test among them
 """
 
 from dataclasses import dataclass

@@ -1,7 +1,8 @@
 """Train what is trained before a task, by Ray Train on several workers: HypDFS and AMC on episodes, HypAD on normal
 images.
 
-python jobs/train.py --dataset mtd --workers 2: on pseudo-defects of the product's own good parts (made where missing)
+python jobs/train.py --dataset mtd: on pseudo-defects of the product's own good parts (made where missing); by two
+workers with --workers 2 --train.items-per-step 2
 
 python jobs/train.py --dataset folder --root textures --base pool --train.n-way 8: on the classes of a folder
 
@@ -29,6 +30,7 @@ from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.extract import fill
 from hypdefect.distributed.networks import Trained, train_networks
 from hypdefect.distributed.pseudo import meta_train, pretrain, worth
+from hypdefect.distributed.train import check_workers
 from hypdefect.errors import ConfigError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import detection, few_shot, few_shot_patches, segmentation
@@ -217,6 +219,7 @@ def train_hypdfs(job: TrainJob, options: JobOptions) -> None:
     plan = prepare(few_shot, job)
     job.transform.part_numbers(plan.num_parts)  # one that is not there: say so before any work
     with connected():
+        check_workers(job.train, job.workers)
         fill(plan)
         fitting, _ = few_shot.load(plan, home())
         folder = meta_train(plan, fitting, config, base=job.base, name=job.name)
@@ -235,6 +238,7 @@ def train_amc(job: TrainAMCJob, options: JobOptions) -> None:
     )
     plan = prepare(few_shot_patches, job)
     with connected():
+        check_workers(job.train, job.workers)
         fill(plan)
         fitting, _ = few_shot_patches.load(plan, home())
         folder = pretrain(plan, fitting, config, name=job.name)

@@ -12,6 +12,7 @@ import pytest
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.files import write_table
 from hypdefect.results.ledger import FORMAT_1, SCHEMA, append, commit, latest, metric, read, read_part
+from hypdefect.results.unfinished import Unfinished
 from tests.ledger_rows import as_table, draws, row, with_metrics
 
 
@@ -123,3 +124,26 @@ def test_latest_is_the_newest_run_of_each_task() -> None:
 
 def test_commit_is_one() -> None:
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", commit())
+
+
+def test_what_is_kept_of_a_partition_is_all_of_it_or_nothing(tmp_path: Path) -> None:
+    """A curve that was not asked for has no rows."""
+    main, curve = (row(study=study) for study in ("main", "curvature"))
+    unfinished = Unfinished(tmp_path, [main, curve])
+    assert unfinished.read(0) is None
+    rows = draws([[0.5, 0.6]])
+    unfinished.keep(0, [rows, []])
+    runs = [{"run_id": "later", "study": study} for study in ("main", "curvature")]
+    later = Unfinished(tmp_path, [one | run for one, run in zip((main, curve), runs, strict=True)])
+    found = later.read(0)
+    assert found is not None
+    assert as_table(found[0]).equals(as_table([one | later.runs[0] for one in rows]))
+    assert found[1] == []
+    assert Unfinished(tmp_path, [main | {"config_digest": "other"}, curve]).read(0) is None
+    (last := sorted(later.folder.iterdir())[-1]).write_bytes(b"torn")
+    with pytest.raises(ArtifactError, match=f"{last} is damaged"):
+        later.read(0)
+    last.unlink()
+    assert later.read(0) is None
+    later.over()
+    assert not later.folder.exists()

@@ -7,9 +7,10 @@ partition anew (`distributed.evaluate.select`). All draws go into the ledger, a 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import ModuleType
-from typing import Annotated, Any
+from typing import Annotated
 
 import pyarrow.compute as pc
 import tyro
@@ -27,6 +28,7 @@ from hypdefect.methods import METHODS, each_once, get_method, methods_of
 from hypdefect.progress import progress
 from hypdefect.results import ledger
 from hypdefect.results.sections import CURVATURE, MAIN
+from hypdefect.results.unfinished import Unfinished
 from hypdefect.types import SplitKind
 
 logger = logging.getLogger(__name__)
@@ -89,13 +91,20 @@ def evaluate_detectors(job: EvaluateDetectorsConfig, spaces: Callable[[str], Mod
             logger.warning("%s: %s", plan.label, remark)
     parts: list[Path] = []
     for plans in tasks:
-        scored = [(plan.config.partition, _scored(job, plan, spaces)) for plan in plans]
-        for study in (MAIN, CURVATURE):
-            identity = ledger.identity(job, plans, protocol="draws", study=study)
-            rows: list[dict[str, Any]] = []
-            for number, of_plan in scored:
-                rows += ledger.rows_of([one for one in of_plan if study_of(one) == study], identity, number, ())
-            parts += [ledger.append(rows, home())] if rows else []
+        runs = [ledger.identity(job, plans, protocol="draws", study=study) for study in (MAIN, CURVATURE)]
+        unfinished = Unfinished(home(), runs)
+        of_plans = []
+        for number, plan in ((plan.config.partition, plan) for plan in plans):
+            if (kept := unfinished.read(number)) is None:
+                scored = _scored(job, plan, spaces)
+                of_study = [[one for one in scored if study_of(one) == run["study"]] for run in runs]
+                pairs = zip(of_study, runs, strict=True)
+                kept = [ledger.rows_of(own, run, number, ()) for own, run in pairs]
+                unfinished.keep(number, kept)
+            of_plans.append(kept)
+        of_runs = [list(chain.from_iterable(rows)) for rows in zip(*of_plans, strict=True)]
+        parts += [ledger.append(rows, home()) for rows in of_runs if rows]
+        unfinished.over()
     return parts
 
 

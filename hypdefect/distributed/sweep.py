@@ -405,7 +405,7 @@ def publish_model(
     outcome, metric = outcomes[run.name], metric_name(family.METRIC)
     level = f"test/{family.METRIC.partition('/')[2]}"
     of_this_fit = {f"{level}_of_this_fit": outcome.scored.draws[0].metrics[metric]}
-    if shots := getattr(job, "publish_shots", None):
+    if isinstance(plan, few_shot.TaskPlan) and (shots := getattr(job, "publish_shots", None)):
         run = replace(run, support_copies=run.copies(setting.k_shot))  # as it was validated
         wider, setting = few_shot.after_the_test(plan, setting, shots)
         fill(wider)

@@ -46,6 +46,7 @@ from hypdefect.methods.hypdfs import HypDFSConfig
 from hypdefect.progress import progress
 from hypdefect.results import ledger
 from hypdefect.results.sections import CEILING, FAMILIES
+from hypdefect.results.unfinished import Unfinished
 
 logger = logging.getLogger(__name__)
 Spaces = Callable[[str], ModuleType]
@@ -116,7 +117,8 @@ class EvaluateConfig(TaskConfig):
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Where the rows of an evaluation lie, and its seconds: of features, of all methods, CPU seconds of each method."""
+    """Where the rows of an evaluation lie, and the seconds of this process: of features, of all methods, CPU seconds of
+    each method."""
 
     part: Path
     ceiling: Path
@@ -149,10 +151,14 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
     if patches:
         fill(*patches)
     ready = time.monotonic()
+    unfinished = Unfinished(home(), [run, limit])
     for place, plan in enumerate(plans):
+        number = plan.config.partition
+        if (kept := unfinished.read(number)) is not None:
+            rows, limits = rows + kept[0], limits + kept[1]
+            continue
         fitting, reported = few_shot.load(plan, home())
         start = start_of(fitting, plan, job)
-        number = plan.config.partition
         with progress(f"partition {number}: trials and draws") as advance:
             scored = compare(
                 fitting,
@@ -167,10 +173,14 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
         scored += of_patches(job, spaces, patches[place], episodes_of_patches) if patches else []
         for one in scored:
             spent[one.config.name] += one.seconds
-        rows += ledger.rows_of(scored, run, number, plan.classes)
-        limits += ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
+        own = ledger.rows_of(scored, run, number, plan.classes)
+        most = ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
+        unfinished.keep(number, [own, most])
+        rows, limits = rows + own, limits + most
     seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
-    return Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
+    found = Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
+    unfinished.over()
+    return found
 
 
 def planned_patches(job: EvaluateConfig, plans: Sequence[TaskPlan]) -> list[PatchPlan]:

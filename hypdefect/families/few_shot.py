@@ -521,9 +521,10 @@ def answers(
 def settle(
     runs: Sequence[RunConfig], answered: Sequence[list[Answer] | None], setting: Setting
 ) -> tuple[RunConfig, list[float]]:
-    """Of some candidates, the defaults first: their blend, unless it does not beat the defaults by a standard error.
+    """Of some candidates, the defaults first: their blend where labels are likelier by more than a standard error, else
+    the defaults.
 
-    The gain is in likelihood, on episodes that fitted neither weights nor temperature: every other one is answered with
+    The gain is taken on episodes that fitted neither weights nor temperature: every other one is answered with
     those of the rest, which have other supports, but mostly the same queries. Of a small pool an episode has a dozen
     queries, too few for accuracy to show a gain. What is taken then gets its weights, or its temperature, from all.
 

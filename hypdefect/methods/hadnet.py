@@ -31,7 +31,7 @@ Further deviations:
 - The rate falls as a cosine, not in steps, and a step has 4 images, not 8.
 - The loss of pixels is Dice beside cross-entropy.
 - `scales="finest"` leaves out residuals alone: the maps of all scales are seen.
-- Regions may be named as wholes (`regions`).
+- Regions may be named as wholes (`regions`), and answers be means over mirrored images (`mirrored`).
 
 Shapes: N images, K outputs, background first, H W pixels, h w rows and columns of a scale, D its channels, E of what
 the scales share.

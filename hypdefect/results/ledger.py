@@ -120,6 +120,14 @@ def append(rows: Sequence[dict[str, Any]], home: Path) -> Path:
     """
     if not rows:
         raise DataError("the ledger was given no rows")
+    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"  # parts are read in the order of their names
+    path = home / "ledger" / f"{stamp}-{rows[0].get('run_id')}.parquet"
+    write_part(rows, path)
+    return path
+
+
+def write_part(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Write rows of one run, perhaps none, where `read_part` finds them. Raises DataError as `append`."""
     for row in rows:
         if odd := sorted(row.keys() ^ set(SCHEMA.names)):
             raise DataError(f"ledger row with columns missing or unknown: {', '.join(odd)}")
@@ -128,10 +136,12 @@ def append(rows: Sequence[dict[str, Any]], home: Path) -> Path:
     except (pa.ArrowException, TypeError, AttributeError) as error:
         raise DataError(f"ledger rows do not fit their columns: {error}") from error
     _check(table)
-    stamp = f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"  # parts are read in the order of their names
-    path = home / "ledger" / f"{stamp}-{rows[0]['run_id']}.parquet"
     write_table(table, path, {"hypdefect.format": FORMAT})
-    return path
+
+
+def to_rows(table: pa.Table) -> list[dict[str, Any]]:
+    """Rows as `append` takes them."""
+    return [row | {"metrics": dict(row["metrics"])} for row in table.to_pylist()]
 
 
 def _check(table: pa.Table) -> None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,14 +11,19 @@ import pytest
 import torch
 
 from hypdefect.config import override
+from hypdefect.distributed import tournament
 from hypdefect.distributed.evaluate import CHUNK, calibrate, compare, evaluate, validate
+from hypdefect.distributed.tournament import EvaluateConfig, evaluate_methods
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting
+from hypdefect.features.imported import import_features
 from hypdefect.metrics import calibration_error, chance_calibration_error
+from hypdefect.results import ledger
 from hypdefect.types import VIEWS
 from tests.ray.search_script import BASE, SETTING, make_task
+from tune_spaces import get_space
 
 pytestmark = pytest.mark.ray
 CONFIGS = {
@@ -258,3 +264,44 @@ def test_a_numerical_failure_counts_as_zero_and_has_no_temperature(ray_local: An
     scores = validate(task[0], [broken, CONFIGS["prototype"]], SETTING, range(3))
     assert scores[0] == [0.0] * 3
     assert min(scores[1]) > 0
+
+
+@pytest.mark.parametrize("commit", ["0" * 40, "0" * 40 + "-dirty"])
+def test_a_comparison_that_was_killed_goes_on_with_the_partitions_that_are_missing(
+    ray_local: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, commit: str
+) -> None:
+    """Not by code that is not as it was committed."""
+    monkeypatch.setenv("HYPDEFECT_HOME", str(tmp_path))
+    labels = np.repeat(["a", "b"], 20)
+    features = np.random.default_rng(0).normal(size=(40, 6)) + (labels == "b")[:, None]
+    np.savez(tmp_path / "killed.npz", features=features, labels=labels)
+    import_features([tmp_path / "killed.npz"], tmp_path)
+    monkeypatch.setattr(ledger, "commit", lambda: commit)
+    settings: dict[str, Any] = {"dataset": "imported:killed", "methods": ("prototype",), "features": "plain"}
+    job = EvaluateConfig(**settings, shots=(1,), partitions=3, draws=2, trials=1, episodes=2)
+    scored: list[int] = []
+
+    def counted(*args: Any, **options: Any) -> list[Scored]:
+        scored.append(1)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return compare(*args, **options)
+
+    monkeypatch.setattr(tournament, "compare", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_methods(job, get_space)
+    assert not ledger.read(tmp_path).num_rows
+    other = evaluate_methods(replace(job, draws=3, partitions=1), get_space)
+    assert len(scored) == 3  # another job takes nothing up
+    found = evaluate_methods(job, get_space)
+    assert len(scored) == 3 + (3 if commit.endswith("dirty") else 2)
+    whole = evaluate_methods(job, get_space)  # nothing is left to take up
+    assert len(scored) == 6 + (3 if commit.endswith("dirty") else 2)
+    tables = [ledger.read_part(done.part) for done in (found, whole)]
+    assert other.run["run_id"] != found.run["run_id"]
+    for done, table in zip((found, whole), tables, strict=True):
+        assert set(table["run_id"].to_pylist()) == {done.run["run_id"]}
+        assert set(ledger.read_part(done.ceiling)["partition"].to_pylist()) == {0, 1, 2}
+    columns = ["method", "variant", "partition", "draw", "confusion"]
+    assert tables[0].select(columns).equals(tables[1].select(columns))
+    assert not list((tmp_path / "unfinished").iterdir())
