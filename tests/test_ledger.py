@@ -128,7 +128,7 @@ def test_commit_is_one() -> None:
 
 def test_what_is_kept_of_a_partition_is_all_of_it_or_nothing(tmp_path: Path) -> None:
     """A curve that was not asked for has no rows."""
-    main, curve = (row(study=study) for study in ("main", "curvature"))
+    main, curve = (row(study=study, commit="0" * 40) for study in ("main", "curvature"))
     unfinished = Unfinished(tmp_path, [main, curve])
     assert unfinished.read(0) is None
     rows = draws([[0.5, 0.6]])
@@ -147,3 +147,10 @@ def test_what_is_kept_of_a_partition_is_all_of_it_or_nothing(tmp_path: Path) -> 
     assert later.read(0) is None
     later.over()
     assert not later.folder.exists()
+
+
+@pytest.mark.parametrize("commit", ["0" * 40 + "-dirty", ""])
+def test_nothing_is_taken_up_of_code_that_may_have_changed(tmp_path: Path, commit: str) -> None:
+    one = row(commit=commit)
+    Unfinished(tmp_path, [one]).keep(0, [draws([[0.5]])])
+    assert Unfinished(tmp_path, [one]).read(0) is None

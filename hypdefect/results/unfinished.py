@@ -18,14 +18,14 @@ SAME = ("commit", "config_digest", "data_digest", "label", "study", "split", "pr
 class Unfinished:
     """Ledger rows of the partitions of some runs, in files of their own until all stand in the ledger.
 
-    Of code that is not as it was committed nothing is taken up: what was kept may be of other code.
+    Nothing is taken up where the code is not as it was committed, or no checkout: what was kept may be of other code.
     """
 
     def __init__(self, home: Path, runs: Sequence[dict[str, Any]]) -> None:
         """`runs` are the runs' `ledger.identity`."""
         self.runs = runs
         self.folder = home / "unfinished" / digest([[run[name] for name in SAME] for run in runs])[:24]
-        if any(run["commit"].endswith("-dirty") for run in runs):
+        if any(run["commit"].endswith("-dirty") or not run["commit"] for run in runs):
             self.over()
 
     def read(self, partition: int) -> list[Rows] | None:

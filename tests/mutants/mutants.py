@@ -620,7 +620,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="hypdefect/results/unfinished.py",
         old="            self.over()\n",
         new="            pass\n",
-        tests=("tests/ray/test_evaluate.py",),
+        tests=("tests/test_ledger.py",),
         breaks="a comparison takes up rows that other code has made",
     ),
     Mutant(
