@@ -25,12 +25,10 @@ from hypdefect.datasets import DATASETS, get_dataset
 from hypdefect.datasets.audit import draw_twins, twin_summary
 from hypdefect.datasets.card import DatasetCard
 from hypdefect.datasets.ingest import ClassCount, IngestResult, ingest, other_counts
-from hypdefect.datasets.manifest import manifest_digest, write_manifest
+from hypdefect.datasets.manifest import SHOWN_REASONS, manifest_digest, write_manifest
 from hypdefect.datasets.twins import DOUBTFUL, Twin
 from hypdefect.files import home, write_json, write_table
 from hypdefect.progress import progress
-
-SHOWN_REASONS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a search varies for HypDFS that starts from meta-training: nothing that its weights were not trained for.
+"""What a search varies for HypDFS that starts from meta-training: all but the ODE's network, which its weights are of.
 
 Whether to use what was learned is a choice like any other, made on episodes of the support pool.
 """

@@ -35,6 +35,8 @@ MANIFEST_SCHEMA = pa.schema(
 )
 
 
+SHOWN_REASONS = 5
+"""Of files that are not used, how many reasons are said; the file of the quarantine has them all."""
 QUARANTINE_SCHEMA = pa.schema([("uri", pa.string()), ("reason", pa.string())])
 
 

@@ -106,11 +106,14 @@ class TaskPlan(Plan):
 
     def requests(self) -> list[ImageRequest]:
         """Every image once: support candidates with their copies, queries and normals without."""
-        copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0)
-        most = usual_copies(self.config.k_shot) if self.config.copies is None else self.config.copies
-        most = most if self.imported is None else min(most, self.imported.copies)
-        copies |= dict.fromkeys(self.pool_ids, most)
+        copies = dict.fromkeys([*self.normal_ids, *self.partition.query], 0) | dict.fromkeys(self.pool_ids, self.copies)
         return image_requests(self.manifest, copies, self.uses_mask)
+
+    @property
+    def copies(self) -> int:
+        """Augmented copies of each support candidate."""
+        most = usual_copies(self.config.k_shot) if self.config.copies is None else self.config.copies
+        return most if self.imported is None else min(most, self.imported.copies)
 
     @property
     def prompts(self) -> list[str]:
@@ -144,6 +147,7 @@ class TaskPlan(Plan):
     def idle_fields(self) -> tuple[str, ...]:
         idle = [] if self.whitened else ["transform.whitening"]
         idle += [] if self.key.shape_dims and self.uses_mask else ["transform.shape_weight"]
+        idle += [] if self.copies else ["support_copies"]
         return (*idle, "method.prototype_scale" if self.prompts else "method.text_share")  # text stands for prototypes
 
     def provenance(self) -> dict[str, object]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
 from hypdefect.config import digest
 from hypdefect.datasets import get_dataset
 from hypdefect.datasets.card import DatasetCard
 from hypdefect.datasets.ingest import ingested
-from hypdefect.datasets.manifest import manifest_digest
+from hypdefect.datasets.manifest import SHOWN_REASONS, manifest_digest
 from hypdefect.errors import ConfigError
 from hypdefect.features.backbones import BackboneSpec, check_name, get_backbone
 from hypdefect.features.extract import FULL_REGION, PATCH_VIEWS, RecipeConfig, dims_of
@@ -237,9 +238,13 @@ def manifest_of(config: DataConfig) -> pa.Table:
     with progress(f"reading {config.dataset}") as advance:
         result = ingested(config.dataset, config.root, home(), advance, config.channels)
     state = "unchanged, manifest reused" if result.cached else "read"
-    listed = f" (reasons in {result.path.with_suffix('.quarantine.parquet')})" if result.quarantined else ""
-    logger.info(
-        "%s: %d images %s, %d quarantined%s", config.dataset, result.table.num_rows, state, result.quarantined, listed
-    )
+    logger.info("%s: %d images %s, %d quarantined", config.dataset, result.table.num_rows, state, result.quarantined)
+    listed = result.path.with_suffix(".quarantine.parquet")
+    if result.quarantined and listed.is_file():
+        reasons = pq.read_table(listed)["reason"].to_pylist()
+        for reason in reasons[:SHOWN_REASONS]:
+            logger.warning("not used: %s", reason)
+        more = f"{len(reasons) - SHOWN_REASONS} more are not used; " if len(reasons) > SHOWN_REASONS else ""
+        logger.warning("%sreasons in %s", more, listed)
     logger.info("manifest: %s", result.path)
     return result.table

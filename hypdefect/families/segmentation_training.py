@@ -65,8 +65,9 @@ class Marked:
         """
         image = self.files[number].pixels()
         target = np.zeros(image.shape[:2], dtype=np.int64)
-        for label, mask in self.masks[number]:
-            target[mask.read()] = label
+        marks = [(label, mask.read()) for label, mask in self.masks[number]]
+        for label, mark in sorted(marks, key=lambda pair: -int(pair[1].sum())):  # a smaller one lies on a larger one
+            target[mark] = label
         return image, target
 
 

@@ -28,7 +28,13 @@ Further deviations:
 - AFSS brings the mask to each scale's grid, not the difference to the size of the score map.
 - The teacher's term has weight 0 by default: it showed no gain (docs/experiments.md).
 - Pixels are normalised by the mean and deviation of the pretrained network.
-- The rate falls as a cosine, not in steps, and a step has 4 images, not 8.
+- Training is short: 4000 steps of 4 images, not 150 epochs of steps of 8; the rate falls as a cosine, not in steps.
+- Images are mirrored and turned by quarters; those of rare classes come more often (`rare`).
+- Tangent vectors are clipped to norm 3 / sqrt(rho), beyond which float32 loses them (`MAX_NORM`), and the signed
+  distances to the hyperplanes are scaled, a number a class, which is learned.
+- AFSS paints on images that may show defects, where a set has no good parts, and leaves these out of the mask. At its
+  unit norm the hyperplane's distance hardly depends on rho: 0 and 0.01 choose the same channels of NEU-Seg.
+- The autoencoders' own loss does not reach the network: they see its maps detached.
 - The loss of pixels is Dice beside cross-entropy.
 - `scales="finest"` leaves out residuals alone: the maps of all scales are seen.
 - Regions may be named as wholes (`regions`), and answers be means over mirrored images (`mirrored`).
@@ -53,6 +59,9 @@ from hypdefect.methods.fpn import SegmenterConfig, TrainedSegmenter
 from hypdefect.methods.pyramid import SCALES, Laterals, Pyramid, Separable, pixel_loss, upsampled
 from hypdefect.methods.ranges import require_at_least, require_share
 from hypdefect.types import Batch, Batches, LossTerms, Method
+
+MAX_NORM = 3.0
+"""Of sqrt(rho) times a tangent vector: at it a point lies at 0.995 of the ball's radius."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,7 +114,10 @@ class HyperbolicScores(nn.Module):
     def forward(self, x: Float[Tensor, "N E h w"]) -> Float[Tensor, "N K h w"]:
         v = self.embed(x).movedim(1, 3)
         with torch.autocast(v.device.type, enabled=False):
-            z = geometry.expmap0(v.float().flatten(0, 2), self.curvature)
+            tangent = v.float().flatten(0, 2)
+            if self.curvature > 0:
+                tangent = geometry.clip_norm(tangent, MAX_NORM / self.curvature**0.5)
+            z = geometry.expmap0(tangent, self.curvature)
             distances = geometry.hyperplane_dist(z, self.points, self.normals, self.curvature)
         return (distances * self.scale).unflatten(0, v.shape[:3]).movedim(3, 1)
 

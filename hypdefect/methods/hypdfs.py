@@ -19,12 +19,17 @@ Deviations. Those with a field in brackets can be undone; docs/experiments.md sa
   `head="centers"`: by the distance to class centres, as printed).
 - A normal is penalised more along directions in which points of one class differ (`spread_penalty=0`: alike).
 - A task is one batch, fitted by L-BFGS on noise drawn once, where the paper takes AdamW steps of 1e-4, which hardly
-  move anything. Penalties on hyperplanes, adapter and ODE keep them near where they start.
+  move anything. Penalties on hyperplanes, adapter and ODE keep them near where they start. The head is fitted alone
+  first, then all parts.
+- Class centres may move, lie at the mean radius of their points (`match_radius=False`: where the midpoint
+  sinks to), and their midpoint counts synthetic means as much as all real rows together.
 - The covariance is that of the rows round their prototypes, shared between the classes in part, and not diagonal
   (`covariance="diagonal"`): its factor are the rows themselves.
 - Synthetic points count as one image more of each class, however many there are (`synthesis_weight` over K).
 - The margin counts in units of the class's own spread: a length of 1 means nothing where points lie 3 to 6 apart.
-- W is shared by the two views, which makes whole and crop comparable in L_cl.
+- W is shared by the two views, which makes whole and crop comparable in L_cl, and has rank 32 (`adapter_rank=0`: full).
+- Meta-training scores by class centres, tasks by hyperplanes. It also learns from how likely queries are under their
+  class's evolved normal with a diagonal covariance (`density=0`: not); synthetic points combine rows.
 - Real and synthetic features are stacked along the sample axis: along channels a query would lack its synthetic half.
 - A task is fitted in coordinates of its support rows' span (`axes="features"`: all features), several times faster.
   Both views have one frame, so that distances between them stay what they are.

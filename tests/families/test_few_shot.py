@@ -22,7 +22,7 @@ from hypdefect.evaluation import RunConfig
 from hypdefect.families import few_shot
 from hypdefect.families.episodic import MetaConfig
 from hypdefect.families.few_shot import Fitting, Reported, TaskConfig, TaskPlan
-from hypdefect.families.plan import extraction_key, image_requests
+from hypdefect.families.plan import extraction_key, image_requests, prepare
 from hypdefect.families.pseudo import pseudo_pool, pseudo_requests
 from hypdefect.features.backbones import get_backbone
 from hypdefect.features.extract import FULL_REGION, RecipeConfig, RegionExtractor
@@ -432,11 +432,21 @@ def test_a_lost_manifest_is_made_again(tmp_path: Path) -> None:
     assert second.table.equals(first.table)
 
 
-def test_the_quarantine_is_remembered(tmp_path: Path) -> None:
+def test_the_quarantine_is_remembered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     root, home = make_folder_tree(tmp_path / "set", classes=2, per_class=3), tmp_path / "home"
     (root / "dent" / "dent_0.png").write_bytes(b"nothing")
     assert [ingested("folder", root, home).quarantined for _ in range(2)] == [1, 1]
-    assert len(list((home / "manifests").glob("*.quarantine.parquet"))) == 1
+    (listed,) = (home / "manifests").glob("*.quarantine.parquet")
+    monkeypatch.setenv("HYPDEFECT_HOME", str(home))
+    for _ in range(2):
+        caplog.clear()
+        with caplog.at_level("WARNING", "hypdefect"):
+            prepare(few_shot, config(dataset="folder", root=root))
+        reason, where = caplog.messages
+        assert reason.startswith(f"not used: {root / 'dent' / 'dent_0.png'}")
+        assert where == f"reasons in {listed}"
 
 
 def test_a_set_of_several_products_needs_one_named(elpv: pa.Table) -> None:

@@ -18,12 +18,14 @@ from hypdefect.distributed.networks import settings_of
 from hypdefect.errors import ArtifactError, ConfigError, DataError
 from hypdefect.evaluation import RunConfig
 from hypdefect.families import segmentation
+from hypdefect.families.image_files import ImageFile, MaskFile
 from hypdefect.families.plan import prepare
 from hypdefect.families.segmentation import Fitting, Reported, Setting, TaskConfig
 from hypdefect.families.segmentation_training import Marked, Painted, epoch_of, measured, scores_of, sized
 from hypdefect.features import backbones, timm_networks
 from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
+from hypdefect.files import sha256
 from hypdefect.images import regions
 from hypdefect.images.regions import as_values
 from hypdefect.metrics import SegmentationMetrics
@@ -242,6 +244,21 @@ def test_a_target_that_is_not_made_smaller_is_that_of_nearest_pixels() -> None:
         target[:] = np.random.default_rng(height).integers(0, 4, target.shape)
         y, x = ((2 * np.arange(256) + 1) * n // 512 for n in (height, width))
         assert (sized(image, target, 256)[1].numpy() == target[np.ix_(y, x)]).all()
+
+
+def test_a_mark_inside_another_one_stays_whatever_their_names(tmp_path: Path) -> None:
+    files = []
+    for name, size in (("image", 0), ("large", 20), ("small", 4)):
+        marked = np.zeros((24, 24), dtype=np.uint8)
+        marked[2 : 2 + size, 2 : 2 + size] = 255
+        Image.fromarray(marked).save(tmp_path / f"{name}.png")
+        files.append((str(path := tmp_path / f"{name}.png"), sha256(path.read_bytes())))
+    image, *masks = files
+    large, small = (MaskFile(*mask, image[0], (24, 24)) for mask in masks)
+    for first, second in ((large, small), (small, large)):
+        images = Marked(files=(ImageFile(*image),), masks=(((1, first), (2, second)),), image_ids=("a",))
+        counts = np.bincount(images.read(0)[1].ravel(), minlength=3)
+        assert counts.tolist() == [176, *((384, 16) if first is large else (16, 384))]
 
 
 def test_images_of_rare_classes_come_more_often(task: Any) -> None:

@@ -11,10 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from hypdefect.errors import ConfigError
 from hypdefect.methods.fpn import FPN, FPNConfig, name_regions
-from hypdefect.methods.hadnet import HADNet, HADNetConfig, largest_channels, selection_losses
+from hypdefect.methods.hadnet import (
+    MAX_NORM,
+    HADNet,
+    HADNetConfig,
+    HyperbolicScores,
+    largest_channels,
+    selection_losses,
+)
 from hypdefect.methods.pyramid import BACKBONE_RATE, pixel_loss
 from hypdefect.training import SteppedConfig, fit, optimizer_of
 from hypdefect.types import Batch
@@ -214,6 +222,23 @@ def test_the_twin_is_the_limit_of_curvature_0() -> None:
         normals = flat.hst.normals / flat.hst.normals.norm(dim=1, keepdim=True)
         linear = 2 * ((v[..., None, :] - flat.hst.points) * normals).sum(-1) * flat.hst.scale
         torch.testing.assert_close(flat.hst(x), linear.movedim(3, 1), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("curvature", [0.01, 0.5])
+def test_tangent_vectors_stay_where_float32_tells_them_apart(curvature: float) -> None:
+    hst = HyperbolicScores(8, 3, 8, curvature)
+    with torch.no_grad():
+        hst.embed.weight.copy_(torch.eye(8)[:, :, None, None])
+        hst.embed.bias.zero_()
+    x = nn.functional.normalize(torch.randn(1, 8, 4, 4, generator=torch.Generator().manual_seed(0)), dim=1)
+    limit = MAX_NORM / curvature**0.5
+    inside, at, beyond = (hst(factor * limit * x) for factor in (0.9, 1.0, 100.0))
+    torch.testing.assert_close(beyond, at, rtol=1e-4, atol=1e-3)
+    assert (at - inside).abs().max() > 1e-2
+    assert torch.isfinite(beyond).all()
+    flat = HyperbolicScores(8, 3, 8, 0.0)
+    flat.load_state_dict(hst.state_dict())
+    assert (flat(100 * limit * x) - flat(limit * x)).abs().max() > 1
 
 
 def test_both_optimisers_keep_their_rates_and_are_resumed() -> None:

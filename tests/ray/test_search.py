@@ -400,7 +400,7 @@ def test_what_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_sweep_varies_nothing_that_changes_nothing(ray_local: Any, hypdefect_home: Path, tmp_path: Path) -> None:
-    """Imported features have no normals, by which whitening is fitted, and no shape of a region."""
+    """Imported features have no normals, by which whitening is fitted, no shape of a region, and here no copies."""
     labels = np.repeat(["a", "b"], 20)
     features = np.random.default_rng(0).normal(size=(40, 6)) + (labels == "b")[:, None]
     np.savez(tmp_path / "plain.npz", features=features, labels=labels)
@@ -408,7 +408,7 @@ def test_a_sweep_varies_nothing_that_changes_nothing(ray_local: Any, hypdefect_h
     settings = {"trials": 3, "episodes": 2, "rungs": 1, "finalists": 1, "draws": 2, "workers": 1}
     job = SweepJob(dataset="imported:plain", space="prototype", k_shot=1, name="plain", **settings)
     result = sweep(named(job), tune_spaces.get_space("prototype"), RunConfig(name="prototype"))
-    assert [set(trial.params) for trial in result.trials] == [{"support_copies", "method.metric"}] * 3
+    assert [set(trial.params) for trial in result.trials] == [{"method.metric"}] * 3
 
 
 def test_what_is_published_may_learn_from_all_that_is_labelled(

@@ -199,13 +199,17 @@ def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree:
     )
     rows, missing = reproduce_hadnet(config)
     assert [row.name for row in rows] == [FULL, "c = 0 twin", "FPN"]
-    assert len(missing) == 1
+    assert len(missing) == 3
     assert "fssd_12 is not here" in missing[0]
+    assert "rows random channels, random projection" in missing[1]
     published, cost, own = hadnet_tables(config, rows)
-    assert published.row_count == 4
-    assert list(cost.columns[1].cells) == ["11.352", "1.113"]
-    weights = sum(p.numel() for p in HADNet(config.method, 3).parameters() if p.requires_grad)
-    assert next(iter(cost.columns[2].cells)) == f"{weights / 1e6:.3f}"
+    assert published.row_count == 4 + 10
+    assert list(cost.columns[1].cells) == ["11.352", "1.113", ""]
+    network = HADNet(config.method, 3)
+    sizes = [sum(p.numel() for p in network.parameters() if p.requires_grad or everything) for everything in (1, 0)]
+    assert [list(cost.columns[2].cells)[row] for row in (0, 2)] == [f"{size / 1e6:.3f}" for size in sizes]
+    assert next(iter(cost.columns[3].cells)) == f"{sizes[0] / 1e6 - 11.352:+.3f}"
+    assert [column.header for column in own.columns][-3:] == ["F1", "weighted F1", "pixel acc"]
     assert own.row_count == 3
     kept = ledger.read(home(), study="paper/hadnet")
     assert sorted(set(kept["variant"].to_pylist())) == sorted(row.name for row in rows)
