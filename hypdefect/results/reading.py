@@ -126,6 +126,8 @@ def reading(section: Section) -> str:
     features = "meta-trained" if ours.features == "meta" else "plain"
     cells = [f"{format_accuracy(r.accuracy)} % at K = {r.k_shot}" for r in rows if r.name == ours.name]
     text = [f"On {features} features HypDFS reaches {list_words(cells)}."]
+    wrong = [f"{format_calibration(r)} % at K = {r.k_shot}" for r in rows if r.name == ours.name]
+    text.append(f"Its probabilities are off by {list_words(wrong)}; in brackets, what exactly right ones would read.")
     if not section.repeated:
         return " ".join([*text, "One draw gives no interval: no difference to another method is told from chance."])
     decided = claims(section.main)
