@@ -411,6 +411,7 @@ def test_a_sweep_varies_nothing_that_changes_nothing(ray_local: Any, hypdefect_h
     assert [set(trial.params) for trial in result.trials] == [{"method.metric"}] * 3
 
 
+@pytest.mark.slow
 def test_what_is_published_may_learn_from_all_that_is_labelled(
     ray_local: Any, hypdefect_home: Path, tmp_path: Path
 ) -> None:
