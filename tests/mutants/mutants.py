@@ -612,7 +612,7 @@ MUTANTS: tuple[Mutant, ...] = (
         file="hypdefect/distributed/sweep.py",
         old="seen, of_this_fit = family.transformed(fitting, transform), {}",
         new="of_this_fit = {}",
-        tests=("tests/ray/test_search.py",),
+        tests=("tests/ray/test_search.py::test_what_is_published_may_learn_from_all_that_is_labelled",),
         breaks="--publish-shots says that it learned from all and publishes what the first draw taught",
     ),
     Mutant(
