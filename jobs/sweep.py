@@ -29,6 +29,7 @@ from hypdefect.families.detection import TaskConfig as DetectionConfig
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.segmentation import TaskConfig as SegmentationConfig
 from hypdefect.families.starts import starting_point
+from hypdefect.features.imported import is_imported
 from hypdefect.files import home, write_json
 from hypdefect.results.tables import outcome_table, trial_table
 from tune_spaces import get_space
@@ -48,7 +49,7 @@ class SweepJob(TaskConfig, SweepConfig):
         SweepConfig.__post_init__(self)
         if self.publish_shots is not None and self.publish_shots < self.k_shot:
             raise ConfigError(f"publish_shots must be at least k_shot={self.k_shot}, got {self.publish_shots}")
-        if self.publish_shots is not None and self.dataset.startswith("imported:"):
+        if self.publish_shots is not None and is_imported(self.dataset):
             raise ConfigError("nothing is published of imported features: leave out publish_shots")
 
 

@@ -408,7 +408,7 @@ def publish_model(
     if isinstance(plan, few_shot.TaskPlan) and (shots := getattr(job, "publish_shots", None)):
         run = replace(run, support_copies=run.copies(setting.k_shot))  # as it was validated
         wider, setting = few_shot.after_the_test(plan, setting, shots)
-        fill(wider)
+        fill(wider, workers=num_workers(job.workers))
         fitting, _ = family.load(wider, home())
         logger.info("publishing what %d images of each class teach, queries among them", setting.k_shot)
         seen, of_this_fit = family.transformed(fitting, transform), {}

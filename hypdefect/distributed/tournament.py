@@ -174,9 +174,9 @@ def evaluate_methods(job: EvaluateConfig, spaces: Spaces, fixed: list[Entrant] |
         for one in scored:
             spent[one.config.name] += one.seconds
         own = ledger.rows_of(scored, run, number, plan.classes)
-        most = ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
-        unfinished.keep(number, [own, most])
-        rows, limits = rows + own, limits + most
+        own_limits = ledger.rows_of(ceiling(fitting, reported, job, start), limit, number, plan.classes)
+        unfinished.keep(number, [own, own_limits])
+        rows, limits = rows + own, limits + own_limits
     seconds = {"features": ready - begun, "methods": time.monotonic() - ready}
     found = Evaluation(ledger.append(rows, home()), ledger.append(limits, home()), run, seconds, dict(spent))
     unfinished.over()
