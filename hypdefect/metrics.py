@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Integer
 from scipy import ndimage
 from scipy.stats import poisson_binom
 from sklearn.metrics import average_precision_score, precision_recall_curve, roc_auc_score
@@ -180,17 +180,25 @@ def area_up_to(x: Float[np.ndarray, "n"], y: Float[np.ndarray, "n"], limit: floa
     return float(np.trapezoid(np.append(y[inside], end), np.append(x[inside], limit)) / limit)
 
 
-class SegmentationMetrics:
-    """Counts of (true, predicted) classes of pixels, image by image; background is class 0.
+def class_of_image(classes: Integer[np.ndarray, "H W"]) -> int:
+    """The defect class with the most pixels of a map of classes, the first of several; 0 where there is none."""
+    sizes = np.bincount(classes.ravel(), minlength=2)[1:]
+    return int(sizes.argmax()) + 1 if sizes.any() else 0
 
-    A class that neither stands in the truth nor was predicted has no IoU and counts in no mean.
+
+class SegmentationMetrics:
+    """Counts of (true, predicted) classes of pixels and of images; background, and a good image, is class 0.
+
+    A class that neither stands in the truth nor was predicted has no IoU and counts in no mean. An image is of the
+    class with the most pixels (`class_of_image`).
     """
 
     def __init__(self, classes: Sequence[str]) -> None:
         self.classes = tuple(classes)
         self.counts = np.zeros((len(classes) + 1, len(classes) + 1), dtype=np.int64)
+        self.images = np.zeros_like(self.counts)
 
-    def update(self, predicted: Int[np.ndarray, "H W"], truth: Int[np.ndarray, "H2 W2"]) -> None:
+    def update(self, predicted: Integer[np.ndarray, "H W"], truth: Int[np.ndarray, "H2 W2"]) -> None:
         """See an image.
 
         Raises:
@@ -202,14 +210,17 @@ class SegmentationMetrics:
         if min(predicted.min(), truth.min()) < 0 or max(predicted.max(), truth.max()) >= size:
             raise DataError(f"classes of pixels are 0 to {size - 1}")
         self.counts += np.bincount((truth * size + predicted).ravel(), minlength=size**2).reshape(size, size)
+        self.images[class_of_image(truth), class_of_image(predicted)] += 1
 
     def merge(self, other: "SegmentationMetrics") -> None:
         """Add what another has seen."""
         self.counts += other.counts
+        self.images += other.images
 
     def compute(self) -> dict[str, float]:
         """`miou` of the defect classes, `miou_background` with background, `pixel_acc`, `macro_f1` and `weighted_f1`
-        of the defect classes, and `iou CLASS` of each.
+        of the defect classes, and `iou CLASS` of each; `image_acc`, the images of which the class is right, and
+        `image_missed`, those with a defect whose map shows none; `image_false_alarms` of good images, if there are any.
 
         Raises:
             DataError: no pixel was seen, or none of a defect.
@@ -228,5 +239,10 @@ class SegmentationMetrics:
             "macro_f1": float(np.nanmean(f1[1:])),
             "weighted_f1": float(np.nansum(f1[1:] * true[1:]) / true[1:].sum()),
         }
+        if seen := self.images.sum():  # counts of pixels may come from elsewhere
+            metrics["image_acc"] = float(np.trace(self.images) / seen)
+            metrics["image_missed"] = float(self.images[1:, 0].sum() / self.images[1:].sum())
+            if good := self.images[0].sum():
+                metrics["image_false_alarms"] = float(self.images[0, 1:].sum() / good)
         known = zip(self.classes, iou[1:].tolist(), strict=True)
         return metrics | {f"iou {name}": value for name, value in known if not np.isnan(value)}

@@ -33,9 +33,10 @@ from hypdefect.features.transform import FeatureTransform, SideBySide
 from hypdefect.files import write_json
 from hypdefect.images import to_rgb
 from hypdefect.images.intensity import Intensity
-from hypdefect.images.regions import as_png, class_map, cleaned, grey_png, regions_of, resized, without_specks
+from hypdefect.images.regions import as_png, class_map, cleaned, cleaned_classes, grey_png, regions_of, resized
 from hypdefect.methods import get_method
 from hypdefect.methods.residuals import Residuals
+from hypdefect.metrics import class_of_image
 from hypdefect.registry import ModelEntry, verify_folder, write_checksums
 from hypdefect.statistics import p_values
 from hypdefect.types import VIEWS, Batch, Published
@@ -361,17 +362,16 @@ class PatchClassPredictor(ClassPredictor):
 
 def segmentation_of(found: UInt8[np.ndarray, "H W"], names: Sequence[str]) -> Segmentation:
     """The answer to a map of classes, 0 for none: map, shares, regions and label are of the same pixels."""
-    classes = np.zeros_like(found)
-    shown = [number for number in range(1, len(names) + 1) if (found == number).any()]  # most images show few classes
-    for number in shown:
-        classes[without_specks(found == number)] = number
+    classes = cleaned_classes(found)
+    sizes = np.bincount(classes.ravel(), minlength=len(names) + 1)
     regions = [
-        ClassRegion(polygon=outline, area=area, label=names[number - 1])
-        for number in shown
+        ClassRegion(polygon=outline, area=area, label=name)
+        for number, name in enumerate(names, 1)
+        if sizes[number]
         for outline, area in regions_of(classes == number)
     ]
-    shares = {name: float((classes == number).mean()) for number, name in enumerate(names, 1)}
-    label = max(names, key=lambda name: shares[name]) if regions else "good"
+    shares = {name: float(size / classes.size) for name, size in zip(names, sizes[1:], strict=True)}
+    label = ("good", *names)[class_of_image(classes)]
     return Segmentation(label=label, shares=shares, regions=regions, map_png=grey_png(classes))
 
 

@@ -57,6 +57,10 @@ class TrainConfig:
         """What the loss is computed within."""
         return nullcontext()
 
+    def products(self) -> AbstractContextManager[None]:
+        """What a CPU computes the loss and its gradient within."""
+        return nullcontext()
+
     def stops(self, parts: Mapping[str, float]) -> bool:
         """Whether a step with these means of `LossTerms.parts` is the last one."""
         return False
@@ -225,7 +229,7 @@ def _accumulated(
     mean, means = 0.0, dict[str, float]()
     for number in numbers:
         waits = isinstance(call, DistributedDataParallel) and number != numbers[-1]
-        with cast(DistributedDataParallel, call).no_sync() if waits else nullcontext():
+        with cast(DistributedDataParallel, call).no_sync() if waits else nullcontext(), config.products():
             with config.precision(device):
                 loss, parts = call(stream(number).to(device), config.seed * 1_000_003 + number)
             (loss / len(numbers)).backward()

@@ -19,7 +19,7 @@ RAY_ALLOWED = ("hypdefect/distributed/", "jobs/", "serve/", "cluster/", "tests/"
 # A module imports from its own layer and those above this line of it, never from a later one.
 LAYERS = (
     {"errors", "types", "config", "files", "command_line", "progress"},
-    {"geometry", "metrics", "statistics"},
+    {"geometry", "metrics", "precision", "statistics"},
     {"images"},
     {"datasets"},
     {"features"},

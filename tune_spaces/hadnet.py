@@ -17,3 +17,4 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_categorical("method.pasted", [0.0, 0.25, 0.5])
     trial.suggest_float("method.reconstruction", 0.01, 1.0, log=True)
     trial.suggest_float("method.hyperbolic", 0.1, 1.0, log=True)
+    trial.suggest_categorical("method.teacher", [0.0, 0.1])

@@ -200,7 +200,7 @@ def _rows_table(config: ReproduceHADNetConfig, rows: Sequence[Row]) -> Table:
     table = Table(title=f"{rows[0].dataset}, {config.split} split, {config.seeds} seeds: %", title_justify="left")
     table.caption = "Of tables 5 (channels, residuals) and 6 (rho) the paper's text says only that rho = 0.01 is best."
     classes = [name for name in rows[0].draws[0].metrics if name.startswith("iou ")]
-    means = {"macro_f1": "F1", "weighted_f1": "weighted F1", "pixel_acc": "pixel acc"}
+    means = {"macro_f1": "F1", "weighted_f1": "weighted F1", "pixel_acc": "pixel acc", "image_acc": "images"}
     shown_as = [name.removeprefix("iou ") for name in classes] + list(means.values())
     for column in ("row", "mean IoU", f"minus {FULL}", *shown_as):
         table.add_column(column, justify="left" if column == "row" else "right")

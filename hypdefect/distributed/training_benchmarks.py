@@ -20,11 +20,13 @@ from hypdefect.distributed.cluster import connected
 from hypdefect.distributed.train import train
 from hypdefect.families.amc_training import AMCTrainConfig, AMCTraining
 from hypdefect.families.episodes import LabelledFeatures
+from hypdefect.families.segmentation_training import SegmenterTrainConfig
 from hypdefect.features.backbones import compute_on_one_thread, get_backbone
 from hypdefect.features.spec import FeatureTable
 from hypdefect.features.timm_networks import Backbone
 from hypdefect.methods.amc import AMCConfig
 from hypdefect.methods.hadnet import HADNet, HADNetConfig
+from hypdefect.precision import exact_products, fast_products
 from hypdefect.training import TrainConfig, Training
 from hypdefect.types import Batch
 
@@ -48,18 +50,23 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
     trained, filters = (HADNet(HADNetConfig(depthwise=depthwise), CLASSES) for depthwise in (False, True))
     item = segmentation_item(0, 4)
 
-    def step(net: nn.Module, loss: Callable[[], Tensor]) -> None:
+    def step(net: nn.Module, loss: Callable[[], Tensor], products: Callable[[], Any] = fast_products) -> None:
         net.zero_grad()
-        loss().backward()
+        with products():
+            loss().backward()
 
     def of_maps() -> Tensor:
         return torch.stack([x.square().mean() for x in trained.pyramid(item.views["pixels"])]).sum()
 
-    maps, all_of_it, with_filters = interleaved(
+    def loss_of(net: HADNet) -> Callable[[], Tensor]:
+        return lambda: net.loss(item, torch.Generator()).total
+
+    maps, all_of_it, with_filters, exact = interleaved(
         config.rounds,
         partial(step, trained, of_maps),
-        partial(step, trained, lambda: trained.loss(item, torch.Generator()).total),
-        partial(step, filters, lambda: filters.loss(item, torch.Generator()).total),
+        partial(step, trained, loss_of(trained)),
+        partial(step, filters, loss_of(filters)),
+        partial(step, trained, loss_of(trained), exact_products),
     )
     cost = cost_of(model)
     weights = f"{cost.weights:.2f} M weights, {cost.trained:.2f} M of them trained, paper 11.35"
@@ -68,6 +75,7 @@ def segmenters(config: BenchmarkConfig) -> list[Timing]:
         Timing(f"HADNet, an image of {SIDE} x {SIDE}", "its backbone", alone, whole, note),
         Timing("  a training step of 4 images", "of its backbone alone", maps, all_of_it),
         Timing("  the same", "with depthwise filters trained", with_filters, all_of_it),
+        Timing("  the same", "with exact products", exact, all_of_it),
         two_workers("HADNet, a step of 4 images", SegmenterSteps(steps=40)),
     ]
 
@@ -142,8 +150,8 @@ class SegmenterSteps:
     steps: int
 
     @property
-    def config(self) -> TrainConfig:
-        return TrainConfig(steps=self.steps, items_per_step=2, report_every=self.steps)
+    def config(self) -> SegmenterTrainConfig:
+        return SegmenterTrainConfig(steps=self.steps, items_per_step=2, report_every=self.steps)
 
     def model(self) -> nn.Module:
         return HADNet(HADNetConfig(), CLASSES).train()

@@ -26,9 +26,10 @@ from hypdefect.features.extract import pixels_of, resize
 from hypdefect.images.pasted_regions import paste_regions
 from hypdefect.images.pasted_textures import PERLIN, pasted
 from hypdefect.images.pseudo_defects import SynthesisConfig, load_textures
-from hypdefect.images.regions import EIGHT
+from hypdefect.images.regions import EIGHT, cleaned_classes
 from hypdefect.methods.fpn import TrainedSegmenter
 from hypdefect.metrics import SegmentationMetrics
+from hypdefect.precision import fast_products
 from hypdefect.training import TrainConfig
 from hypdefect.types import Batch, Segmenter
 
@@ -73,13 +74,16 @@ class Marked:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SegmenterTrainConfig(TrainConfig):
-    """As the loop wants it; a GPU computes in bfloat16 where that is safe, a CPU in float32."""
+    """As the loop wants it; a GPU computes in bfloat16 where that is safe, a CPU in float32 with `fast_products`."""
 
     patience: int = 0
     """Reports without a better validation after which training ends; 0: all steps."""
 
     def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
+
+    def products(self) -> AbstractContextManager[None]:
+        return fast_products()
 
     def is_stale(self, reports: int) -> bool:
         return 0 < self.patience <= reports
@@ -281,12 +285,14 @@ def batch_of(image_ids: list[str], pieces: list[tuple[Tensor, Tensor]]) -> Batch
 
 @torch.no_grad()
 def measured(model: Segmenter, images: Marked, classes: tuple[str, ...], side: int) -> SegmentationMetrics:
-    """Every pixel of every image, at the image's own size, counted once; an image is forgotten when it was seen."""
+    """Every pixel of every image, at the image's own size and as it is answered, counted once. An image is forgotten
+    when it was seen."""
     device = next(model.parameters()).device  # type: ignore[attr-defined]
     metrics = SegmentationMetrics(classes)
     for number in range(len(images)):
         image, target = images.read(number)
-        metrics.update(scores_of(model, image, side, device).argmax(0).cpu().numpy(), target)
+        found = scores_of(model, image, side, device).argmax(0).to(torch.uint8)
+        metrics.update(cleaned_classes(found.numpy(force=True)), target)
     return metrics
 
 

@@ -55,6 +55,14 @@ def without_specks(marked: Bool[np.ndarray, "H W"], least: int = LEAST_AREA) -> 
     return large[labels]
 
 
+def cleaned_classes(found: UInt8[np.ndarray, "H W"]) -> UInt8[np.ndarray, "H W"]:
+    """A map of classes, 0 for none, without regions of fewer than `LEAST_AREA` pixels of a class."""
+    classes = np.zeros_like(found)
+    for number in np.flatnonzero(np.bincount(found.ravel())[1:]) + 1:  # most images show few classes
+        classes[without_specks(found == number)] = number
+    return classes
+
+
 def regions_of(marked: Bool[np.ndarray, "H W"]) -> list[tuple[list[list[float]], int]]:
     """Outline and area of each connected region, largest first.
 

@@ -58,6 +58,7 @@ from hypdefect.errors import DataError
 from hypdefect.methods.fpn import SegmenterConfig, TrainedSegmenter
 from hypdefect.methods.pyramid import SCALES, Laterals, Pyramid, Separable, pixel_loss, upsampled
 from hypdefect.methods.ranges import require_at_least, require_share
+from hypdefect.precision import exact_products
 from hypdefect.types import Batch, Batches, LossTerms, Method
 
 MAX_NORM = 3.0
@@ -113,7 +114,7 @@ class HyperbolicScores(nn.Module):
 
     def forward(self, x: Float[Tensor, "N E h w"]) -> Float[Tensor, "N K h w"]:
         v = self.embed(x).movedim(1, 3)
-        with torch.autocast(v.device.type, enabled=False):
+        with torch.autocast(v.device.type, enabled=False), exact_products():
             tangent = v.float().flatten(0, 2)
             if self.curvature > 0:
                 tangent = geometry.clip_norm(tangent, MAX_NORM / self.curvature**0.5)

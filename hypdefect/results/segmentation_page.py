@@ -29,6 +29,9 @@ METRICS = {
     "macro_f1": "F1",
     "weighted_f1": "weighted F1",
     "pixel_acc": "pixel accuracy",
+    "image_acc": "images named right",
+    "image_missed": "defects missed",
+    "image_false_alarms": "good images called defective",
 }
 OF_CLASS = "iou "
 STUDIES = {"train": "trained by jobs/train.py", "sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
@@ -54,10 +57,11 @@ class SegmenterTask:
 
     @property
     def shown(self) -> dict[str, str]:
-        """Metrics and what they are called; a class that some row has not is left out."""
+        """Metrics and what they are called; what some row has not, such as a class, is left out."""
         rows = [dict(pairs) for pairs in self.main["metrics"].to_pylist()]
-        classes = [name for name in rows[0] if name.startswith(OF_CLASS) and all(name in row for row in rows)]
-        return METRICS | {name: name.removeprefix(OF_CLASS) for name in classes}
+        names = [name for name in rows[0] if name.startswith(OF_CLASS)]
+        called = METRICS | {name: name.removeprefix(OF_CLASS) for name in names}
+        return {name: text for name, text in called.items() if all(name in row for row in rows)}
 
     @property
     def reference(self) -> str | None:

@@ -52,11 +52,12 @@ SHOWN = {
     "miou": "mean IoU",
     "miou_background": "with background",
     "pixel_acc": "pixel accuracy",
+    "image_acc": "images named right",
 }
 BESIDE = {
     "acc": ("balanced_acc",),
     "auroc": ("aupro", "false_alarms", "detected"),
-    "miou": ("miou_background", "macro_f1", "pixel_acc"),
+    "miou": ("miou_background", "macro_f1", "pixel_acc", "image_acc"),
 }
 """What a table shows beside a family's metric, where it was measured."""
 

@@ -27,7 +27,7 @@ from hypdefect.features.backbones import BACKBONES, get_backbone
 from hypdefect.features.extract import RecipeConfig
 from hypdefect.files import sha256
 from hypdefect.images import regions
-from hypdefect.images.regions import as_values
+from hypdefect.images.regions import as_values, cleaned_classes
 from hypdefect.metrics import SegmentationMetrics
 from hypdefect.predictor import Predictor, Segmentation, save_model, segmentation_of
 from hypdefect.training import fit
@@ -438,7 +438,7 @@ def test_draws_have_other_seeds_and_the_published_model_answers_alike(
     predictor = Predictor.load(tmp_path / "m")
     image, _ = reported.images.read(0)
     (answer,) = predictor.predict([(image, None)])
-    expected = scores_of(model, image, 64).argmax(0).numpy()
+    expected = cleaned_classes(scores_of(model, image, 64).argmax(0).numpy().astype(np.uint8))
     assert list(answer.shares) == list(plan.classes)
     for number, name in enumerate(plan.classes, 1):
         assert answer.shares[name] == pytest.approx(float((expected == number).mean()), abs=1e-3)
@@ -494,14 +494,14 @@ def test_specks_stand_neither_in_the_map_nor_in_the_regions() -> None:
 def test_classes_that_an_image_does_not_show_take_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Labelling the regions of 20 megapixels takes half a second a class."""
     seen: list[int] = []
-    for name in ("without_specks", "regions_of"):
+    for name, module in (("without_specks", "images.regions"), ("regions_of", "predictor")):
         function = getattr(regions, name)
 
         def counted(marked: np.ndarray, function: Any = function) -> Any:
             seen.append(int(marked.sum()))
             return function(marked)
 
-        monkeypatch.setattr(f"hypdefect.predictor.{name}", counted)
+        monkeypatch.setattr(f"hypdefect.{module}.{name}", counted)
     classes = np.zeros((30, 40), dtype=np.uint8)
     classes[10:20, 25:35] = 200
     answer = segmentation_of(classes, [f"class {i}" for i in range(1, 256)])
@@ -645,6 +645,25 @@ def test_metrics_agree_with_scikit_learn_and_leave_out_absent_classes() -> None:
     expected = jaccard_score(truth.ravel(), predicted.ravel(), labels=[1, 2], average="macro")
     assert found["miou"] == pytest.approx(expected)
     assert "iou never" not in found
+
+
+def test_images_are_of_the_class_with_the_most_pixels() -> None:
+    def image(*sizes: int) -> np.ndarray:
+        return np.repeat(np.arange(len(sizes)), sizes).reshape(1, -1)
+
+    metrics = SegmentationMetrics(("a", "b"))
+    metrics.update(image(8, 2, 1), image(8, 1, 2))  # b is called a
+    metrics.update(image(5, 0, 6), image(5, 1, 5))  # b is called b
+    metrics.update(image(11), image(10, 1))  # a is missed
+    found = metrics.compute()
+    assert found["image_acc"] == pytest.approx(1 / 3)
+    assert found["image_missed"] == pytest.approx(1 / 3)
+    assert "image_false_alarms" not in found  # there is no good image
+    metrics.update(image(10, 1), image(11))
+    metrics.update(image(11), image(11))
+    assert metrics.compute()["image_false_alarms"] == 0.5
+    assert metrics.compute()["image_acc"] == pytest.approx(2 / 5)
+    assert metrics.compute()["image_missed"] == pytest.approx(1 / 3)
 
 
 def test_metrics_refuse_what_is_no_class_map() -> None:
