@@ -35,7 +35,7 @@ class SegmenterConfig:
     depthwise: bool = False
     """Whether depthwise filters of the other stages are trained: on a CPU a quarter more time a step, and no gain on
     NEU-Seg."""
-    steps: int = 4000
+    steps: int = 8000
     items_per_step: int = 2
     images: int = 2
     """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's steps have 8

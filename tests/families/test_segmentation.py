@@ -647,6 +647,18 @@ def test_metrics_agree_with_scikit_learn_and_leave_out_absent_classes() -> None:
     assert "iou never" not in found
 
 
+def test_what_is_tested_is_the_map_that_is_served(task: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, fitting, reported = task
+    model: Any = segmentation.fit(RunConfig(name="fpn", method=TINY, pretrained=False), fitting, Setting(), 0)
+    side = max(reported.images.read(0)[1].shape)
+    logits = torch.zeros(1, len(plan.classes) + 1, side, side)
+    logits[:, 1, 40:42, 40:42] = 1.0  # a speck, which is no region
+    monkeypatch.setattr(model, "logits", lambda batch: logits)
+    found = measured(model, reported.images, plan.classes, side)
+    assert found.counts[:, 0].sum() == found.counts.sum()
+    assert found.compute()["image_missed"] == 1
+
+
 def test_images_are_of_the_class_with_the_most_pixels() -> None:
     def image(*sizes: int) -> np.ndarray:
         return np.repeat(np.arange(len(sizes)), sizes).reshape(1, -1)

@@ -444,6 +444,22 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="AFSS keeps the channels that are least like the mask",
     ),
     Mutant(
+        name="slow-products",
+        file="hypdefect/families/segmentation_training.py",
+        old="return fast_products()",
+        new="return nullcontext()",
+        tests=("tests/test_precision.py",),
+        breaks="segmenters are trained by the slower library",
+    ),
+    Mutant(
+        name="specks",
+        file="hypdefect/families/segmentation_training.py",
+        old="metrics.update(cleaned_classes(found.numpy(force=True)), target)",
+        new="metrics.update(found.numpy(force=True), target)",
+        tests=("tests/families/test_segmentation.py",),
+        breaks="what is tested is not what is served",
+    ),
+    Mutant(
         name="turned",
         file="hypdefect/families/segmentation_training.py",
         old="marked.rot90(quarter, (0, 1))",
