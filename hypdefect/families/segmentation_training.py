@@ -35,7 +35,7 @@ from hypdefect.types import Batch, Segmenter
 
 PAINTED = 32
 """Images that pseudo-defects are painted on before step 0."""
-REPORT_EVERY = 200
+REPORT_EVERY = 400
 """Steps between validations: on NEU-Seg one takes as long as some 50 steps."""
 
 
