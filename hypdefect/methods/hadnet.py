@@ -14,8 +14,8 @@ At rho = 0 the distances are Euclidean, and the network is its own twin.
 
 Deviations, with their reasons. The residuals of a scale are brought to `width` / 2 channels and are upsampled with
 the maps, so that a CPU can hold them; ARD looks at them between the two, at their absolute values. ARD keeps the chosen
-channels where they are and sets the others to 0: sorted by size, channels lose what they stand for, and the
-discriminator could not name a defect (`ard="sorted"` does as printed). The discriminator also sees the maps, by a
+channels where they are and sets the others to 0: sorted by size, as printed (`ard="sorted"`), channels lose what they
+stand for, which costs 3.8 +- 3.4 points on NEU-Seg (docs/experiments.md). The discriminator also sees the maps, by a
 feature pyramid, and the distances of HST, which are added to its answer: else HST would act on the choice of channels
 alone. AFSS needs a hyperplane before there is a trained one: it takes the one half way between the mean of painted and
 that of other locations. The stem, two stages and all depthwise filters of the network stay as they are (`frozen`,
