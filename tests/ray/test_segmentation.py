@@ -209,7 +209,7 @@ def test_tables_show_every_row_beside_the_published_figure(ray_local: Any, tree:
     sizes = [sum(p.numel() for p in network.parameters() if p.requires_grad or everything) for everything in (1, 0)]
     assert [list(cost.columns[2].cells)[row] for row in (0, 2)] == [f"{size / 1e6:.3f}" for size in sizes]
     assert next(iter(cost.columns[3].cells)) == f"{sizes[0] / 1e6 - 11.352:+.3f}"
-    assert [column.header for column in own.columns][-3:] == ["F1", "weighted F1", "pixel acc"]
+    assert [column.header for column in own.columns][-4:] == ["F1", "weighted F1", "pixel acc", "images"]
     assert own.row_count == 3
     kept = ledger.read(home(), study="paper/hadnet")
     assert sorted(set(kept["variant"].to_pylist())) == sorted(row.name for row in rows)
