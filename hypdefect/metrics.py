@@ -212,11 +212,6 @@ class SegmentationMetrics:
         self.counts += np.bincount((truth * size + predicted).ravel(), minlength=size**2).reshape(size, size)
         self.images[class_of_image(truth), class_of_image(predicted)] += 1
 
-    def merge(self, other: "SegmentationMetrics") -> None:
-        """Add what another has seen."""
-        self.counts += other.counts
-        self.images += other.images
-
     def compute(self) -> dict[str, float]:
         """`miou` of the defect classes, `miou_background` with background, `pixel_acc`, `macro_f1` and `weighted_f1`
         of the defect classes, and `iou CLASS` of each; `image_acc`, the images of which the class is right, and
