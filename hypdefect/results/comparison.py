@@ -206,6 +206,8 @@ def _row(k_shot: int, method: str, features: str, variant: str, group: pa.Table,
         return ledger.metric(group, name) if name in known else np.full(len(group), math.nan)
 
     balanced = other("balanced_acc")
+    confusion = np.array(group["confusion"].to_pylist()).sum(0)
+    side = math.isqrt(confusion.size)  # 0 of segmenters, which have class names and no queries
     return Row(
         k_shot=k_shot,
         name=display_name(method, features, variant),
@@ -222,6 +224,6 @@ def _row(k_shot: int, method: str, features: str, variant: str, group: pa.Table,
         predict_seconds=float(np.median(other("predict_seconds"))),
         validation=float(group["validation"].to_numpy().mean()),
         draws=len(group),
-        confusion=np.array(group["confusion"].to_pylist()).sum(0).reshape(len(names), len(names)),
+        confusion=confusion.reshape(side, side),
         class_names=tuple(names),
     )

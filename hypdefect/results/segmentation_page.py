@@ -33,6 +33,7 @@ METRICS = {
     "image_missed": "defects missed",
     "image_false_alarms": "good images called defective",
 }
+LESS_IS_BETTER = ("image_missed", "image_false_alarms")
 OF_CLASS = "iou "
 STUDIES = {"train": "trained by jobs/train.py", "sweep": "chosen by a sweep", "paper/hadnet": "HADNet's tables"}
 """Of the ledger, and what a chapter of theirs is called."""
@@ -131,7 +132,10 @@ def segmenter_values(tasks: Sequence[SegmenterTask]) -> list[dict[str, Any]]:
 def _chapter(folder: Path, task: SegmenterTask, home: Path) -> Chapter:
     shown, reference = task.shown, task.reference
     boards = {metric: {row.name: row.accuracy for row in leaderboard(task.main, metric)} for metric in shown}
-    best = {metric: max(value.mean for value in board.values()) for metric, board in boards.items()}
+    best = {
+        metric: (min if metric in LESS_IS_BETTER else max)(value.mean for value in board.values())
+        for metric, board in boards.items()
+    }
     leads = {d.name: d for d in paired_to(task.main, reference, "miou")} if reference else {}
     lines = []
     for name in boards["miou"]:

@@ -1,6 +1,7 @@
 """The page of segmenters, from ledger rows: what is compared to what, which curve is drawn, whose pictures it shows."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ VALUES = {"HADNet": 0.70, TWIN: 0.66, "rho = 0.1": 0.68, "no HST": 0.64}
 def segmenter(variant: str, draw: int, value: float, **changes: Any) -> dict[str, Any]:
     miou = value + 0.01 * draw
     metrics = {"miou": miou, "miou_background": miou, "macro_f1": 0.8, "weighted_f1": 0.8, "pixel_acc": 0.9}
+    metrics |= {"image_acc": 0.9, "image_missed": 1 - miou}
     metrics |= {"iou crack": miou, "fit_seconds": 1.0, "predict_seconds": 2.0}
     config = json.dumps({"method": {"curvature": RHO.get(variant, 0.01)}})
     same = {"family": "segmentation", "k_shot": 0, "class_names": [], "confusion": [], "study": "paper/hadnet"}
@@ -33,7 +35,7 @@ def segmenter(variant: str, draw: int, value: float, **changes: Any) -> dict[str
 def tasks(tmp_path: Path) -> Any:
     rows = [segmenter(name, draw, value) for name, value in VALUES.items() for draw in range(3)]
     rows += [segmenter("FPN", draw, 0.6, method="fpn") for draw in range(3)]
-    swept = {"study": "sweep", "run_id": "run1", "variant": ""}
+    swept = {"study": "sweep", "run_id": "run1", "variant": "", "class_names": ["crack", "fray", "uneven"]}
     ledger.append(rows, tmp_path)
     plain = segmenter("", 0, 0.6, method="fpn") | swept
     plain["metrics"] = {k: v for k, v in plain["metrics"].items() if k != "iou crack"}  # no such pixel was reported on
@@ -71,6 +73,16 @@ def test_the_page_holds_every_row_and_its_pictures(tasks: Any, tmp_path: Path) -
     assert newest_pictures("mtd", "grouped", "learned_images", tmp_path) == pictures  # made before records had labels
     text = write_segmentation_page(tmp_path / "report", tasks, tmp_path).read_text()
     assert text.count("data:image/png;base64,") == 3  # a curve, and the pictures in both chapters
-    for name in ("hadnet, HADNet", f"hadnet, {TWIN}", "hadnet, no HST", "fpn, FPN", "−4.00", "behind"):
+    best = text[text.index(">hadnet, HADNet<") :].split("</tr>")[0]
+    assert re.search(r'class="best"[^>]*>29.00', best)  # of what is missed the least
+    for name in (
+        "hadnet, HADNet",
+        f"hadnet, {TWIN}",
+        "hadnet, no HST",
+        "fpn, FPN",
+        "−4.00",
+        "behind",
+        "images named right",
+    ):
         assert name in text
     assert "prototype" not in text
