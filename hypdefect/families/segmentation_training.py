@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ PAINTED = 32
 """Images that pseudo-defects are painted on before step 0."""
 REPORT_EVERY = 400
 """Steps between validations: on NEU-Seg one takes as long as some 50 steps."""
+DECAYS = (0.6, 0.85)
+"""Shares of the steps after each of which a rate that falls in steps is a tenth of what it was."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,6 +80,12 @@ class SegmenterTrainConfig(TrainConfig):
 
     patience: int = 0
     """Reports without a better validation after which training ends; 0: all steps."""
+    decay: Literal["cosine", "steps"] = "cosine"
+
+    def rate(self, step: int) -> float:
+        if self.decay == "cosine":
+            return TrainConfig.rate(self, step)
+        return self.lr * 0.1 ** sum(step >= share * self.steps for share in DECAYS)
 
     def precision(self, device: str | torch.device) -> AbstractContextManager[Any]:
         return torch.autocast("cuda", torch.bfloat16) if torch.device(device).type == "cuda" else nullcontext()
@@ -116,6 +124,7 @@ class SegmenterTraining:
             report_every=min(self.report_every, method.steps),
             seed=method.seed,
             patience=self.patience,
+            decay=method.decay,
         )
 
     @property

@@ -41,7 +41,10 @@ class SegmenterConfig:
     """Images of an item; a step has `items_per_step` of these, shared out over the workers. The paper's steps have 8
     images. Of the same number of images, steps of 4 learn more than steps of 8 (docs/experiments.md)."""
     lr: float = 1e-3
-    """AdamW, cosine schedule to 0; the pretrained network's is 0.3 of it. The paper's falls in steps."""
+    """AdamW's, at step 0; the pretrained network's is 0.3 of it."""
+    decay: Literal["cosine", "steps"] = "cosine"
+    """cosine: the rate falls to 0; steps: to a tenth after 0.6 of the steps, to a hundredth after 0.85. HADNet's paper
+    has steps and does not say where."""
     weight_decay: float = 1e-4
     jitter: float = 0.25
     """Chance that an image's brightness, contrast and saturation are changed."""

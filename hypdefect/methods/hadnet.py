@@ -28,7 +28,7 @@ Further deviations:
 - AFSS brings the mask to each scale's grid, not the difference to the size of the score map.
 - The teacher's term has weight 0 by default: it showed no gain (docs/experiments.md).
 - Pixels are normalised by the mean and deviation of the pretrained network.
-- Training is short: 8000 steps of 4 images, not 150 epochs of steps of 8; the rate falls as a cosine, not in steps.
+- Training is short: 8000 steps of 4 images, not 150 epochs of steps of 8; the rate falls as a cosine (`decay`).
 - Images are mirrored and turned by quarters; those of rare classes come more often (`rare`).
 - Tangent vectors are clipped to norm 3 / sqrt(rho), beyond which float32 loses them (`MAX_NORM`), and the signed
   distances to the hyperplanes are scaled, a number a class, which is learned.

@@ -368,6 +368,18 @@ def test_a_network_ends_at_the_weights_that_validate_best(
     assert seen == values[: len(seen)]
 
 
+@pytest.mark.parametrize(
+    ("decay", "shares"), [("cosine", [1.0, 0.5, 0.0955, 0.0157]), ("steps", [1.0, 1.0, 0.1, 0.01])]
+)
+def test_the_rate_falls_as_a_cosine_or_in_steps(task: Any, decay: str, shares: list[float]) -> None:
+    _, fitting, _ = task
+    run = RunConfig(name="fpn", method=TINY | {"steps": 100, "lr": 1e-3, "decay": decay})
+    config = segmentation.training_of(run, fitting, Setting(), 0).config
+    assert [config.rate(step) for step in (0, 50, 80, 92)] == pytest.approx(
+        [1e-3 * share for share in shares], rel=0.01
+    )
+
+
 def test_validation_is_shared_out_over_the_workers(task: Any) -> None:
     _, fitting, _ = task
     training = segmentation.training_of(RunConfig(name="fpn", method=TINY), fitting, Setting(), 0)
