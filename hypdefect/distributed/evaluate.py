@@ -18,12 +18,14 @@ import torch
 from hypdefect.config import digest
 from hypdefect.errors import NumericsError
 from hypdefect.evaluation import TWIN, Entrant, RunConfig, Score, Scored, Selected, choose
-from hypdefect.families import BlendingFamily, get_family
+from hypdefect.families import SettlingFamily, get_family
 from hypdefect.methods import get_method
 
 Progress = Callable[[int, int], None]
 CHUNK = 5
 """Draws of one Ray task."""
+EPISODES = 8
+"""Validation episodes of one Ray task: a trial of AMC may take twenty times as long as another."""
 
 
 def _transform(fitting: Any, run: RunConfig, start: Any) -> tuple[Any, Any]:
@@ -80,10 +82,14 @@ def _answer(fitting: Any, run: RunConfig, setting: Any, numbers: range, start: A
 def _settle(
     runs: Sequence[RunConfig], setting: Any, *answered: tuple[list[Any] | None, float]
 ) -> tuple[RunConfig, list[float], float]:
+    """Args: answered: of each run as many parts, one after the other."""
     torch.set_num_threads(1)
     begun = time.process_time()
+    parts = len(answered) // len(runs)
+    of_runs = [[own for own, _ in answered[first : first + parts]] for first in range(0, len(answered), parts)]
+    together = [None if None in own else [answer for part in own if part for answer in part] for own in of_runs]
     family: Any = get_family(runs[0].name)
-    found, scores = family.settle(runs, [own for own, _ in answered], setting)
+    found, scores = family.settle(runs, together, setting)
     return found, scores, time.process_time() - begun + sum(seconds for _, seconds in answered)
 
 
@@ -92,8 +98,8 @@ def _beside(run: RunConfig, *data: Any) -> Any:
     return family.beside(data)
 
 
-def _blends(method: str) -> bool:
-    return isinstance(get_family(method), BlendingFamily)
+def _settles(method: str) -> bool:
+    return isinstance(get_family(method), SettlingFamily)
 
 
 # not decorated: Ray then pickles the functions by name, whatever import hooks have made of them here
@@ -180,15 +186,19 @@ def calibrate(
 def settle(
     fitting: Any, groups: Sequence[Sequence[RunConfig]], setting: Any, numbers: range, start: Any = None
 ) -> list[tuple[RunConfig, list[float]]]:
-    """Of each group of candidates what is taken, and its scores on these validation problems (`BlendingFamily`)."""
+    """Of each group of candidates what is taken, and its scores on these validation problems (`SettlingFamily`)."""
     features = SharedFeatures(fitting, start)
     waiting = [
-        _SETTLE.remote(
-            runs, setting, *(_ANSWER.remote(features.of(run), run, setting, numbers, features.start) for run in runs)
-        )
+        _SETTLE.remote(runs, setting, *(r for run in runs for r in _answers(features, run, setting, numbers)))
         for runs in groups
     ]
     return [(run, scores) for run, scores, _ in ray.get(waiting)]
+
+
+def _answers(features: SharedFeatures, run: RunConfig, setting: Any, numbers: range) -> list[ray.ObjectRef]:
+    """Tasks of EPISODES validation problems each, in order."""
+    parts = [numbers[first : first + EPISODES] for first in range(0, len(numbers), EPISODES)]
+    return [_ANSWER.remote(features.of(run), run, setting, part, features.start) for part in parts]
 
 
 def evaluate(
@@ -219,8 +229,8 @@ def select(
 ) -> list[Selected]:
     """Choose a configuration of every entrant at every K on validation problems; each choice is followed by its twin.
 
-    All entrants see the same problems. Where a family blends, the candidates are (`BlendingFamily.settle`); elsewhere
-    the best is taken. The first candidate, the defaults, is left only for a gain beyond one standard error
+    All entrants see the same problems. A family may settle what is taken of its candidates (`SettlingFamily`);
+    elsewhere it is the best. The first candidate, the defaults, is left only for a gain beyond one standard error
     (`evaluation.choose`). A configuration that fails numerically is in no blend, and elsewhere scores 0. Each choice
     and each twin has the temperatures at which its answers to these problems are likeliest.
 
@@ -234,18 +244,21 @@ def select(
     total = num_tasks(entrants, episodes, twins=twins)
     trials: dict[int, list[ray.ObjectRef]] = {}
     for place, (k_shot, entrant) in enumerate(jobs):
-        if episodes[k_shot]:
-            task = _ANSWER if _blends(entrant.method) else _VALIDATE
+        setting, numbers = settings[k_shot], range(episodes[k_shot])
+        if not numbers:
+            continue
+        if _settles(entrant.method):
+            trials[place] = [r for run in entrant.candidates for r in _answers(features, run, setting, numbers)]
+        else:
             trials[place] = [
-                task.remote(features.of(run), run, settings[k_shot], range(episodes[k_shot]), features.start)
-                for run in entrant.candidates
+                _VALIDATE.remote(features.of(run), run, setting, numbers, features.start) for run in entrant.candidates
             ]
     references = [r for own in trials.values() for r in own]
     _await(references, progress and (lambda done, _: progress(done, total)))
     settled = {
         place: _SETTLE.remote(jobs[place][1].candidates, settings[jobs[place][0]], *own)
         for place, own in trials.items()
-        if _blends(jobs[place][1].method)
+        if _settles(jobs[place][1].method)
     }
     selected: list[Selected] = []
     for place, (k_shot, entrant) in enumerate(jobs):
@@ -275,7 +288,7 @@ def select(
             features.of(one.config), one.config, settings[one.k_shot], range(episodes[one.k_shot]), features.start
         )
         for place, one in enumerate(selected)
-        if episodes[one.k_shot] and (one.variant == TWIN or not _blends(one.config.name))
+        if episodes[one.k_shot] and (one.variant == TWIN or not _settles(one.config.name))
     }
     _await(list(fits.values()), progress and (lambda done, _: progress(len(references) + done, total)))
     for place, fit in fits.items():
@@ -285,11 +298,13 @@ def select(
 
 
 def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
-    """Tasks of `select` at all K: a trial of each candidate, and a temperature of what no blend has given one."""
-    trials = sum(len(entrant.candidates) for entrant in entrants)
-    fits = sum(not _blends(entrant.method) for entrant in entrants)
-    fits += sum(twins and has_twin(entrant) for entrant in entrants)
-    return sum(n > 0 for n in episodes.values()) * (trials + fits)
+    """Tasks of `select` at all K: trials of each candidate, and a temperature of what is not settled with one."""
+    settled = [entrant for entrant in entrants if _settles(entrant.method)]
+    others = [entrant for entrant in entrants if not _settles(entrant.method)]
+    fits = len(others) + sum(twins and has_twin(entrant) for entrant in entrants)
+    fits += sum(len(entrant.candidates) for entrant in others)
+    trials = sum(len(entrant.candidates) for entrant in settled)
+    return sum(trials * math.ceil(n / EPISODES) + fits for n in episodes.values() if n)
 
 
 def has_twin(entrant: Entrant) -> bool:

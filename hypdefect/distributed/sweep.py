@@ -40,7 +40,7 @@ from hypdefect.evaluation import (
     with_parts,
     without_fields,
 )
-from hypdefect.families import BlendingFamily, Family, few_shot, get_family
+from hypdefect.families import Family, SettlingFamily, few_shot, get_family
 from hypdefect.families.detection import DetectionPlan
 from hypdefect.families.plan import DataConfig, Plan, prepare
 from hypdefect.families.segmentation import SegmentationPlan
@@ -305,8 +305,8 @@ def select(
 ) -> Choice:
     """What is taken of the trials and of the references, each settled on fresh validation episodes.
 
-    Where a family blends it is a blend (`BlendingFamily.settle`), elsewhere the best by `evaluation.choose`. Finalists
-    are the best trials that were never stopped early; to a blend belong, too, the FIRST of the space, which differ. The
+    A family may settle it (`SettlingFamily`), with the FIRST of the space among the candidates, since these differ;
+    elsewhere it is the best by `evaluation.choose`. Finalists are the best trials that were never stopped early. The
     search's own scores do not count again: as the highest of many they flatter whoever has them. On the same fresh
     episodes temperatures are fitted.
 
@@ -320,8 +320,8 @@ def select(
     if base not in runs:
         raise HypdefectError(f"sweep {job.name!r}: the trial of the defaults did not finish; try again with --resume")
     defaults = trials[runs.index(base)]
-    blends = isinstance(family, BlendingFamily)
-    first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())] if blends else []
+    settles = isinstance(family, SettlingFamily)
+    first = [override(base, dict(point)) for point in getattr(space, "FIRST", ())] if settles else []
     of_run: dict[RunConfig, TrialResult] = {}
     for run, trial in zip(runs, trials, strict=True):
         of_run.setdefault(run, trial)  # of equal ones the best
@@ -332,7 +332,7 @@ def select(
     counts = (len(candidates) - 1, len(references), job.episodes)
     logger.info("selection: the defaults, %d finalists and %d references on %d fresh episodes", *counts)
     setting, numbers = family.setting(job), range(job.episodes, 2 * job.episodes)
-    if blends:
+    if settles:
         (run, _), (reference, _) = settle(fitting, [candidates, references], setting, numbers, start)
     else:
         scores = validate(fitting, [*candidates, *references], setting, numbers, start)

@@ -98,8 +98,8 @@ class Family(Protocol):
 
 
 @runtime_checkable
-class BlendingFamily(Family, Protocol):
-    """A family whose configurations can answer together: `RunConfig.blend`."""
+class SettlingFamily(Family, Protocol):
+    """A family whose candidates are judged together by what each of them answers, and answers once."""
 
     def answers(self, run: RunConfig, fitting: Any, setting: Any, numbers: range, start: Any) -> list[Any]:
         """What a run answers to each of some validation problems."""
@@ -109,11 +109,8 @@ class BlendingFamily(Family, Protocol):
         self, runs: Sequence[RunConfig], answered: Sequence[list[Any] | None], setting: Any
     ) -> tuple[RunConfig, list[float]]:
         """Of some candidates, the defaults first, what is taken of them by their answers to the same problems (None: it
-        fails numerically), and its score on each problem."""
-        ...
-
-    def beside(self, data: Sequence[Any]) -> Any:
-        """The same transformed data as the members of a blend see them, side by side."""
+        fails numerically): a blend of them (`RunConfig.blend`), where the family has a `beside`, or one at its
+        temperature. And its score on each problem."""
         ...
 
 

@@ -469,8 +469,8 @@ def validation_scores(
     run: RunConfig, fitting: Fitting, setting: Setting, numbers: range, start: MetaStart | None = None
 ) -> Iterator[float]:
     """Query accuracy of each validation episode, all of them drawn inside the support pool."""
-    for logits, labels in _validated(run, fitting, setting, numbers, start):
-        yield _accuracy(logits, labels)
+    for answer in _validated(run, fitting, setting, numbers, start):
+        yield from accuracies([answer])
 
 
 def _validated(
@@ -551,10 +551,10 @@ def settle(
             blended = _weighted(together)
             if 0 not in sound or choose([_likelihoods(_tempered(sound[0])), _likelihoods(blended)]):
                 taken = _blend_of([runs[place] for place in sound], setting.k_shot, list(sound.values()))
-                return taken, [_accuracy(*one) for one in blended]
+                return taken, accuracies(blended)
     if 0 not in sound:
         return runs[0], [0.0] * len(together)
-    return replace(runs[0], temperature=fitted_temperature(sound[0])), [_accuracy(*one) for one in sound[0]]
+    return replace(runs[0], temperature=fitted_temperature(sound[0])), accuracies(sound[0])
 
 
 def _weighted(episodes: list[Answer]) -> list[Answer]:
@@ -600,8 +600,9 @@ def _sum(weights: Sequence[float], logits: Tensor) -> Tensor:
     return torch.tensordot(torch.tensor(weights, dtype=torch.float64), logits.double(), 1)
 
 
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+def accuracies(answered: Sequence[Answer]) -> list[float]:
+    """Query accuracy of each validation episode."""
+    return [float((logits.argmax(1) == labels).double().mean()) for logits, labels in answered]
 
 
 def supports_of(fitting: Fitting, setting: Setting, number: int) -> np.ndarray:

@@ -6,6 +6,7 @@ Masks play no part: where a part is not normal, its patches differ from the bank
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,18 @@ from safetensors.torch import load_file, save
 
 from hypdefect.config import digest
 from hypdefect.errors import ConfigError, DataError
-from hypdefect.evaluation import RunConfig
+from hypdefect.evaluation import RunConfig, choose
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import (
     METRIC,
+    Answer,
     Fitting,
     Reported,
+    Setting,
     TaskConfig,
     TaskPlan,
+    accuracies,
+    answers,
     calibrated,
     check,
     details,
@@ -42,11 +47,13 @@ from hypdefect.features.spec import ImageRequest
 from hypdefect.features.transform import TransformConfig
 from hypdefect.files import home, replaced_file
 from hypdefect.methods.residuals import Residuals
+from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.predictor import PatchClassPredictor as Predictor
 
 __all__ = [
     "METRIC",
     "Predictor",
+    "answers",
     "calibrated",
     "check",
     "details",
@@ -55,6 +62,7 @@ __all__ = [
     "remarks",
     "score",
     "setting",
+    "settle",
     "transformed",
     "twin",
     "validation_scores",
@@ -139,3 +147,18 @@ def transform_of(run: RunConfig, fitting: Fitting, start: Any = None) -> Residua
     with replaced_file(path) as file:
         file.write(save(made.tensors))
     return made
+
+
+def settle(
+    runs: Sequence[RunConfig], answered: Sequence[list[Answer] | None], setting: Setting
+) -> tuple[RunConfig, list[float]]:
+    """The candidate of the best accuracy, by `evaluation.choose`, at its temperature: of maps there are no blends.
+
+    Args and what is returned: as `few_shot.settle`. One that fails scores 0.
+    """
+    length = max((len(own) for own in answered if own is not None), default=1)
+    scores = [[0.0] * length if own is None else accuracies(own) for own in answered]
+    place = choose(scores)
+    taken = answered[place]
+    run = runs[place] if taken is None else replace(runs[place], temperature=fitted_temperature(taken))
+    return run, scores[place]

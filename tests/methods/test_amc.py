@@ -19,6 +19,7 @@ from hypdefect.families.plan import prepare
 from hypdefect.features.transform import TransformConfig
 from hypdefect.methods.amc import AMC, AMCConfig, Supports, passes_of
 from hypdefect.methods.residuals import Residuals
+from hypdefect.methods.tempered import fitted_temperature
 from hypdefect.types import Batch
 from tests.tiny_dataset import make_folder_tree, make_mtd_tree
 
@@ -196,6 +197,22 @@ def test_the_right_pair_weighs_as_much_as_all_wrong_ones() -> None:
     expected = -(torch.log(1 - p[0]) + 2 * torch.log(p[1]) + torch.log(1 - p[2])) / 3
     assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-5)
     assert torch.equal(seen["pairs"][1], torch.cat([rows[4], rows[5]]))
+
+
+def test_of_some_candidates_the_best_is_taken_at_its_temperature() -> None:
+    labels = torch.arange(12) % 3
+    noise = torch.Generator().manual_seed(0)
+    guessed = [(torch.randn(12, 3, generator=noise), labels) for _ in range(4)]
+    known = [(2 * F.one_hot(labels, 3) + torch.randn(12, 3, generator=noise), labels) for _ in range(4)]
+    runs = [RunConfig(name="amc"), RunConfig(name="amc", method={"head": "direct"})]
+    setting, temperature = few_shot_patches.Setting(k_shot=1), fitted_temperature(known)
+    assert few_shot_patches.settle(runs, [guessed, known], setting) == (
+        replace(runs[1], temperature=temperature),
+        [float((logits.argmax(1) == labels).double().mean()) for logits, _ in known],
+    )
+    assert few_shot_patches.settle(runs, [known, guessed], setting)[0] == replace(runs[0], temperature=temperature)
+    assert few_shot_patches.settle(runs, [None, known], setting)[0] == replace(runs[1], temperature=temperature)
+    assert few_shot_patches.settle(runs, [None, None], setting) == (runs[0], [0.0])
 
 
 def test_a_class_without_supports_is_refused() -> None:

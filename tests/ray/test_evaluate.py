@@ -147,12 +147,15 @@ def compared(task: Task, **changes: Any) -> list[Scored]:
     return compare(*task, entrants(), settings, 2, **{"episodes": 6} | changes)
 
 
-def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(ray_local: Any, task: Task) -> None:
+def test_every_entrant_is_tuned_on_the_same_episodes_of_the_pool(
+    ray_local: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[tuple[int, int]] = []
+    monkeypatch.setattr("hypdefect.distributed.evaluate.EPISODES", 4)
     found = compared(task, progress=lambda *step: steps.append(step))
     names = ["", TWIN, "", "copies", "no adapter"]
     assert [(s.k_shot, s.variant) for s in found] == [(k, name) for k in (1, 3) for name in names]
-    assert steps == [(i, 2 * (7 + 1 + 5)) for i in range(1, 27)]  # trials, the twin's temperature, chunks of draws
+    assert steps == [(i, 2 * (2 * 7 + 1 + 5)) for i in range(1, 41)]  # trials, the twin's temperature, chunks of draws
     for k_shot, own in ((1, found[:5]), (3, found[5:])):
         setting = setting_of(k_shot)
         for entrant, scored in zip(entrants(), (own[0], *own[2:]), strict=True):
