@@ -592,6 +592,14 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="a blend's members learn from copies that they were not validated with",
     ),
     Mutant(
+        name="answers-in-parts",
+        file="hypdefect/distributed/evaluate.py",
+        old="for own, _ in answered[first : first + parts]]",
+        new="for own, _ in answered[first : first + 1]]",
+        tests=("tests/ray/test_evaluate.py",),
+        breaks="a trial is judged by the first validation episodes alone",
+    ),
+    Mutant(
         name="blend-firsts",
         file="hypdefect/distributed/sweep.py",
         old="*(run for run in of_run if run in first), ",
