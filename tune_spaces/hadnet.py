@@ -12,6 +12,7 @@ def space(trial: optuna.Trial) -> None:
     trial.suggest_float("method.keep", 0.25, 1.0)
     trial.suggest_float("method.strongest", 0.25, 1.0)
     trial.suggest_float("method.lr", 3e-4, 3e-3, log=True)
+    trial.suggest_categorical("method.decay", ["cosine", "steps"])
     trial.suggest_float("method.smallest", 0.7, 1.0)
     trial.suggest_categorical("method.rare", [0.0, 0.1, 0.3])
     trial.suggest_categorical("method.pasted", [0.0, 0.25, 0.5])

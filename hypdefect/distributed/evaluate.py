@@ -299,12 +299,13 @@ def select(
 
 def num_tasks(entrants: Sequence[Entrant], episodes: Mapping[int, int], *, twins: bool) -> int:
     """Tasks of `select` at all K: trials of each candidate, and a temperature of what is not settled with one."""
-    settled = [entrant for entrant in entrants if _settles(entrant.method)]
-    others = [entrant for entrant in entrants if not _settles(entrant.method)]
-    fits = len(others) + sum(twins and has_twin(entrant) for entrant in entrants)
-    fits += sum(len(entrant.candidates) for entrant in others)
-    trials = sum(len(entrant.candidates) for entrant in settled)
-    return sum(trials * math.ceil(n / EPISODES) + fits for n in episodes.values() if n)
+
+    def of_entrant(entrant: Entrant, n: int) -> int:
+        trials = len(entrant.candidates)
+        own = trials * math.ceil(n / EPISODES) if _settles(entrant.method) else trials + 1
+        return own + (twins and has_twin(entrant))
+
+    return sum(of_entrant(entrant, n) for n in episodes.values() if n for entrant in entrants)
 
 
 def has_twin(entrant: Entrant) -> bool:

@@ -99,7 +99,7 @@ class Family(Protocol):
 
 @runtime_checkable
 class SettlingFamily(Family, Protocol):
-    """A family whose candidates are judged together by what each of them answers, and answers once."""
+    """A family whose candidates answer validation problems once; these answers decide what is taken."""
 
     def answers(self, run: RunConfig, fitting: Any, setting: Any, numbers: range, start: Any) -> list[Any]:
         """What a run answers to each of some validation problems."""

@@ -81,6 +81,7 @@ class SegmenterTrainConfig(TrainConfig):
     patience: int = 0
     """Reports without a better validation after which training ends; 0: all steps."""
     decay: Literal["cosine", "steps"] = "cosine"
+    """As `fpn.SegmenterConfig.decay`."""
 
     def rate(self, step: int) -> float:
         if self.decay == "cosine":

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from hypdefect.distributed.reproduce_amc import ReproduceAMCConfig, reproduce_amc
 from hypdefect.errors import ConfigError, DataError
 from hypdefect.evaluation import RunConfig, usual_copies
-from hypdefect.families import few_shot, few_shot_patches
+from hypdefect.families import SettlingFamily, few_shot, few_shot_patches
 from hypdefect.families.few_shot import TaskConfig
 from hypdefect.families.plan import prepare
 from hypdefect.features.transform import TransformConfig
@@ -205,6 +205,7 @@ def test_of_some_candidates_the_best_is_taken_at_its_temperature() -> None:
     guessed = [(torch.randn(12, 3, generator=noise), labels) for _ in range(4)]
     known = [(2 * F.one_hot(labels, 3) + torch.randn(12, 3, generator=noise), labels) for _ in range(4)]
     runs = [RunConfig(name="amc"), RunConfig(name="amc", method={"head": "direct"})]
+    assert isinstance(few_shot_patches, SettlingFamily)  # else all of validation is answered again for a temperature
     setting, temperature = few_shot_patches.Setting(k_shot=1), fitted_temperature(known)
     assert few_shot_patches.settle(runs, [guessed, known], setting) == (
         replace(runs[1], temperature=temperature),
