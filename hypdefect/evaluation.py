@@ -205,7 +205,7 @@ def with_parts(space: ModuleType, num_parts: int, whitened: bool = False) -> Mod
     extended = ModuleType(space.__name__)
     vars(extended).update(
         METHOD=space.METHOD,
-        FIRST=[*first_parts(num_parts, whitened), *getattr(space, "FIRST", ())],
+        FIRST=[*first_parts(space, num_parts, whitened), *getattr(space, "FIRST", ())],
         space=partial(_vary_parts, space.space, choices, whitened),  # no closure: Ray Tune pickles it by name
     )
     return extended
@@ -216,14 +216,22 @@ PART_WHITENINGS = (3.0, 0.1)
 partitions of elpv and MTD, docs/experiments.md)."""
 
 
-def first_parts(num_parts: int, whitened: bool) -> list[dict[str, Any]]:
+def first_parts(space: ModuleType, num_parts: int, whitened: bool) -> list[dict[str, Any]]:
     """Centred rows of each part alone; where there is nothing to whiten them by, also of all parts, before. None of a
-    single part."""
+    single part.
+
+    A method that centres rows by itself has `UNCENTRED` in its space: how each part is tried as it is, where there are
+    no normals, in place of all parts centred.
+    """
     if num_parts < 2:
         return []
     choices = part_choices(num_parts)
     if not whitened:
-        return [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+        centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
+        uncentred = getattr(space, "UNCENTRED", None)
+        if uncentred is None:
+            return centred
+        return centred[1:] + [{"transform.parts": choice} | uncentred for choice in choices[1:]]
     return [
         {"transform.parts": choice, "transform.centring": "supports", "transform.whitening": whitening}
         for choice, whitening in zip(choices[1:], cycle(PART_WHITENINGS), strict=False)

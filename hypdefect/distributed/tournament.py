@@ -306,7 +306,8 @@ def entrants(job: EvaluateConfig, spaces: Spaces, start: MetaStart | None, plan:
         )
         fixed = ("transform", *plan.idle_fields)  # the projection was trained behind one transform
         space = without_fields(spaces("hypdfs_meta" if learned else name), fixed)
-        plain = [{"features": "plain"} | point for point in ({}, *first_parts(plan.searched_parts, plan.whitened))]
+        parts = first_parts(spaces(name), plan.searched_parts, plan.whitened)
+        plain = [{"features": "plain"} | point for point in ({}, *parts)]
         tried = candidates(base, space, job.trials, job.seed, first=plain)
         rows.append(Entrant(candidates=tried))
     return rows

@@ -14,7 +14,8 @@
 
 Deviations. Those with a field in brackets can be undone; docs/experiments.md says what each is worth:
 - The conformal factor has a minus sign and the volume term the exponent n-1 (`geometry`): the document's are slips.
-- The ball's origin is the mean of the task's class means (`origin="features"`: where the transform leaves it).
+- The ball's origin is the mean of the task's class means (`origin="features"`: where the transform leaves it), its unit
+  the distance of the task's rows from there (`unit="features"`: the features' own).
 - Classes are scored by the signed distance to Poincare hyperplanes (Ganea et al., NeurIPS 2018, eq. 25;
   `head="centers"`: by the distance to class centres, as printed).
 - A normal is penalised more along directions in which points of one class differ (`spread_penalty=0`: alike).
@@ -72,7 +73,11 @@ class HypDFSConfig:
     origin: Literal["classes", "features"] = "classes"
     """What the ball's origin stands for: the mean of the task's class means, or what the features' transform left."""
     feature_scale: float = 1.0
-    """Multiplies each view before the exponential map."""
+    """Length of a view's rows before the exponential map, in the `unit`."""
+    unit: Literal["rows", "features"] = "rows"
+    """What a length of 1 stands for: the root mean square distance of the task's support rows from the origin, or a
+    length of 1 of the features. Rows of some features differ by a sixth of their length, others by all of it; in their
+    own unit penalties, curvature and clipping mean the same for all."""
     max_norm: float = 10.0
     """Tangent vectors are clipped to this norm (feature clipping)."""
     prototypes: int = 1
@@ -270,11 +275,13 @@ def principal_projection(f: Float[Tensor, "R V D"], dim: int, rest: int = 0) -> 
 class Core(nn.Module):
     """What is meta-trained: projection (fixed after that), and adapter, ODE and curvature, then fitted per task.
 
-    A core with a `frame` works in a task's own coordinates (`in_frame`), one with an `origin` on rows minus it.
+    A core with a `frame` works in a task's own coordinates (`in_frame`), one with an `origin` on rows minus it, and one
+    with a `length` on these over it.
     """
 
     frame: Tensor | None
     origin: Tensor | None
+    length: Tensor | None
 
     def __init__(
         self,
@@ -287,6 +294,7 @@ class Core(nn.Module):
         self.projection = projection
         self.register_buffer("frame", frame)
         self.register_buffer("origin", None)
+        self.register_buffer("length", None)
         if projection is not None:
             dim = projection.dim
         if frame is not None:
@@ -466,8 +474,9 @@ class HypDFS(nn.Module):
         frame = tensors.get("core.frame")
         core = copy.deepcopy(self.core) if frame is None else self.framed(torch.empty_like(frame))
         core.projection = None
-        if "core.origin" in tensors:
-            core.origin = torch.empty_like(tensors["core.origin"])
+        for name in ("origin", "length"):
+            if f"core.{name}" in tensors:
+                setattr(core, name, torch.empty_like(tensors[f"core.{name}"]))
         core = core.double()  # as fitted: weights loaded before this would be rounded
         core.load_state_dict({k.removeprefix("core."): v for k, v in tensors.items() if k.startswith("core.")})
         self.fitted = core.requires_grad_(False)
@@ -481,8 +490,9 @@ class HypDFS(nn.Module):
         n_way, labels = len(item.class_names), item.support.labels
         rows = self.projected(item.support)
         origin = self.origin_of(rows, labels, n_way)
-        tangents = self.scaled(rows, origin)
-        queries = (self.scaled(self.projected(item.query), origin), item.query.labels)
+        length = self.length_of(rows, origin)
+        tangents = self.scaled(rows, origin, length)
+        queries = (self.scaled(self.projected(item.query), origin, length), item.query.labels)
         moments = self.moments(self.core, tangents, labels, n_way)
         noise = Noise.draw(moments, self.config.n_syn, generator)
         offset = tangents.new_zeros(n_way, tangents[0].numel())
@@ -555,12 +565,13 @@ class HypDFS(nn.Module):
         if not torch.isfinite(rows).all():
             raise NumericsError("features of the support are not finite")
         origin = self.origin_of(rows, support.labels, n_way)
+        length = self.length_of(rows, origin)
         if self.config.axes == "span" and 2 * len(rows) + 1 < rows.shape[2] and self.core.is_fresh():
-            core = self.framed(joint_frame(self.scaled(rows, origin)))
+            core = self.framed(joint_frame(self.scaled(rows, origin, length)))
         else:
             core = copy.deepcopy(self.core)
             core.projection = None  # a task does not change it
-        core.origin = origin
+        core.origin, core.length = origin, length
         return core
 
     def framed(self, frame: Float[Tensor, "D r"]) -> Core:
@@ -578,14 +589,25 @@ class HypDFS(nn.Module):
         """`[V D]`, the mean of the class means of a task's support rows."""
         return class_means(rows, labels, n_way).mean(0) if self.config.origin == "classes" else None
 
-    def scaled(self, rows: Float[Tensor, "R V D"], origin: Tensor | None) -> Float[Tensor, "R V D"]:
+    def length_of(self, rows: Float[Tensor, "R V D"], origin: Tensor | None) -> Float[Tensor, ""] | None:
+        """Root mean square distance of a task's support rows from its origin; None where all lie there, by rounding."""
+        if self.config.unit == "features":
+            return None
+        moved = rows if origin is None else rows - origin
+        length, least = (x.square().sum(-1).mean().sqrt() for x in (moved, 1e-6 * rows))
+        return length if length > least else None
+
+    def scaled(
+        self, rows: Float[Tensor, "R V D"], origin: Tensor | None, length: Tensor | None = None
+    ) -> Float[Tensor, "R V D"]:
         """Tangents at the ball's origin: rows seen from the task's origin, scaled and clipped."""
         moved = rows if origin is None else rows - origin
-        return geometry.clip_norm(moved * self.config.feature_scale, self.config.max_norm)
+        scale = self.config.feature_scale if length is None else self.config.feature_scale / length
+        return geometry.clip_norm(moved * scale, self.config.max_norm)
 
     def tangents(self, batch: Batch, core: Core) -> Float[Tensor, "R V D"]:
         """Tangents of a batch as a task's core sees them, in float64, in its frame where it has one."""
-        rows = self.scaled(self.projected(batch).double(), core.origin)
+        rows = self.scaled(self.projected(batch).double(), core.origin, core.length)
         return rows if core.frame is None else in_frame(rows, core.frame)
 
     def adapted(self, core: Core, tangents: Float[Tensor, "*R V D"]) -> Float[Tensor, "*R V D"]:
@@ -864,7 +886,8 @@ def flat_twin(
             model.start_from(weights)
         with torch.no_grad():
             rows = model.projected(batch).double()
-            tangents = model.scaled(rows, model.origin_of(rows, batch.labels, n_way))
+            origin = model.origin_of(rows, batch.labels, n_way)
+            tangents = model.scaled(rows, origin, model.length_of(rows, origin))
             points = model.to_ball(model.core, tangents)
             sums.append(float(geometry.pairwise_dist(points, points, model.scoring_c(model.core)).sum()))
     ratio = sums[0] / sums[1]

@@ -91,7 +91,7 @@ def fitted_points(
         middles = model.centers(core, tangents, support.labels, evolved, still)
     centres = geometry.logmap0(middles, model.scoring_c(core)).unflatten(1, (2, -1))
     rows = torch.cat([model.projected(support)[clean], model.projected(asked)]).double()
-    plain = model.scaled(rows, core.origin)
+    plain = model.scaled(rows, core.origin, core.length)
     if core.frame is not None:
         outside = plain - _spanned(in_frame(plain, core.frame), core.frame)
         adapted, centres = _spanned(adapted, core.frame), _spanned(centres, core.frame)

@@ -109,13 +109,12 @@ def test_what_is_tried_finds_the_part_that_counts_and_its_centre(name: str, tmp_
         seen = few_shot.transformed(fitting, few_shot.transform_of(config, fitting))
         return float(np.mean(list(few_shot.validation_scores(config, seen, Setting(k_shot=1), range(12)))))
 
-    # HypDFS takes the origin of its supports by itself, unless told otherwise
-    base = RunConfig(name=name, method={"steps": 2, "origin": "features"} if name == "hypdfs" else None)
+    base = RunConfig(name=name)
     tried = candidates(base, with_parts(get_space(name), plan.num_parts), 8, seed=0)
     values = [value(config) for config in tried]
     best = tried[int(np.argmax(values))].transform
-    assert (best.parts, best.centring) == ("1", "supports")
     alone = value(replace(base, transform=TransformConfig(parts="1")))
+    assert (best.parts, best.centring) == ("1", "supports")
     assert values[0] + 0.05 < alone < max(values) - 0.03  # all side by side, the part alone, centred as well
 
 
@@ -125,20 +124,26 @@ def test_nothing_more_is_tried_of_a_single_part(tmp_path: Path) -> None:
     features, labels = values(parts=1)
     imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
     assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).searched_parts == 1
-    extended = with_parts(space, 2)
-    assert extended.METHOD == space.METHOD
-    points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
-    assert points[:3] == [(None, "supports"), ("0", "supports"), ("1", "supports")]
-    assert extended.FIRST[3:] == space.FIRST
+    for name, wanted in (
+        ("prototype", [(None, "supports"), ("0", "supports"), ("1", "supports")]),
+        ("hypdfs", [("0", "supports"), ("1", "supports"), ("0", None), ("1", None)]),  # centres rows by itself
+    ):
+        space = get_space(name)
+        extended = with_parts(space, 2)
+        assert extended.METHOD == space.METHOD
+        points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
+        assert points[: len(wanted)] == wanted
+        assert extended.FIRST[len(wanted) :] == space.FIRST
 
 
 def test_where_there_are_normals_parts_alone_are_whitened_in_turn() -> None:
-    space = get_space("prototype")
-    extended = with_parts(space, 3, whitened=True)
-    names = ("transform.parts", "transform.centring", "transform.whitening")
-    points = [tuple(point.get(name) for name in names) for point in extended.FIRST]
-    assert points[:3] == [("0", "supports", 3.0), ("1", "supports", 0.1), ("2", "supports", 3.0)]
-    assert extended.FIRST[3:] == space.FIRST
+    for name in ("prototype", "hypdfs"):
+        space = get_space(name)
+        extended = with_parts(space, 3, whitened=True)
+        names = ("transform.parts", "transform.centring", "transform.whitening")
+        points = [tuple(point.get(name) for name in names) for point in extended.FIRST]
+        assert points[:3] == [("0", "supports", 3.0), ("1", "supports", 0.1), ("2", "supports", 3.0)]
+        assert extended.FIRST[3:] == space.FIRST
 
 
 @pytest.mark.parametrize(("name", "own"), [("logistic_regression", 3), ("shrinkage_lda", 3), ("hypdfs", 3)])

@@ -154,7 +154,7 @@ def test_the_contrast_is_the_same_in_the_span_as_in_the_features(curvature: floa
         assert (core.frame is not None) == (axes == "span")
         values.append(terms_of(model, core, tangents, moments, batch).parts["contrast"])
     assert values[0] == pytest.approx(values[1], rel=1e-5)
-    rows = model.scaled(model.projected(batch).double(), core.origin)
+    rows = model.scaled(model.projected(batch).double(), core.origin, core.length)
     apart = torch.stack([in_frame(rows[:, i], joint_frame(rows[:, [i]])) for i in range(2)], 1)
     h = G.expmap0(apart, curvature)
     other = float(whole_crop_contrast(h[:, 0], h[:, 1], batch.labels, curvature, 0.3, same_class))
@@ -214,9 +214,11 @@ def test_the_origin_is_the_mean_of_the_class_means(dim: int) -> None:
     assert core.origin is not None
     torch.testing.assert_close(core.origin, expected, rtol=0, atol=1e-6)
     seen = tangents if core.frame is None else tangents[..., :-1] @ core.frame.T
-    torch.testing.assert_close(seen, rows - expected, rtol=0, atol=1e-5)
-    left, left_tangents, _ = begun(hypdfs(dim, origin="features", axes="features"), batch)
+    length = (rows - expected).square().sum(2).mean().sqrt()
+    torch.testing.assert_close(seen, (rows - expected) / length, rtol=0, atol=1e-5)
+    left, left_tangents, _ = begun(hypdfs(dim, origin="features", unit="features", axes="features"), batch)
     assert left.origin is None
+    assert left.length is None
     torch.testing.assert_close(left_tangents, rows)
 
 
@@ -228,6 +230,48 @@ def test_a_shift_of_all_features_changes_nothing_where_the_origin_is_the_classes
         plain.adapt(support, N_WAY)
         other.adapt(moved[0], N_WAY)
         assert torch.allclose(plain.logits(query), other.logits(moved[1]), rtol=1e-3, atol=1e-3) == same
+
+
+@pytest.mark.parametrize("head", ["hyperplanes", "centers"])
+@pytest.mark.parametrize("origin", ["classes", "features"])
+def test_a_scale_of_all_features_changes_nothing_where_the_unit_is_the_rows(head: Any, origin: Any) -> None:
+    support, query = toy_batch(), toy_batch(k_shot=9, seed=4)
+    small = [replace(b, views={v: 0.2 * x for v, x in b.views.items()}) for b in (support, query)]
+    for asked, same in (("rows", True), ("features", False)):
+        plain, other = (hypdfs(head=head, origin=origin, unit=asked) for _ in range(2))
+        plain.adapt(support, N_WAY)
+        other.adapt(small[0], N_WAY)
+        assert torch.allclose(plain.logits(query), other.logits(small[1]), rtol=1e-3, atol=1e-3) == same
+
+
+def test_a_scale_of_all_features_changes_no_episode_of_meta_training() -> None:
+    episode = Episode(support=toy_batch(), query=toy_batch(k_shot=3), class_names=("a", "b", "c"))
+    small = replace(episode, **{
+        side: replace(batch, views={v: 0.2 * x for v, x in batch.views.items()})
+        for side, batch in (("support", episode.support), ("query", episode.query))
+    })  # fmt: skip
+    for asked, same in (("rows", True), ("features", False)):
+        plain, other = (hypdfs(unit=asked).loss(e, rng()).parts["total"] for e in (episode, small))
+        assert (plain == pytest.approx(other, rel=1e-4)) == same
+
+
+def test_rows_that_are_all_alike_have_no_unit() -> None:
+    batch = toy_batch()
+    alike = replace(batch, views={v: torch.full_like(x, 0.7) for v, x in batch.views.items()})
+    model = hypdfs()
+    model.adapt(alike, N_WAY)
+    assert model.fitted is not None
+    assert model.fitted.length is None
+    assert torch.isfinite(model.logits(batch)).all()
+
+
+def test_a_model_that_was_published_without_a_unit_answers_as_it_did() -> None:
+    support, query = toy_batch(), toy_batch(k_shot=3)
+    before = hypdfs(unit="features")
+    before.adapt(support, N_WAY)
+    restored = hypdfs()  # its configuration, read by a version that has the field
+    restored.restore(before.export())
+    assert torch.equal(restored.logits(query), before.logits(query))
 
 
 # ---- hyperplanes ---------------------------------------------------------------------------------------------------
@@ -394,6 +438,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "contrast_same_class": (False, True),
     "adapter_rank": (0, 3),
     "axes": ("span", "features"),
+    "unit": ("rows", "features"),
     "k_shot": (1, 4),
 }
 NUMBERS: dict[str, Any] = {
@@ -594,7 +639,7 @@ def test_logits_are_distances_of_adapted_points(head: Any) -> None:
 
 
 def test_features_are_scaled_and_clipped() -> None:
-    batch, values = toy_batch(), {"origin": "features", "axes": "features"}
+    batch, values = toy_batch(), {"origin": "features", "unit": "features", "axes": "features"}
     twice, clipped = (
         begun(hypdfs(**values, **more), batch)[1]
         for more in ({"feature_scale": 2.0}, {"feature_scale": 20.0, "max_norm": 4.0})
@@ -1282,7 +1327,8 @@ def surprise_of(model: HypDFS, core: Core, support: Batch, query: Batch) -> Tens
 @pytest.mark.parametrize("c", [0.0, 0.05, 1.0])
 @pytest.mark.parametrize("prototypes", [1, 3])
 def test_the_surprise_is_a_slow_loop_over_queries_and_prototypes_of_their_class(c: float, prototypes: int) -> None:
-    model, support, query = stirred(hypdfs(curvature=c, prototypes=prototypes)), toy_batch(k_shot=6), toy_batch(seed=1)
+    model = stirred(hypdfs(curvature=c, prototypes=prototypes, unit="features"))
+    support, query = toy_batch(k_shot=6), toy_batch(seed=1)
     core, _, moments = begun(model, support)
     evolved = model.evolve(core, moments)
     assert not torch.allclose(evolved.log_scale_WPE, moments.log_scale_WPE)
@@ -1352,8 +1398,10 @@ def test_the_density_weighs_the_surprise_in_meta_training_and_nowhere_else() -> 
     episode = Episode(support=support, query=query, class_names=("a", "b", "c"))
     weighed, ignored = stirred(hypdfs(density=0.7)), stirred(hypdfs(density=0.0))
     with_it, without = weighed.loss(episode, rng()), ignored.loss(episode, rng())
-    origin = weighed.origin_of(weighed.projected(support), support.labels, N_WAY)
-    rows, asked = (weighed.scaled(weighed.projected(b), origin) for b in (support, query))
+    projected = weighed.projected(support)
+    origin = weighed.origin_of(projected, support.labels, N_WAY)
+    length = weighed.length_of(projected, origin)
+    rows, asked = (weighed.scaled(weighed.projected(b), origin, length) for b in (support, query))
     moments = weighed.moments(weighed.core, rows, support.labels, N_WAY)
     expected = float(weighed.surprise(weighed.core, moments, asked, query.labels).detach())
     assert with_it.parts["density"] == pytest.approx(expected, rel=1e-6)

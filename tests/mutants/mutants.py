@@ -610,8 +610,8 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         name="plain-parts",
         file="hypdefect/distributed/tournament.py",
-        old="({}, *first_parts(plan.searched_parts, plan.whitened))",
-        new="({},)",
+        old="for point in ({}, *parts)]",
+        new="for point in ({},)]",
         tests=("tests/test_tournament.py",),
         breaks="no part of the plain features is tried beside the meta-trained ones",
     ),
