@@ -217,21 +217,17 @@ partitions of elpv and MTD, docs/experiments.md)."""
 
 
 def first_parts(space: ModuleType, num_parts: int, whitened: bool) -> list[dict[str, Any]]:
-    """Centred rows of each part alone; where there is nothing to whiten them by, also of all parts, before. None of a
+    """Centred rows of each part alone and, where there is nothing to whiten them by, each part as it is. None of a
     single part.
 
-    A method that centres rows by itself has `UNCENTRED` in its space: how each part is tried as it is, where there are
-    no normals, in place of all parts centred.
+    A space may have `UNCENTRED`, what its method changes of itself for parts as they are.
     """
     if num_parts < 2:
         return []
     choices = part_choices(num_parts)
     if not whitened:
-        centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices]
-        uncentred = getattr(space, "UNCENTRED", None)
-        if uncentred is None:
-            return centred
-        return centred[1:] + [{"transform.parts": choice} | uncentred for choice in choices[1:]]
+        centred = [{"transform.parts": choice, "transform.centring": "supports"} for choice in choices[1:]]
+        return centred + [{"transform.parts": choice} | getattr(space, "UNCENTRED", {}) for choice in choices[1:]]
     return [
         {"transform.parts": choice, "transform.centring": "supports", "transform.whitening": whitening}
         for choice, whitening in zip(choices[1:], cycle(PART_WHITENINGS), strict=False)

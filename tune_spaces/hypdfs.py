@@ -6,7 +6,7 @@ from tune_spaces import FIRST_FEATURES, of_features
 
 METHOD = "hypdfs"
 UNCENTRED: dict[str, object] = {"method.spread_penalty": 200.0}
-"""Of each part alone: the ball has the origin and the unit of a task's rows by itself."""
+"""Tried with each part as it is, where nothing is whitened."""
 FIRST = [*FIRST_FEATURES, {"transform.whitening": None, "method.penalty": 10.0}, {"method.spread_penalty": 200.0}]
 
 

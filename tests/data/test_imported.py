@@ -124,16 +124,13 @@ def test_nothing_more_is_tried_of_a_single_part(tmp_path: Path) -> None:
     features, labels = values(parts=1)
     imported = import_features([write_mvrec(tmp_path / "f.pt", features, labels)], tmp_path)
     assert few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported).searched_parts == 1
-    for name, wanted in (
-        ("prototype", [(None, "supports"), ("0", "supports"), ("1", "supports")]),
-        ("hypdfs", [("0", "supports"), ("1", "supports"), ("0", None), ("1", None)]),  # centres rows by itself
-    ):
+    for name, own in (("prototype", {}), ("hypdfs", {"method.spread_penalty": 200.0})):
         space = get_space(name)
         extended = with_parts(space, 2)
         assert extended.METHOD == space.METHOD
-        points = [(point.get("transform.parts"), point.get("transform.centring")) for point in extended.FIRST]
-        assert points[: len(wanted)] == wanted
-        assert extended.FIRST[len(wanted) :] == space.FIRST
+        centred = [{"transform.parts": part, "transform.centring": "supports"} for part in ("0", "1")]
+        assert extended.FIRST[:4] == [*centred, {"transform.parts": "0"} | own, {"transform.parts": "1"} | own]
+        assert extended.FIRST[4:] == space.FIRST
 
 
 def test_where_there_are_normals_parts_alone_are_whitened_in_turn() -> None:
@@ -146,7 +143,7 @@ def test_where_there_are_normals_parts_alone_are_whitened_in_turn() -> None:
         assert extended.FIRST[3:] == space.FIRST
 
 
-@pytest.mark.parametrize(("name", "own"), [("logistic_regression", 3), ("shrinkage_lda", 3), ("hypdfs", 3)])
+@pytest.mark.parametrize(("name", "own"), [("logistic_regression", 1), ("shrinkage_lda", 1), ("hypdfs", 4)])
 def test_without_normals_no_trial_is_spent_on_whitening(name: str, own: int, tmp_path: Path) -> None:
     imported = import_features([write_mvrec(tmp_path / "f.pt", *three_parts())], tmp_path)
     plan = few_shot.plan(TaskConfig(dataset="imported:f", k_shot=1), imported.manifest, imported)
