@@ -94,6 +94,7 @@ WITHOUT: dict[str, dict[str, Any]] = {
     "ODE": {"ode": "none"},
     "curvature": {"curvature": 0.0},
     "origin": {"origin": "features"},
+    "unit": {"unit": "features"},
     "hyperplanes": {"head": "centers"},
     "spread penalty": {"spread_penalty": 0.0},
 }

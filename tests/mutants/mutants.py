@@ -608,6 +608,22 @@ MUTANTS: tuple[Mutant, ...] = (
         breaks="a sweep's blend lacks the parts that the search stopped early",
     ),
     Mutant(
+        name="own-unit",
+        file="hypdefect/methods/hypdfs.py",
+        old="self.scaled(self.projected(batch).double(), core.origin, core.length)",
+        new="self.scaled(self.projected(batch).double(), core.origin)",
+        tests=("tests/methods/test_hypdfs.py",),
+        breaks="a task's rows are seen in the unit of their features",
+    ),
+    Mutant(
+        name="uncentred-parts",
+        file="hypdefect/evaluation.py",
+        old='return centred + [{"transform.parts"',
+        new='return centred or [{"transform.parts"',
+        tests=("tests/data/test_imported.py",),
+        breaks="parts are tried centred alone where there are no normals",
+    ),
+    Mutant(
         name="plain-parts",
         file="hypdefect/distributed/tournament.py",
         old="for point in ({}, *parts)]",

@@ -97,7 +97,7 @@ def test_rows_and_their_published_figures(nested: bool) -> None:
         "backbone": [52.5, 69.5],
         "ode": [None, None, None],
         "curvature": [78.1, None, None, 79.1, None, None, None, 78.9],
-        "parts": [None] * 13,
+        "parts": [None] * 14,
     }
     full = ReproduceConfig().method
     assert by_study["main"][1].config.method == full
@@ -314,7 +314,7 @@ def test_differences_are_paired_by_draw_and_told_over_partition_means() -> None:
         error = means.std(ddof=1) * (1 / 3 + 1) ** 0.5  # as many queries as support candidates
         assert result.paired.half_width == pytest.approx(stats.t.ppf(0.975, 2) * error)
         told += 1
-    assert told == 2 + 4 * 11
+    assert told == 2 + 4 * 12
     (absent,) = Measured().results(experiments[-1:])
     assert (absent.ours, absent.paired) == (None, None)
 
@@ -373,7 +373,7 @@ def test_parts_are_told_on_imported_features(
     rows = ledger.read(hypdefect_home).slice(before).to_pylist()
     assert {(row["study"], row["dataset"]) for row in rows} == {("ablation/parts", "imported:own")}
     accuracy = {cell["row"]: cell["ours"]["mean"] for cell in result["cells"]}
-    assert len(accuracy) == 13
+    assert len(accuracy) == 14
     assert min(accuracy.values()) > 0.7
     assert " with efficientnet" not in capsys.readouterr().out  # whose features they are not
 
