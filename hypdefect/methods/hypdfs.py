@@ -590,7 +590,7 @@ class HypDFS(nn.Module):
         return class_means(rows, labels, n_way).mean(0) if self.config.origin == "classes" else None
 
     def length_of(self, rows: Float[Tensor, "R V D"], origin: Tensor | None) -> Float[Tensor, ""] | None:
-        """Root mean square distance of a task's support rows from its origin; None where all lie there, by rounding."""
+        """Root mean square distance of a task's support rows from its origin; None where they all lie there."""
         if self.config.unit == "features":
             return None
         moved = rows if origin is None else rows - origin
