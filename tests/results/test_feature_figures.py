@@ -10,7 +10,7 @@ import torch
 
 from hypdefect.config import to_mapping
 from hypdefect.errors import ConfigError
-from hypdefect.evaluation import RunConfig
+from hypdefect.evaluation import RunConfig, override
 from hypdefect.families import few_shot
 from hypdefect.families.few_shot import Fitting, MetaStart, Reported, Setting, TaskConfig
 from hypdefect.features.imported import import_features
@@ -60,6 +60,16 @@ def test_the_fitted_disk_shows_distances_no_worse_than_a_given_one(tmp_path: Pat
     assert fitted.stress <= given.stress + 1e-3
     plot_radius(tmp_path / "radius.png", points, ["one", "one", "two"])  # with a level of families
     assert len(list(tmp_path.glob("*.png"))) == 2
+
+
+def test_rows_are_shown_in_the_unit_of_the_task() -> None:
+    own, features = (
+        fitted_points(*toy_task(), override(QUICK, {"method.unit": unit}), Setting(k_shot=2), 0).plain
+        for unit in ("rows", "features")
+    )
+    ratio = own.norm() / features.norm()
+    assert abs(ratio - 1) > 0.05
+    torch.testing.assert_close(own, ratio * features, rtol=1e-4, atol=1e-5)
 
 
 def section_of(dataset: str, split: str, run: RunConfig = QUICK) -> Section:
